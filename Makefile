@@ -1,0 +1,38 @@
+# Everything runs in .venv, which tools/environment.sh makes on first use.
+BIN := .venv/bin
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test lint format wheel clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+environment:  ## make or update .venv (PYTHON=... chooses the interpreter)
+	@tools/environment.sh
+
+demo: environment  ## quantize a small real model and let it answer through vLLM at 8, 6, 4, 3 and 2 bits
+	@$(BIN)/python tools/demo.py
+
+test: environment lint  ## check the style, then run every test
+	@$(BIN)/python -m pytest
+
+lint: environment  ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: environment  ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# setuptools would pack modules that were deleted since an earlier build, so that build goes first.
+wheel: environment  ## build dist/*.whl with the compiled library
+	rm -rf build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove what was built; .venv and .cache stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -f vllm_matquant/*.so

@@ -1,0 +1,38 @@
+"""Builds the C++ library with CMake; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt in the temporary folder of the build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        configure = [
+            "cmake",
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DLIBRARY_FOLDER={library.parent}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
+
+
+setup(
+    # Not a Python module, so it depends on no version of Python: py_limited_api names the file _C.abi3.so.
+    ext_modules=[Extension("vllm_matquant._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
