@@ -1,0 +1,126 @@
+"""quantization_config is parsed strictly; group sizes and names follow from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_matquant.checkpoint.errors import ConfigError, VersionError, WidthError
+from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_plain_name, shard_name, shard_pattern, shard_width
+
+
+@pytest.mark.parametrize(
+    "format",
+    [Format(), Format((3,), 32, (), "round"), Format((2, 8), "channel", ("lm_head", "a.b")), Format(group_size=24)],
+)
+def test_config_round_trip(format: Format) -> None:
+    assert Format.from_dict(format.to_dict()) == format
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("quant_method", "gptq", "'matquant'"),
+        ("format_version", "1", "an integer"),
+        ("format_version", True, "an integer"),
+        ("format_version", None, "an integer"),
+        ("parent_bits", 4, "expected 8"),
+        ("parent_bits", 8.0, "expected 8"),
+        ("widths", [], "ascending distinct integers in 2..8"),
+        ("widths", [1, 2], "ascending distinct integers in 2..8"),
+        ("widths", [8, 9], "ascending distinct integers in 2..8"),
+        ("widths", [4, 2], "ascending distinct integers in 2..8"),
+        ("widths", [2, 2], "ascending distinct integers in 2..8"),
+        ("widths", ["2"], "ascending distinct integers in 2..8"),
+        ("widths", 4, "ascending distinct integers in 2..8"),
+        ("group_size", 0, "a multiple of 8"),
+        ("group_size", -32, "a multiple of 8"),
+        ("group_size", 20, "a multiple of 8"),
+        ("group_size", 64.0, "a multiple of 8"),
+        ("group_size", "row", "a multiple of 8"),
+        ("ignored_layers", "lm_head", "a list of layer names"),
+        ("ignored_layers", [1], "a list of layer names"),
+        ("slicing", "floor", r"one of \['truncate', 'round'\]"),
+        ("slicing", ["truncate"], r"one of \['truncate', 'round'\]"),
+    ],
+)
+def test_bad_field(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"there: quantization_config\.{field}: found .*{expected}"):
+        Format.from_dict(Format().to_dict() | {field: value}, "there")
+
+
+@pytest.mark.parametrize("field", Format().to_dict())
+def test_missing_field(field: str) -> None:
+    config = Format().to_dict()
+    del config[field]
+    with pytest.raises(ConfigError, match=rf"quantization_config\.{field}: found nothing"):
+        Format.from_dict(config)
+
+
+@pytest.mark.parametrize("config", [None, [], "matquant"])
+def test_config_that_is_no_object(config: Any) -> None:
+    with pytest.raises(ConfigError, match="expected an object"):
+        Format.from_dict(config)
+
+
+@pytest.mark.parametrize(("version", "hint"), [(2, "A newer release"), (0, "expected 1$")])
+def test_other_version(version: int, hint: str) -> None:
+    with pytest.raises(VersionError, match=hint):
+        Format.from_dict(Format().to_dict() | {"format_version": version, "a field of that version": 1})
+
+
+def test_unknown_field() -> None:
+    with pytest.raises(ConfigError, match=r"unknown fields \['codebook'\]"):
+        Format.from_dict(Format().to_dict() | {"codebook": 1})
+
+
+@pytest.mark.parametrize(("in_features", "size"), [(384, 128), (192, 64), (96, 32)])
+def test_auto_takes_the_largest_group_that_fits(in_features: int, size: int) -> None:
+    assert Format(group_size="auto").group_size_of(in_features, "layer") == size
+    assert Format(group_size="channel").group_size_of(in_features, "layer") == in_features
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "fitting"),
+    [(128, 192, '64, 32, "channel"'), (64, 40, '"channel"'), ("auto", 40, '"channel"')],
+)
+def test_group_that_does_not_divide_names_those_that_would(group_size: Any, in_features: int, fitting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"some.layer: found {group_size}, .* {in_features} input features: {fitting}$"
+    ):
+        Format(group_size=group_size).group_size_of(in_features, "some.layer")
+
+
+def test_columns_must_fill_bytes() -> None:
+    with pytest.raises(ConfigError, match=r"in_features of some\.layer: found 36, expected a multiple of 8"):
+        Format(group_size="channel").group_size_of(36, "some.layer")
+
+
+@pytest.mark.parametrize("width", [1, 3, 9])
+def test_width_that_is_not_offered(width: int) -> None:
+    with pytest.raises(WidthError, match=rf"found {width}, expected one of the offered widths \[2, 4\]"):
+        Format((2, 4)).check_width(width, "here")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bytes_of_the_tensors_that_a_width_reads(width: int) -> None:
+    format = Format(group_size=32)
+    tensors = {name: spec for part in format.tensors_of_layer(48, 96).values() for name, spec in part.items()}
+    wanted = ["weight_base", f"weight_scale{width}", f"weight_offset{width}"]
+    wanted += [f"weight_plane{plane}" for plane in range(3, width + 1)]
+    assert format.resident_bytes(48, 96, width) == sum(tensors[name].nbytes for name in wanted)
+
+
+def test_shard_names() -> None:
+    assert shard_name(3, 1, 12) == "model-width3-00001-of-00012.safetensors"
+    assert shard_width(shard_name(3, 1, 12)) == 3
+    for name in ("model-width9-00001-of-00001.safetensors", "../" + shard_name(3, 1, 1), shard_name(3, 1, 1) + "\n"):
+        assert shard_width(name) is None
+    assert shard_pattern(4) == "model-width[2-4]-*.safetensors"
+
+
+def test_plain_names() -> None:
+    assert is_plain_name("model-width2-00001-of-00001.safetensors")
+    for name in ("", ".", "..", "../a", "/a", "a/b", "a\\b", "C:a", "a\0"):
+        assert not is_plain_name(name)

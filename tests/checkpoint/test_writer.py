@@ -1,0 +1,265 @@
+"""The writer refuses what the format has no place for, and never touches a folder before all is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vllm_matquant.checkpoint.errors import (
+    CheckpointError,
+    ConfigError,
+    DecoderValueError,
+    MissingTensorError,
+    OutputError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedTensorError,
+)
+from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, Format, shard_name, shard_width
+from vllm_matquant.checkpoint.staging import STAGING_FOLDER
+from vllm_matquant.checkpoint.writer import CheckpointWriter
+
+COPIED = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"}
+FORMAT = Format(widths=(2, 4), group_size=32)
+CODES = torch.zeros(3, 64, dtype=torch.uint8)
+Decoders = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def decoders(*widths: int) -> Decoders:
+    return {width: (torch.ones(3, 2), torch.zeros(3, 2)) for width in widths}
+
+
+def decoders_with(part: int, value: float) -> Decoders:
+    spoilt = decoders(2, 4)
+    spoilt[4][part][1, 0] = value
+    return spoilt
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_of_a_checkpoint(shared_sample: Any, source: Path) -> None:
+    names = {path.name for path in shared_sample.folder.iterdir()}
+    shards = {name for name in names if shard_width(name)}
+    assert names - shards == {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *COPIED}
+    for name in COPIED:
+        assert (shared_sample.folder / name).read_bytes() == (source / name).read_bytes()
+    for width in range(2, 9):
+        of_width = sorted(name for name in shards if shard_width(name) == width)
+        assert len(of_width) > 1
+        assert of_width == [shard_name(width, number + 1, len(of_width)) for number in range(len(of_width))]
+
+
+def test_index_and_config(shared_sample: Any, source: Path) -> None:
+    index = read_json(shared_sample.folder / INDEX_FILE)
+    sizes = 0
+    for file in set(index["weight_map"].values()):
+        with safe_open(shared_sample.folder / file, framework="pt") as shard:
+            assert shard.metadata() == {"format": "pt"}
+            assert {name for name, of in index["weight_map"].items() if of == file} == set(shard.keys())
+            sizes += sum(
+                shard.get_tensor(name).nbytes for name in index["weight_map"] if index["weight_map"][name] == file
+            )
+    assert index["metadata"]["total_size"] == sizes
+    config = read_json(shared_sample.folder / CONFIG_FILE)
+    assert config.pop("quantization_config") == Format().to_dict()
+    assert config == read_json(source / CONFIG_FILE)
+
+
+def test_same_input_gives_the_same_bytes(write: Callable[..., Any], tmp_path: Path) -> None:
+    write(tmp_path / "one", FORMAT)
+    write(tmp_path / "two", FORMAT)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_shard_bytes_bound_the_shards(write: Callable[..., Any], tmp_path: Path) -> None:
+    write(tmp_path / "out", shard_bytes=12_000)
+    headers = 4_000
+    assert all(path.stat().st_size < 12_000 + headers for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "layer_decoders", "error", "message"),
+    [
+        (CODES.int(), decoders(2, 4), TensorDtypeError, "codes of layer: found torch.int32, expected torch.uint8"),
+        (CODES[0], decoders(2, 4), TensorShapeError, r"codes of layer: found \[64\]"),
+        (CODES[:, :60], decoders(2, 4), ConfigError, "in_features of layer: found 60, expected a multiple of 8"),
+        (CODES[:, :48], decoders(2, 4), ConfigError, 'group_size for layer: found 32, .* 48 input features: "channel"'),
+        (CODES, decoders(2), MissingTensorError, r"decoders of layer: found widths \[2\], expected \[2, 4\]"),
+        (CODES, decoders(2, 3, 4), UnexpectedTensorError, r"found widths \[2, 3, 4\], expected \[2, 4\]"),
+        (CODES[:2], decoders(2, 4), TensorShapeError, r"layer.weight_scale2: found \[3, 2\], expected \[2, 2\]"),
+        (
+            CODES,
+            decoders(2) | {4: (torch.ones(3, 2), torch.ones(3, 2, dtype=torch.int64))},
+            TensorDtypeError,
+            "layer.weight_offset4: found torch.int64",
+        ),
+        (CODES, decoders_with(0, float("nan")), DecoderValueError, "layer.weight_scale4: found nan in row 1, group 0"),
+        (CODES, decoders_with(0, -1e-3), DecoderValueError, "layer.weight_scale4: found -0.001.* from 0 up"),
+        (CODES, decoders_with(0, 1e6), DecoderValueError, r"layer.weight_scale4: found inf .* \(as torch.float16\)"),
+        (CODES, decoders_with(1, -1e6), DecoderValueError, "layer.weight_offset4: found -inf"),
+    ],
+)
+def test_bad_layer(
+    tmp_path: Path, codes: torch.Tensor, layer_decoders: Decoders, error: type[CheckpointError], message: str
+) -> None:
+    with CheckpointWriter(tmp_path / "out", FORMAT) as writer, pytest.raises(error, match=message):
+        writer.add_layer("layer", codes, layer_decoders)
+
+
+def test_negative_offsets_are_sound(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", FORMAT) as writer:
+        writer.add_layer("layer", CODES, decoders_with(1, -3.0))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 2**20])
+def test_nothing_twice(tmp_path: Path, shard_bytes: int) -> None:
+    with CheckpointWriter(tmp_path / "out", FORMAT, shard_bytes=shard_bytes) as writer:
+        writer.add_layer("layer", CODES, decoders(2, 4))
+        writer.add_tensor("norm", torch.ones(3))
+        with pytest.raises(UnexpectedTensorError, match=r"layer\.weight_base: found a tensor for the second time"):
+            writer.add_layer("layer", CODES, decoders(2, 4))
+        with pytest.raises(UnexpectedTensorError, match="norm: found a tensor for the second time"):
+            writer.add_tensor("norm", torch.ones(3))
+
+
+def test_bad_tensor(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", FORMAT) as writer:
+        with pytest.raises(TensorDtypeError, match=r"norm: found torch\.int64, expected torch\.bfloat16 or"):
+            writer.add_tensor("norm", torch.ones(3, dtype=torch.int64))
+        with pytest.raises(UnexpectedTensorError, match=r"layer\.weight_plane3: found the name of a quantized layer"):
+            writer.add_tensor("layer.weight_plane3", torch.ones(3))
+
+
+def test_incomplete_model_is_not_published(source: Path, tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", FORMAT) as writer:
+        writer.add_layer(
+            "model.layers.0.self_attn.q_proj",
+            torch.zeros(64, 64, dtype=torch.uint8),
+            {width: (torch.ones(64, 2), torch.zeros(64, 2)) for width in (2, 4)},
+        )
+        with pytest.raises(MissingTensorError, match="found nothing, expected a tensor of shape"):
+            writer.finish(read_json(source / CONFIG_FILE))
+    assert contents(tmp_path / "out") == {}
+
+
+def test_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def write() -> None:
+        with CheckpointWriter(tmp_path / "out", FORMAT, shard_bytes=1) as writer:
+            writer.add_layer("layer", CODES, decoders(2, 4))
+            assert list((tmp_path / "out" / STAGING_FOLDER).iterdir())
+            raise Stop
+
+    with pytest.raises(Stop):
+        write()
+    assert contents(tmp_path / "out") == {}
+
+
+def test_caller_may_reuse_its_memory(tmp_path: Path) -> None:
+    norm, scale = torch.ones(3), torch.ones(3, 2, dtype=torch.float16)
+    with CheckpointWriter(tmp_path / "out", Format(widths=(2,), group_size=32)) as writer:
+        writer.add_tensor("norm", norm)
+        writer.add_layer("layer", CODES, {2: (scale, scale)})
+        norm.zero_()
+        scale.zero_()
+        with pytest.raises(CheckpointError):  # it is not the model, but its shards are written by then
+            writer.finish({"model_type": "llama"})
+        with safe_open(tmp_path / "out" / STAGING_FOLDER / shard_name(2, 1, 1), framework="pt") as shard:
+            assert shard.get_tensor("norm").all()
+            assert shard.get_tensor("layer.weight_scale2").all()
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, shard_name(3, 1, 1), "tokenizer.json"])
+def test_folder_with_a_file_of_a_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"{tmp_path}: output folder: found {name}, expected no files"):
+        CheckpointWriter(tmp_path, FORMAT)
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_folder_with_other_weights_is_always_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"found {name}, expected no weights but"):
+        CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="output folder: found a file, expected a folder"):
+        CheckpointWriter(tmp_path / "out", FORMAT, overwrite=True)
+
+
+def test_two_writers_at_a_time(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, FORMAT), pytest.raises(OutputError, match="another process writing to it"):
+        CheckpointWriter(tmp_path, FORMAT)
+    with CheckpointWriter(tmp_path, FORMAT) as writer:
+        lock = os.open(tmp_path / STAGING_FOLDER, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+        assert writer.folder == tmp_path
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    (tmp_path / STAGING_FOLDER).mkdir()
+    (tmp_path / STAGING_FOLDER / "3-0").write_text("half a shard")
+    with CheckpointWriter(tmp_path, FORMAT):
+        assert list((tmp_path / STAGING_FOLDER).iterdir()) == []
+
+
+def test_overwriting_leaves_no_file_of_the_old(write: Callable[..., Any], sample: Any) -> None:
+    (sample.folder / "tokenizer.model").write_text("of the old model")
+    (sample.folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError):
+        write(sample.folder, FORMAT, seed=1)
+    new = write(sample.folder, FORMAT, seed=1, overwrite=True)
+    checkpoint = open_checkpoint(sample.folder)
+    assert checkpoint.format == FORMAT
+    assert all(torch.equal(checkpoint.codes(layer, 4), codes >> 4) for layer, codes in new.codes.items())
+    names = {path.name for path in sample.folder.iterdir()}
+    assert names == {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "notes.txt", *COPIED, *checkpoint.weight_map.values()}
+
+
+def test_failed_overwriting_leaves_the_old(write: Callable[..., Any], sample: Any, source: Path) -> None:
+    before = contents(sample.folder)
+    with CheckpointWriter(sample.folder, FORMAT, overwrite=True) as writer:
+        for number in range(2):
+            writer.add_tensor(f"tensor{number}", torch.ones(1))
+        with pytest.raises(MissingTensorError):
+            writer.finish(json.loads((source / CONFIG_FILE).read_text()))
+    assert contents(sample.folder) == before
+
+
+def test_read_only_folder(shared_sample: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # permissions do not bind root
+        try:
+            with pytest.raises(PermissionError, match=str(folder)):
+                CheckpointWriter(folder, FORMAT)
+            with pytest.raises(PermissionError, match=str(folder)):
+                CheckpointWriter(folder / "new", FORMAT)
+        finally:
+            os.seteuid(user)
+        assert contents(folder) == {}

@@ -1,0 +1,80 @@
+"""Errors of the checkpoint format: each fault is its own class, so that callers and tests can tell them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A matquant checkpoint that cannot be used as asked.
+
+    The message names the file, the field or tensor, what was found and what was expected.
+    """
+
+    def __init__(self, where: Path | str, subject: str, found: object, expected: object, hint: str = "") -> None:
+        self.where = str(where)
+        self.subject = subject
+        self.found = found
+        self.expected = expected
+        message = f"{where}: {subject}: found {found}, expected {expected}"
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+class ConfigError(CheckpointError):
+    """A field of quantization_config is missing, of the wrong type or out of range."""
+
+
+class VersionError(CheckpointError):
+    """The checkpoint was written in a format version that this software does not read."""
+
+
+class WidthError(CheckpointError):
+    """The checkpoint does not offer the width that was asked for."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that the index lists is not in the folder."""
+
+
+class IndexFileError(CheckpointError):
+    """The index, or another JSON file of the checkpoint, cannot be parsed or contradicts the shards."""
+
+
+class UnsafePathError(CheckpointError):
+    """A file name leaves the checkpoint's folder."""
+
+
+class ShardError(CheckpointError):
+    """A shard is not a sound safetensors file: truncated, oversized header, overlapping or overflowing tensors."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the format asks for is in no shard."""
+
+
+class UnexpectedTensorError(CheckpointError):
+    """A shard holds a tensor that the format has no place for, or holds one twice."""
+
+
+class TensorDtypeError(CheckpointError):
+    """A tensor's dtype is not the one that the format prescribes."""
+
+
+class TensorShapeError(CheckpointError):
+    """A tensor's shape contradicts the configuration."""
+
+
+class DecoderValueError(CheckpointError):
+    """A scale or an offset is not finite, or a scale is negative."""
+
+
+class ChecksumError(CheckpointError):
+    """A file's SHA-256 is not the one in the manifest."""
+
+
+class NestingError(CheckpointError):
+    """A served slice is not what its parent's codes say."""
+
+
+class OutputError(CheckpointError):
+    """The folder that a checkpoint shall be written to holds other files, or is in use."""

@@ -1,0 +1,98 @@
+"""Files as the checkpoint needs them: bounded JSON, durable writes, SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError
+
+JSON_LIMIT = 100 * 2**20  # bytes; as safetensors limits its headers
+HASH_BLOCK = 2**20
+
+
+def parse_json(text: bytes, where: Path, subject: str, error: type[CheckpointError]) -> dict[str, Any]:
+    """Parse one JSON object strictly: UTF-8, no key twice, no NaN or Infinity.
+
+    Raises:
+        CheckpointError: of the class ``error``, if ``text`` is anything else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise error(where, subject, f"the key {twice!r} twice", "each key once")
+        return content
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as cause:
+        raise error(where, subject, f"no valid JSON ({cause})", "a JSON object") from cause
+    if not isinstance(content, dict):
+        raise error(where, subject, type(content).__name__, "a JSON object")
+    return content
+
+
+def read_json(path: Path, error: type[CheckpointError] = IndexFileError) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CheckpointError: of the class ``error``, if it is too large or not a JSON object.
+    """
+    if not path.is_file():
+        raise MissingFileError(path.parent, path.name, "no such file", "a JSON file")
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise error(path, "size", f"{size} bytes", f"at most {JSON_LIMIT}")
+    return parse_json(path.read_bytes(), path, "content", error)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` and wait until the file is on the disk; :func:`sync_folder` makes its name durable."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_file(path)
+
+
+def publish_json(path: Path, content: Any) -> None:
+    """Write a JSON file of any content in one step: it is there whole or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_json(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.absolute().parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder: Callable[[Path], None] = sync_file  # fsync of a folder makes the names in it durable
+
+
+def sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file, read block by block; ``progress`` is called with the bytes of each block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()

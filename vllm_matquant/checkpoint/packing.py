@@ -1,0 +1,74 @@
+"""Codes and their disk form: a 2-bit base field and 1-bit planes, packed along the input dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Slicing
+
+
+def pack_field(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack small integers along the last dimension, first value in the least significant bits.
+
+    Args:
+        values: uint8 [rows, columns] on the CPU, each below ``2**bits``.
+        bits: 1 or 2.
+
+    Returns:
+        uint8 [rows, ceil(columns * bits / 8)]; bits past the last column are zero.
+    """
+    single_bits = np.stack([values.numpy() & 2**bit for bit in range(bits)], axis=-1)
+    packed = np.packbits(single_bits.reshape(len(values), -1), axis=-1, bitorder="little")
+    return torch.from_numpy(packed)
+
+
+def unpack_field(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of :func:`pack_field`: uint8 [rows, columns]."""
+    single_bits = np.unpackbits(packed.numpy(), axis=-1, count=columns * bits, bitorder="little")
+    single_bits = single_bits.reshape(len(packed), columns, bits)
+    values: np.ndarray = single_bits[..., 0]
+    for bit in range(1, bits):
+        values = values | (single_bits[..., bit] << bit)
+    return torch.from_numpy(values)
+
+
+def pack_codes(codes: torch.Tensor, stored_width: int = PARENT_BITS) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Split parent codes into the base field and the planes 3..stored_width.
+
+    Args:
+        codes: uint8 [out_features, in_features] on the CPU, the 8-bit parent codes.
+        stored_width: bits to keep, from the most significant.
+
+    Returns:
+        (base, planes) as in :mod:`vllm_matquant.checkpoint.spec`.
+    """
+    base = pack_field(codes >> (PARENT_BITS - BASE_BITS), BASE_BITS)
+    planes = [pack_field((codes >> (PARENT_BITS - width)) & 1, 1) for width in range(BASE_BITS + 1, stored_width + 1)]
+    return base, planes
+
+
+def unpack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], in_features: int) -> torch.Tensor:
+    """The most significant ``2 + len(planes)`` bits of each code, as integers: uint8 [out_features, in_features]."""
+    codes = unpack_field(base, BASE_BITS, in_features)
+    for plane in planes:
+        codes = (codes << 1) | unpack_field(plane, 1, in_features)
+    return codes
+
+
+def slice_codes(codes: torch.Tensor, stored_width: int, width: int, slicing: Slicing = "truncate") -> torch.Tensor:
+    """Cut ``stored_width``-bit codes to ``width`` bits.
+
+    "truncate" keeps the most significant bits. "round" is MatQuant's S(q, r) (arXiv 2502.06786, eq. 6) without its
+    factor 2^(8 - r): the parent divided by 2^(8 - r), rounded half up, clamped to 2^r - 1; one bit past ``width``
+    decides the rounding, so ``stored_width`` may be as small as ``width + 1``.
+    """
+    drop = stored_width - width
+    if drop == 0:
+        return codes
+    sliced = codes >> drop
+    if slicing == "round":
+        sliced = (sliced + ((codes >> (drop - 1)) & 1)).clamp_(max=2**width - 1)
+    return sliced

@@ -1,0 +1,260 @@
+"""The checkpoint format, version 1: the one place that knows its names, shapes, dtypes and limits.
+
+A quantized linear layer ``L`` with ``out_features`` rows and ``in_features`` columns is stored as
+
+=====================  =======  =====================================  ==========================================
+tensor                 dtype    shape                                  content
+=====================  =======  =====================================  ==========================================
+``L.weight_base``      uint8    [out_features, in_features / 4]        the two most significant bits of each code
+``L.weight_plane{r}``  uint8    [out_features, in_features / 8]        the bit that lifts width r - 1 to width r
+``L.weight_scale{r}``  float16  [out_features, groups]                 decoder of width r
+``L.weight_offset{r}`` float16  [out_features, groups]                 decoder of width r
+=====================  =======  =====================================  ==========================================
+
+Codes are packed along the input dimension, first column in the least significant bits of the first byte; in_features
+is a multiple of 8. With the slicing semantic "truncate" the r-bit code of a weight is ``t = q >> (8 - r)`` and the
+weight is ``scale_r * t + offset_r``. With "round" (MatQuant, eq. 6) the r-bit code is the parent rounded to r bits and
+clamped, so it also needs the plane r + 1. What lifts the checkpoint to width r (plane and decoder) lies in shards of
+its own; every tensor that is not quantized lies in the shards of width 2 with the base.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import torch
+
+from vllm_matquant.checkpoint.errors import ConfigError, VersionError, WidthError
+
+QUANT_METHOD = "matquant"
+FORMAT_VERSION = 1
+PARENT_BITS = 8
+BASE_BITS = 2
+WIDTHS = tuple(range(BASE_BITS, PARENT_BITS + 1))
+GROUP_SIZES = (128, 64, 32)  # largest first: the order in which "auto" tries them
+
+CODE_DTYPE = torch.uint8
+DECODER_DTYPE = torch.float16
+UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Slicing = Literal["truncate", "round"]
+SLICINGS: tuple[Slicing, ...] = ("truncate", "round")
+GroupSize = int | Literal["auto", "channel"]
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_FILE = "MANIFEST.json"
+
+WEIGHT_BASE = "weight_base"
+_SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
+_SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
+
+
+def plane_name(width: int) -> str:
+    """Name of the plane whose bit lifts a code of ``width - 1`` bits to ``width`` bits (3..8)."""
+    return f"weight_plane{width}"
+
+
+def scale_name(width: int) -> str:
+    return f"weight_scale{width}"
+
+
+def offset_name(width: int) -> str:
+    return f"weight_offset{width}"
+
+
+def split_tensor_name(name: str) -> tuple[str, str] | None:
+    """(layer, suffix) of a tensor that belongs to a quantized layer, None for any other tensor."""
+    layer, _, suffix = name.rpartition(".")
+    return (layer, suffix) if layer and _SUFFIX.fullmatch(suffix) else None
+
+
+def shard_name(width: int, number: int, count: int) -> str:
+    """File name of a shard of what ``width`` adds; ``number`` counts from 1."""
+    return f"model-width{width}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def shard_width(file_name: str) -> int | None:
+    """The width whose data a shard holds, None if the name is not a shard's."""
+    match = _SHARD.fullmatch(file_name)
+    return int(match["width"]) if match else None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name stays in its folder: no separator, no drive, neither "." nor ".."."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def shard_pattern(stored_width: int) -> str:
+    """Glob (also fnmatch) of the shards that hold the widths up to ``stored_width`` and no others."""
+    return f"model-width[{BASE_BITS}-{stored_width}]-*.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the format prescribes for one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Format:
+    """The ``quantization_config`` of a checkpoint: everything that its tensors' names and shapes follow from.
+
+    Attributes:
+        widths: widths that have a decoder, ascending, each in 2..8.
+        group_size: columns that share a decoder; "channel" for one group per row; "auto" for the largest of 128, 64, 32
+            that divides the layer's in_features.
+        ignored_layers: full names of linear layers that are not quantized, as in the source checkpoint.
+        slicing: "truncate" (native) or "round" (MatQuant's semantic).
+    """
+
+    widths: tuple[int, ...] = WIDTHS
+    group_size: GroupSize = "auto"
+    ignored_layers: tuple[str, ...] = ("lm_head",)
+    slicing: Slicing = "truncate"
+
+    @property
+    def max_width(self) -> int:
+        return self.widths[-1]
+
+    def stored_width(self, width: int) -> int:
+        """How many bits of each code must be read to make the ``width``-bit slice."""
+        return width if self.slicing == "truncate" else min(width + 1, PARENT_BITS)
+
+    @property
+    def plane_widths(self) -> tuple[int, ...]:
+        """The planes that the checkpoint stores: none past those that its widest slice reads."""
+        return tuple(range(BASE_BITS + 1, self.stored_width(self.max_width) + 1))
+
+    def check_width(self, width: int, where: Path | str) -> None:
+        if width not in self.widths:
+            raise WidthError(where, "bits", width, f"one of the offered widths {list(self.widths)}")
+
+    def group_size_of(self, in_features: int, layer: str, where: Path | str = "group size") -> int:
+        """Columns per group in a layer of ``in_features`` columns.
+
+        Raises:
+            ConfigError: no such group size divides ``in_features``; the message lists those that would.
+        """
+        if in_features % 8:
+            raise ConfigError(where, f"in_features of {layer}", in_features, "a multiple of 8 (ignore the layer)")
+        if self.group_size == "channel":
+            return in_features
+        sizes = GROUP_SIZES if self.group_size == "auto" else (self.group_size,)
+        for size in sizes:
+            if in_features % size == 0:
+                return size
+        fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+        raise ConfigError(
+            where,
+            f"group_size for {layer}",
+            self.group_size,
+            f"a divisor of its {in_features} input features: " + ", ".join(map(str, [*fitting, '"channel"'])),
+        )
+
+    def tensors_of_layer(
+        self, out_features: int, in_features: int, layer: str = ""
+    ) -> dict[int, dict[str, TensorSpec]]:
+        """The tensors of one layer by the shards they lie in: ``{shard width: {tensor suffix: spec}}``.
+
+        The decoder of width r lies with the plane of width r.
+        """
+        groups = in_features // self.group_size_of(in_features, layer)
+        decoder = TensorSpec(DECODER_DTYPE, (out_features, groups))
+        stored: dict[int, dict[str, TensorSpec]] = {
+            BASE_BITS: {WEIGHT_BASE: TensorSpec(CODE_DTYPE, (out_features, in_features // 4))}
+        }
+        for width in self.plane_widths:
+            stored[width] = {plane_name(width): TensorSpec(CODE_DTYPE, (out_features, in_features // 8))}
+        for width in self.widths:
+            stored[width] |= {scale_name(width): decoder, offset_name(width): decoder}
+        return stored
+
+    def resident_bytes(self, out_features: int, in_features: int, width: int) -> int:
+        """Bytes of the ``width``-bit slice of one layer: its codes and its own decoder."""
+        groups = in_features // self.group_size_of(in_features, "layer")
+        planes = width - BASE_BITS
+        codes = out_features * (in_features // 4 + planes * in_features // 8)
+        return codes + 2 * out_features * groups * DECODER_DTYPE.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of ``quantization_config`` in config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "parent_bits": PARENT_BITS,
+            "widths": list(self.widths),
+            "group_size": self.group_size,
+            "ignored_layers": list(self.ignored_layers),
+            "slicing": self.slicing,
+        }
+
+    @classmethod
+    def from_dict(cls, config: Any, where: Path | str = CONFIG_FILE) -> Format:
+        """Parse and check ``quantization_config``.
+
+        Raises:
+            VersionError: another format version.
+            ConfigError: a field is missing, unknown, of the wrong type or out of range.
+        """
+
+        def fail(field: str, expected: str) -> ConfigError:
+            found = repr(config[field]) if field in config else "nothing"
+            return ConfigError(where, f"quantization_config.{field}", found, expected)
+
+        if not isinstance(config, dict):
+            raise ConfigError(where, "quantization_config", type(config).__name__, "an object")
+        if config.get("quant_method") != QUANT_METHOD:
+            raise fail("quant_method", repr(QUANT_METHOD))
+        version = config.get("format_version")
+        if type(version) is not int:
+            raise fail("format_version", "an integer")
+        if version != FORMAT_VERSION:
+            raise VersionError(
+                where,
+                "quantization_config.format_version",
+                version,
+                FORMAT_VERSION,
+                "A newer release of vllm_matquant may read it." if version > FORMAT_VERSION else "",
+            )
+        unknown = sorted(set(config) - set(cls().to_dict()))
+        if unknown:
+            raise ConfigError(where, "quantization_config", f"unknown fields {unknown}", sorted(cls().to_dict()))
+        if type(config.get("parent_bits")) is not int or config["parent_bits"] != PARENT_BITS:
+            raise fail("parent_bits", str(PARENT_BITS))
+        widths = config.get("widths")
+        if not is_width_list(widths):
+            raise fail("widths", f"ascending distinct integers in {WIDTHS[0]}..{WIDTHS[-1]}")
+        group_size = config.get("group_size")
+        if not is_group_size(group_size):
+            raise fail("group_size", 'a multiple of 8, "auto" or "channel"')
+        ignored = config.get("ignored_layers")
+        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+            raise fail("ignored_layers", "a list of layer names")
+        if config.get("slicing") not in SLICINGS:
+            raise fail("slicing", f"one of {list(SLICINGS)}")
+        return cls(tuple(widths), group_size, tuple(ignored), config["slicing"])
+
+
+def is_width_list(widths: Any) -> TypeGuard[list[int] | tuple[int, ...]]:
+    return (
+        isinstance(widths, (list, tuple))
+        and len(widths) > 0
+        and all(type(width) is int and width in WIDTHS for width in widths)
+        and list(widths) == sorted(set(widths))
+    )
+
+
+def is_group_size(size: Any) -> TypeGuard[GroupSize]:
+    # Groups start on a byte of every plane, so that tensor parallelism can cut between any two of them.
+    return size in ("auto", "channel") or (type(size) is int and size > 0 and size % 8 == 0)

@@ -1,0 +1,125 @@
+"""Publish a folder's files so that a crash, whenever it comes, never leaves a folder that looks complete and is not.
+
+The files are first written to a hidden sub-folder of the output. Once all of them are on the disk they move to their
+places: the old config.json goes first and the new one comes last, so that at no moment does a config.json lie beside
+files that it does not describe.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from vllm_matquant.checkpoint.errors import OutputError
+from vllm_matquant.checkpoint.files import sync_file, sync_folder
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, shard_width
+
+STAGING_FOLDER = ".matquant-unfinished"
+COPIED_FILES = (  # patterns: tokenizer, chat template, generation config and licence of the source model
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+class Staging:
+    """The files of a checkpoint on their way into its folder.
+
+    Attributes:
+        folder: the output; made if absent.
+        path: the hidden folder to write the files to, under their final names.
+
+    Args:
+        overwrite: whether the folder may hold a checkpoint already, which then stays whole until :meth:`publish`.
+
+    Raises:
+        OutputError: the folder holds files of a model, another process is writing to it, or it is no folder.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, *, overwrite: bool) -> None:
+        _check_output(folder, overwrite)
+        self.folder = folder
+        self.path = folder / STAGING_FOLDER
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            os.close(self._lock)
+            raise OutputError(folder, "output folder", "another process writing to it", "one at a time") from cause
+        for leftover in self.path.iterdir():  # of a process that was killed: the lock shows that it is gone
+            leftover.unlink()
+
+    def copy_from(self, source: Path) -> None:
+        """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
+        for path in sorted(source.iterdir()):
+            if path.is_file() and _is_copied(path.name):
+                shutil.copyfile(path, self.path / path.name)
+                sync_file(self.path / path.name)
+
+    def publish(self) -> None:
+        """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
+
+        Manifest, index and config.json must be among them.
+        """
+        sync_folder(self.path)
+        config = self.folder / CONFIG_FILE
+        if config.exists():
+            config.unlink()
+            sync_folder(self.folder)
+        for path in list(self.folder.iterdir()):
+            if is_checkpoint_file(path.name):
+                path.unlink()
+        last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+        for path in sorted(self.path.iterdir()):
+            if path.name not in last:
+                os.replace(path, self.folder / path.name)
+        for name in last:
+            sync_folder(self.folder)  # the files that this one speaks of
+            os.replace(self.path / name, self.folder / name)
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(folder, "output folder", "a file", "a folder")
+    for path in sorted(folder.iterdir()):
+        if is_checkpoint_file(path.name):
+            if not overwrite:
+                raise OutputError(folder, "output folder", path.name, "no files of a checkpoint, or leave to overwrite")
+        elif path.suffix in _WEIGHT_SUFFIXES:
+            # An ordinary model, perhaps the very source: a loader would take its weights for part of the checkpoint.
+            raise OutputError(folder, "output folder", path.name, "no weights but those of a matquant checkpoint")
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is the checkpoint's own."""
+    return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or _is_copied(name)
+
+
+def _is_copied(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)

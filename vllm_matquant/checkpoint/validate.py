@@ -1,0 +1,184 @@
+"""The checks that a folder must pass before it is read: the configuration implies every tensor, its shape and the shard
+it lies in; the index and the headers of the shards must say the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_matquant.checkpoint.errors import (
+    ConfigError,
+    DecoderValueError,
+    IndexFileError,
+    MissingTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedTensorError,
+    UnsafePathError,
+)
+from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.shard import read_header
+from vllm_matquant.checkpoint.skeleton import Skeleton
+from vllm_matquant.checkpoint.spec import (
+    BASE_BITS,
+    CONFIG_FILE,
+    INDEX_FILE,
+    UNQUANTIZED_DTYPES,
+    Format,
+    TensorSpec,
+    is_plain_name,
+    offset_name,
+    scale_name,
+    shard_name,
+    shard_width,
+)
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """What the configuration implies for one tensor."""
+
+    shard_width: int
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    optional: bool = False
+
+
+def read_index(folder: Path) -> tuple[dict[str, str], int]:
+    """The index: (shard file name of each tensor, bytes of all tensors).
+
+    Raises:
+        MissingFileError: there is no index.
+        IndexFileError: it is not of the right form, or the folder holds a shard that it does not list.
+        UnsafePathError: a file name with a folder in it.
+    """
+    path = folder / INDEX_FILE
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict):
+        raise IndexFileError(path, "weight_map", weight_map, "an object: tensor name to file name")
+    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if type(total_size) is not int:
+        raise IndexFileError(path, "metadata.total_size", total_size, "an integer")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise IndexFileError(path, f"file of {tensor}", repr(file), "a file name")
+        # Only the name is judged. The file may be a symbolic link: that is how hub caches lay out a snapshot.
+        if not is_plain_name(file):
+            raise UnsafePathError(path, f"file of {tensor}", repr(file), "a file name without a folder")
+        if shard_width(file) is None:
+            raise IndexFileError(path, f"file of {tensor}", repr(file), f"a name like {shard_name(BASE_BITS, 1, 1)}")
+    for file in sorted({file.name for file in folder.glob("*.safetensors")} - set(weight_map.values())):
+        raise IndexFileError(path, "files in the folder", f"{file}, which is not listed", "the listed shards only")
+    return weight_map, total_size
+
+
+def check_layer_count(config: dict[str, Any], tensors: int, where: Path) -> None:
+    """Refuse a model of more layers than there are tensors: even without weights, a billion layers take all memory.
+
+    Raises:
+        ConfigError: as said.
+    """
+    count = config.get("num_hidden_layers")
+    if count is not None and (type(count) is not int or not 0 <= count <= tensors):
+        raise ConfigError(where, "num_hidden_layers", count, f"an integer up to the {tensors} tensors of the index")
+
+
+def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> dict[str, ExpectedTensor]:
+    """Every tensor that a checkpoint of this format and model has, by name.
+
+    Raises:
+        ConfigError: the group size does not fit a layer.
+    """
+    expected: dict[str, ExpectedTensor] = {}
+    layers = skeleton.quantized_layers(format.ignored_layers)
+    for layer, (out_features, in_features) in layers.items():
+        format.group_size_of(in_features, layer, config_path)
+        for width, tensors in format.tensors_of_layer(out_features, in_features, layer).items():
+            for name, spec in tensors.items():
+                expected[f"{layer}.{name}"] = ExpectedTensor(width, spec.shape, (spec.dtype,))
+    quantized = {f"{layer}.weight" for layer in layers}
+    for name, shape in skeleton.parameters.items():
+        if name not in quantized:
+            expected[name] = ExpectedTensor(BASE_BITS, shape, UNQUANTIZED_DTYPES, optional=name in skeleton.tied)
+    return expected
+
+
+def check_index(path: Path, weight_map: dict[str, str], expected: dict[str, ExpectedTensor]) -> None:
+    """Check that the index lists the expected tensors and no others, each in a shard of the right width.
+
+    Raises:
+        MissingTensorError: a tensor is not listed.
+        UnexpectedTensorError: a tensor that is none of the expected is, or one is in a shard of another width.
+    """
+    for name, tensor in expected.items():
+        if name not in weight_map and not tensor.optional:
+            raise MissingTensorError(path, name, "nothing", f"a tensor of shape {list(tensor.shape)}")
+    for name, file in weight_map.items():
+        if name not in expected:
+            raise UnexpectedTensorError(path, name, f"a tensor in {file}", f"no such tensor by {CONFIG_FILE}")
+        if shard_width(file) != expected[name].shard_width:
+            raise UnexpectedTensorError(path, name, file, f"a shard of width {expected[name].shard_width}")
+
+
+def check_shards(
+    paths: list[Path], weight_map: dict[str, str], expected: dict[str, ExpectedTensor]
+) -> dict[str, TensorSpec]:
+    """Check the headers of shards against index and configuration; the tensors that they hold, by name.
+
+    Raises:
+        ShardError: a shard is not a sound safetensors file.
+        MissingTensorError, UnexpectedTensorError: it holds other tensors than the index says.
+        TensorDtypeError, TensorShapeError: a tensor is not as expected.
+    """
+    listed: dict[str, set[str]] = defaultdict(set)
+    for name, file in weight_map.items():
+        listed[file].add(name)
+    found: dict[str, TensorSpec] = {}
+    for path in paths:
+        header = read_header(path)
+        for name in sorted(listed[path.name] - header.keys()):
+            raise MissingTensorError(path, name, "nothing", f"the tensor that {INDEX_FILE} lists here")
+        for name, tensor in sorted(header.items()):
+            if weight_map.get(name) != path.name:
+                elsewhere = f"it in {weight_map[name]} only" if name in weight_map else "no such tensor"
+                raise UnexpectedTensorError(path, name, "a tensor", f"{elsewhere} by {INDEX_FILE}")
+            _check_tensor(path, name, tensor, expected[name])
+        found |= header
+    return found
+
+
+def _check_tensor(path: Path, name: str, found: TensorSpec, expected: ExpectedTensor) -> None:
+    if found.dtype not in expected.dtypes:
+        dtypes = " or ".join(map(str, expected.dtypes))
+        raise TensorDtypeError(path, f"dtype of {name}", found.dtype, dtypes)
+    if found.shape != expected.shape:
+        raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(expected.shape)} by {CONFIG_FILE}")
+
+
+def check_decoder(scale: torch.Tensor, offset: torch.Tensor, layer: str, width: int, where: Path) -> None:
+    """Refuse a decoder that gives no weights.
+
+    Args:
+        scale: floating point [out_features, groups].
+        offset: likewise.
+        layer: the layer to name in an error.
+        width: the width to name in an error.
+        where: the file to name in an error.
+
+    Raises:
+        DecoderValueError: a value is not finite, or a scale is negative.
+    """
+    for name, values, bad, expected in (
+        (scale_name(width), scale, ~(scale.isfinite() & (scale >= 0)), "finite values from 0 up"),
+        (offset_name(width), offset, ~offset.isfinite(), "finite values"),
+    ):
+        if bad.any():
+            row, group = bad.nonzero()[0].tolist()
+            found = f"{values[row, group].item()} in row {row}, group {group} (as {values.dtype})"
+            raise DecoderValueError(where, f"{layer}.{name}", found, expected)

@@ -1,0 +1,194 @@
+"""Write a checkpoint: shard by shard while layers come, checked by the reader before it is published."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_matquant.checkpoint.errors import (
+    MissingTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedTensorError,
+)
+from vllm_matquant.checkpoint.files import sync_file, write_json
+from vllm_matquant.checkpoint.manifest import build_manifest
+from vllm_matquant.checkpoint.packing import pack_codes
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import (
+    BASE_BITS,
+    CODE_DTYPE,
+    CONFIG_FILE,
+    DECODER_DTYPE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    UNQUANTIZED_DTYPES,
+    WEIGHT_BASE,
+    Format,
+    offset_name,
+    plane_name,
+    scale_name,
+    shard_name,
+    split_tensor_name,
+)
+from vllm_matquant.checkpoint.staging import Staging
+from vllm_matquant.checkpoint.validate import check_decoder
+
+
+class CheckpointWriter:
+    """Writes a checkpoint; a context manager that removes its unfinished files on an error.
+
+    Nothing of the folder changes before :meth:`finish`, see :mod:`vllm_matquant.checkpoint.staging`.
+
+    Args:
+        folder: the output; made if absent.
+        format: what ``quantization_config`` shall say.
+        shard_bytes: bytes of tensors to hold in memory before the largest shard is written out, thus also the limit of
+            a shard, but for a tensor that is larger.
+        overwrite: replace the matquant checkpoint that the folder holds.
+
+    Raises:
+        OutputError: the folder holds files of a model, another process is writing to it, or it is no folder.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self, folder: Path | str, format: Format, *, shard_bytes: int = 2 * 2**30, overwrite: bool = False
+    ) -> None:
+        self.folder = Path(folder)
+        self.format = format
+        self._shard_bytes = shard_bytes
+        self._names: set[str] = set()
+        self._buffers: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)  # by the width of the shard
+        self._buffered: Counter[int] = Counter()  # bytes, likewise
+        self._written: dict[int, list[list[str]]] = defaultdict(list)  # tensors of each shard that is on disk, likewise
+        self._total_size = 0
+        self._staging = Staging(self.folder, overwrite=overwrite)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._staging.close()
+
+    def add_layer(self, name: str, codes: torch.Tensor, decoders: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add a quantized linear layer.
+
+        Args:
+            name: the layer's full name in the source checkpoint, without ".weight".
+            codes: uint8 [out_features, in_features], the 8-bit parent codes.
+            decoders: (scale, offset), floating point [out_features, groups], for each offered width.
+
+        Raises:
+            ConfigError: the group size does not divide in_features.
+            TensorDtypeError, TensorShapeError, MissingTensorError, UnexpectedTensorError: not as the format has it.
+            DecoderValueError: a value is not finite in float16, or a scale is negative.
+        """
+        if codes.dtype != CODE_DTYPE:
+            raise TensorDtypeError(self.folder, f"codes of {name}", codes.dtype, CODE_DTYPE)
+        if codes.dim() != 2:
+            raise TensorShapeError(self.folder, f"codes of {name}", list(codes.shape), "[out_features, in_features]")
+        out_features, in_features = codes.shape
+        groups = in_features // self.format.group_size_of(in_features, name, self.folder)
+
+        base, planes = pack_codes(codes.cpu(), self.format.stored_width(self.format.max_width))
+        values = {WEIGHT_BASE: base}
+        values |= {plane_name(width): plane for width, plane in zip(self.format.plane_widths, planes, strict=True)}
+        for width, (scale, offset) in self._checked_decoders(name, decoders, (out_features, groups)).items():
+            values |= {scale_name(width): scale, offset_name(width): offset}
+        for width, tensors in self.format.tensors_of_layer(out_features, in_features, name).items():
+            for suffix in tensors:
+                self._add(width, f"{name}.{suffix}", values[suffix])
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor that is not quantized, as it is in the source checkpoint.
+
+        Raises:
+            TensorDtypeError: not one of the dtypes that the format has for it.
+            UnexpectedTensorError: the name was added before, or is of the form of a quantized layer's tensor.
+        """
+        if tensor.dtype not in UNQUANTIZED_DTYPES:
+            raise TensorDtypeError(self.folder, name, tensor.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)))
+        if split_tensor_name(name):
+            raise UnexpectedTensorError(self.folder, name, "the name of a quantized layer's tensor", "another name")
+        # A copy, for the source may be a view of more, or memory that the caller uses again.
+        self._add(BASE_BITS, name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
+
+    def finish(
+        self, config: dict[str, Any], copy_from: Path | None = None, manifest: dict[str, Any] | None = None
+    ) -> None:
+        """Write what remains, open the whole with the reader and publish it.
+
+        Args:
+            config: the content of the source's config.json; a ``quantization_config`` in it is replaced.
+            copy_from: the source folder, whose tokenizer, chat template and generation config are copied.
+            manifest: what MANIFEST.json shall say of the origin: ``source``, ``calibration``, ``command``.
+
+        Raises:
+            CheckpointError: what was added is not the checkpoint that ``config`` implies; nothing was published.
+        """
+        for width in sorted(self._buffers):
+            self._flush(width)
+        index = {"metadata": {"total_size": self._total_size}, "weight_map": self._name_shards()}
+        folder = self._staging.path
+        write_json(folder / INDEX_FILE, index)
+        write_json(folder / CONFIG_FILE, config | {"quantization_config": self.format.to_dict()})
+        open_checkpoint(folder, check_values=False)  # the values were checked as they came
+        if copy_from is not None:
+            self._staging.copy_from(copy_from)
+        write_json(folder / MANIFEST_FILE, build_manifest(folder, manifest or {}))
+        self._staging.publish()
+
+    def _checked_decoders(
+        self, layer: str, decoders: dict[int, tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, int]
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        offered, given = set(self.format.widths), set(decoders)
+        if given != offered:
+            fault = MissingTensorError if offered - given else UnexpectedTensorError
+            raise fault(self.folder, f"decoders of {layer}", f"widths {sorted(given)}", sorted(offered))
+        checked = {}
+        for width, decoder in decoders.items():
+            for name, values in zip((scale_name(width), offset_name(width)), decoder, strict=True):
+                if not values.is_floating_point():
+                    raise TensorDtypeError(self.folder, f"{layer}.{name}", values.dtype, "a floating-point dtype")
+                if values.shape != shape:
+                    raise TensorShapeError(self.folder, f"{layer}.{name}", list(values.shape), list(shape))
+            scale, offset = (values.detach().to("cpu", DECODER_DTYPE, copy=True).contiguous() for values in decoder)
+            check_decoder(scale, offset, layer, width, self.folder)
+            checked[width] = scale, offset
+        return checked
+
+    def _add(self, width: int, name: str, tensor: torch.Tensor) -> None:
+        if name in self._names:
+            raise UnexpectedTensorError(self.folder, name, "a tensor for the second time", "each tensor once")
+        self._names.add(name)
+        while self._buffers and self._buffered.total() + tensor.nbytes > self._shard_bytes:
+            self._flush(self._buffered.most_common(1)[0][0])
+        self._buffers[width][name] = tensor
+        self._buffered[width] += tensor.nbytes
+
+    def _flush(self, width: int) -> None:
+        tensors = self._buffers.pop(width)
+        self._total_size += self._buffered.pop(width)
+        path = self._staging.path / f"{width}-{len(self._written[width])}"
+        save_file(tensors, path, metadata={"format": "pt"})
+        sync_file(path)
+        self._written[width].append(sorted(tensors))
+
+    def _name_shards(self) -> dict[str, str]:
+        """Give the shards their final names, now that their number is known, and return the index's weight_map."""
+        weight_map: dict[str, str] = {}
+        for width, shards in self._written.items():
+            for number, names in enumerate(shards):
+                file = shard_name(width, number + 1, len(shards))
+                os.replace(self._staging.path / f"{width}-{number}", self._staging.path / file)
+                weight_map |= dict.fromkeys(names, file)
+        return dict(sorted(weight_map.items()))
