@@ -1,0 +1,92 @@
+#include "cpu/isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace matquant::cpu {
+namespace {
+
+#ifdef __x86_64__
+// Linux keeps the tile registers from a process until it asks for them.
+bool request_amx_bfloat16() {
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+        return false;
+    }
+    constexpr unsigned int kBfloat16 = 1u << 22;
+    constexpr unsigned int kTile = 1u << 24;
+    constexpr int kArchRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr int kTileData = 18;                   // XFEATURE_XTILEDATA
+    return (edx & kBfloat16) && (edx & kTile) && syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
+}
+#endif
+
+Isa choose_isa() {
+    const std::vector<Isa> isas = available_isas();
+    const char* forced = std::getenv("MATQUANT_CPU_ISA");
+    if (forced == nullptr) {
+        return isas.back();
+    }
+    std::string names;
+    for (const Isa& isa : isas) {
+        if (std::string(forced) == isa.name) {
+            return isa;
+        }
+        names += std::string(names.empty() ? "" : ", ") + isa.name;
+    }
+    STD_TORCH_CHECK(false, "MATQUANT_CPU_ISA: found \"", forced, "\", expected one that this machine has: ", names);
+}
+
+std::string cpu_isa() { return isa_in_use().name; }
+
+std::vector<std::string> cpu_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : available_isas()) {
+        names.push_back(isa.name);
+    }
+    return names;
+}
+
+}  // namespace
+
+std::vector<Isa> available_isas() {
+    std::vector<Isa> isas = {{"scalar", &kScalarKernel, nullptr}};
+#ifdef __x86_64__
+    // Every machine with AVX2 has F16C, which older compilers cannot ask for.
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+        return isas;
+    }
+    isas.push_back({"avx2", &kAvx2Kernel, nullptr});
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
+        return isas;
+    }
+    isas.push_back({"avx512", &kAvx512Kernel, nullptr});
+    if (request_amx_bfloat16()) {
+        isas.push_back({"amx", &kAvx512Kernel, &kAmxKernel});
+    }
+#endif
+    return isas;
+}
+
+const Isa& isa_in_use() {
+    static const Isa isa = choose_isa();
+    return isa;
+}
+
+}  // namespace matquant::cpu
+
+// They take no tensor, so no backend can be read off their arguments.
+STABLE_TORCH_LIBRARY_IMPL(matquant, CompositeExplicitAutograd, m) {
+    m.impl("cpu_isa", TORCH_BOX(&matquant::cpu::cpu_isa));
+    m.impl("cpu_isas", TORCH_BOX(&matquant::cpu::cpu_isas));
+}

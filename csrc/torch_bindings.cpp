@@ -1,0 +1,15 @@
+// The operators' schemas and nothing else; each backend registers its own implementations. What an operator means is
+// said in vllm_matquant/kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(matquant, m) {
+    m.def(
+        "linear(Tensor x, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
+        "int[] output_sizes, int group_size, Tensor? bias) -> Tensor");
+    m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes) -> Tensor");
+    m.def(
+        "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
+        "Tensor? current, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> (Tensor, Tensor)");
+    m.def("cpu_isa() -> str");
+    m.def("cpu_isas() -> str[]");
+}

@@ -1,0 +1,91 @@
+"""Layers with random codes and decoders, and their product computed apart from the package's own reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_matquant.checkpoint.packing import pack_codes
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import layout, ops
+
+# Of the result alone: half a unit in the last place.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+
+
+@dataclass
+class Layer:
+    """A layer: parent codes uint8 [N, K], decoders float16 [widths, N, groups], and both as kernels read them."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    output_sizes: list[int]
+    group_size: int
+    planes: torch.Tensor
+    decoders: torch.Tensor
+
+    def run(self, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None, **changed) -> torch.Tensor:
+        return ops.linear(**(self.arguments(x, widths, bias) | changed))
+
+    def arguments(self, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None) -> dict:
+        return {
+            "x": x,
+            "planes": self.planes,
+            "decoders": self.decoders,
+            "active_width": torch.tensor(widths, dtype=torch.int32),
+            "decoder_widths": list(WIDTHS),
+            "output_sizes": self.output_sizes,
+            "group_size": self.group_size,
+            "bias": bias,
+        }
+
+    def weights(self, widths: Sequence[int], absolute: bool = False) -> np.ndarray:
+        """float64 [N, K]; ``absolute`` for |scale| * code + |offset|, what rounding errors are relative to."""
+        width_of_row = np.repeat(widths, self.output_sizes)
+        decoder = np.searchsorted(WIDTHS, width_of_row)
+        row = np.arange(len(self.codes))
+        group = np.arange(self.codes.shape[1]) // self.group_size
+        scale, offset = (
+            values.double().numpy()[decoder[:, None], row[:, None], group[None, :]]
+            for values in (self.scales, self.offsets)
+        )
+        if absolute:
+            scale, offset = np.abs(scale), np.abs(offset)
+        return scale * (self.codes.numpy().astype(np.int64) >> (8 - width_of_row)[:, None]) + offset
+
+    def check(
+        self, result: torch.Tensor, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None
+    ) -> None:
+        """Compare with the product in float64, to within the rounding of sums in float32 and of the result."""
+        weights = self.weights(widths)
+        inputs = x.double().numpy()
+        expected = inputs @ weights.T
+        magnitude = np.abs(inputs) @ self.weights(widths, absolute=True).T
+        if bias is not None:
+            expected = expected + bias.double().numpy()
+            magnitude = magnitude + np.abs(bias.double().numpy())
+        assert result.dtype == x.dtype
+        assert result.shape == expected.shape
+        # Errors of float32 sums grow as the square root of their length; 8 standard deviations.
+        tolerance = magnitude * 2**-24 * 8 + np.abs(expected) * ROUNDING[x.dtype] + 1e-30
+        error = np.abs(result.double().numpy() - expected)
+        assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
+
+
+def make_layer(output_sizes: Sequence[int], columns: int, group_size: int, seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    rows, groups = sum(output_sizes), -(-columns // group_size)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+    scales = torch.stack([torch.rand(rows, groups, generator=generator) / 2**width for width in WIDTHS]).half()
+    offsets = torch.randn(len(WIDTHS), rows, groups, generator=generator).half()
+    planes = ops.repack_codes(*pack_codes(codes), output_sizes)
+    decoders = layout.repack_decoders(list(scales), list(offsets), output_sizes)
+    return Layer(codes, scales, offsets, list(output_sizes), group_size, planes, decoders)
+
+
+def make_input(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)

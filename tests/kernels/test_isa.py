@@ -1,0 +1,44 @@
+"""Every instruction set that this machine has, forced by the environment variable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_matquant.kernels import ops
+
+
+def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the layers are tiny
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | threads | {"MATQUANT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_list_starts_with_what_every_machine_has():
+    assert ops.cpu_isas()[0] == "scalar"
+
+
+def test_an_unknown_name_is_an_error():
+    result = run("sse9", "-c", "from vllm_matquant.kernels import ops; ops.cpu_isa()")
+    assert result.returncode != 0
+    names = ", ".join(ops.cpu_isas())
+    assert f'MATQUANT_CPU_ISA: found "sse9", expected one that this machine has: {names}' in result.stderr
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ops.cpu_isas() if isa != ops.cpu_isa()])
+def test_linear(isa):
+    """Runs test_linear.py, which starts by looking which instruction set it got."""
+    path = "tests/kernels/test_linear.py"
+    of_every_isa = "not contradicting and not registered and not compiled"
+    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", of_every_isa, path)
+    assert result.returncode == 0, result.stdout[-4000:]

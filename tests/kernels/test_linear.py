@@ -1,0 +1,248 @@
+"""The product on the CPU, for the instruction set in use (test_isa.py runs this file for the others)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.random_layers import make_input, make_layer
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.layout import repack_decoders
+from vllm_matquant.kernels.support import DTYPES
+
+ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 64, 65)
+SHAPES = [  # output_sizes, columns, group size
+    ([1], 8, 8),
+    ([15], 36, 12),
+    ([16], 64, 64),
+    ([33], 9, 4),
+    ([77], 1032, 64),
+    ([16], 130, 32),
+    ([17], 416, 96),
+    ([20], 300, 300),
+    ([48], 7, 512),
+    ([40], 256, 128),
+]
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_the_instruction_set_is_the_fastest_or_the_one_that_is_forced():
+    assert ops.cpu_isa() == os.environ.get("MATQUANT_CPU_ISA", ops.cpu_isas()[-1])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
+def test_product(output_sizes, columns, group_size, width):
+    layer = make_layer(output_sizes, columns, group_size, seed=width)
+    for dtype in DTYPES:
+        inputs = [make_input(rows, columns, dtype, seed=rows) for rows in ROWS]
+        result = torch.cat([layer.run(x, [width]) for x in inputs])
+        layer.check(result, torch.cat(inputs), [width])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [128, 130, 300])
+def test_more_rows_than_a_block(rows, dtype):
+    layer = make_layer([35], 200, 64)
+    x = make_input(rows, 200, dtype)
+    layer.check(layer.run(x, [5]), x, [5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(2, 8, 3), (4, 4, 2), (7, 5, 6), (8, 2, 8)])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_each_partition_has_its_own_width(rows, widths, dtype):
+    layer = make_layer([33, 7, 16], 96, 32)
+    x = make_input(rows, 96, dtype)
+    layer.check(layer.run(x, widths), x, widths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 20])
+def test_bias(rows, dtype):
+    layer = make_layer([18, 5], 64, 32)
+    x, bias = make_input(rows, 64, dtype), make_input(1, 23, dtype, seed=1)[0]
+    layer.check(layer.run(x, [3, 6], bias), x, [3, 6], bias)
+
+
+def test_leading_dimensions_and_strides():
+    layer = make_layer([20], 64, 32)
+    x = make_input(6, 64)
+    flat = layer.run(x, [4])
+    assert torch.equal(layer.run(x.view(2, 3, 64), [4]), flat.view(2, 3, 20))
+    assert torch.equal(layer.run(x[0], [4]), flat[0])
+    assert torch.equal(layer.run(x.t().contiguous().t(), [4]), flat)
+    assert torch.equal(layer.run(torch.cat([x, x], 1)[:, :64], [4]), flat)
+
+
+def test_no_input_features():
+    layer = make_layer([20], 8, 8)
+    empty = {"planes": layer.planes[..., :0], "decoders": layer.decoders[:, :, :0]}
+    bias = make_input(1, 20)[0]
+    result = layer.run(torch.empty(3, 0), [4], bias, **{name: t.contiguous() for name, t in empty.items()})
+    assert torch.equal(result, bias.expand(3, 20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_planes_past_the_active_width_change_nothing(width, dtype):
+    layer = make_layer([40], 264, 64)
+    for rows in (1, 20):
+        x = make_input(rows, 264, dtype)
+        expected = bytes_of(layer.run(x, [width]))
+        poisoned = layer.planes.clone()
+        poisoned[width:] = torch.randint(-(2**63), 2**63 - 1, poisoned[width:].shape)
+        assert bytes_of(layer.run(x, [width], planes=poisoned)) == expected
+        assert bytes_of(layer.run(x, [width], planes=layer.planes[:width].clone())) == expected
+
+
+def test_planes_past_the_active_width_and_memory_past_the_input_are_not_read():
+    """They lie in memory that may not be read: a read of one byte there ends the process."""
+    program = """
+import ctypes, mmap
+import torch
+from tests.kernels.random_layers import make_input, make_layer
+from vllm_matquant.checkpoint.spec import WIDTHS
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def map_memory(size):
+    memory = mmap.mmap(-1, size)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+def forbid(address, size):
+    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) == 0
+
+layer = make_layer([256], 32 * mmap.PAGESIZE // 4096 * 4, 32)
+plane_bytes = layer.planes[0].nbytes
+assert plane_bytes % mmap.PAGESIZE == 0
+memory, address = map_memory(layer.planes.nbytes)
+planes = torch.frombuffer(memory, dtype=torch.int64).view(layer.planes.shape)
+planes.copy_(layer.planes)
+input_memory, input_address = map_memory(17 * mmap.PAGESIZE)
+forbid(input_address + 16 * mmap.PAGESIZE, mmap.PAGESIZE)
+for width in reversed(WIDTHS):
+    if width < 8:
+        forbid(address + width * plane_bytes, (8 - width) * plane_bytes)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 20):
+            values = make_input(rows, layer.codes.shape[1], dtype)
+            begin = 16 * mmap.PAGESIZE - values.nbytes
+            x = torch.frombuffer(input_memory, dtype=dtype, count=values.numel(), offset=begin).view(values.shape)
+            x.copy_(values)
+            assert torch.equal(layer.run(x, [width], planes=planes), layer.run(values, [width]))
+print("read", width)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "read 2\n"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_depend_on_neither_threads_nor_other_rows(dtype):
+    layer = make_layer([150, 70], 384, 64)
+    x = make_input(150, 384, dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(layer.run(x, [3, 6]))
+    finally:
+        torch.set_num_threads(before)
+    assert len({bytes_of(result) for result in results}) == 1
+    for row in (0, 7, 128, 149):
+        assert bytes_of(layer.run(x[row : row + 1], [3, 6])) == bytes_of(results[0][row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_with_nan_leaves_the_others_alone(dtype):
+    layer = make_layer([40], 96, 32)
+    x = make_input(19, 96, dtype)
+    expected = layer.run(x, [4])
+    spoiled = x.clone()
+    spoiled[5] = float("nan")
+    result = layer.run(spoiled, [4])
+    assert result[5].isnan().all()
+    others = torch.arange(19) != 5
+    assert torch.equal(result[others], expected[others])
+
+
+def test_float16_decoders_are_read_exactly():
+    layer = make_layer([16], 8, 8)
+    special = torch.tensor([0.0, 6e-8, 6.1e-5, -6.1e-5, 65504.0, -65504.0, -0.0, 1.0, 1 / 3, 5e-7])
+    layer.offsets[:] = special.repeat(2)[:16].half().view(1, 16, 1)
+    layer.scales[:] = special.flip(0).repeat(2)[:16].half().view(1, 16, 1)
+    layer.decoders = repack_decoders(list(layer.scales), list(layer.offsets), layer.output_sizes)
+    x = torch.eye(8)
+    layer.check(layer.run(x, [8]), x, [8])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x: found dtype Double, expected BFloat16, Half or Float"),
+        ({"x": torch.tensor(1.0)}, "x: found a scalar, expected at least one dimension"),
+        ({"x": torch.zeros(2, 60)}, r"planes: found shape \[8, 4, 16\], expected \[8, 4, 15\]"),
+        ({"planes": torch.zeros(4, 16, dtype=torch.int64)}, "planes: found 2 dimensions, expected 3"),
+        ({"planes": torch.zeros(8, 4, 16, dtype=torch.int32)}, "planes: found dtype Int, expected Long"),
+        ({"planes": torch.zeros(8, 16, 4, dtype=torch.int64).mT}, "planes: found strides .*, expected a contiguous"),
+        ({"decoders": torch.zeros(7, 4, 1, 2, 16).half()}, r"decoders: found shape .*, expected \[7, 4, 2, 2, 16\]"),
+        ({"decoders": torch.zeros(7, 4, 2, 2, 16)}, "decoders: found dtype Float, expected Half"),
+        ({"active_width": torch.tensor([4])}, "active_width: found dtype Long, expected Int"),
+        ({"active_width": torch.tensor([4], dtype=torch.int32)}, r"active_width: found shape \[1\], expected \[2\]"),
+        ({"active_width": torch.tensor([4, 9], dtype=torch.int32)}, "active_width: found 9, expected one of decoder"),
+        ({"active_width": torch.tensor([-1, 4], dtype=torch.int32)}, "active_width: found -1, expected one of decoder"),
+        ({"planes": torch.zeros(3, 4, 16, dtype=torch.int64)}, "active_width: found 4, expected at most .* width 3"),
+        ({"decoder_widths": [1, 2, 3, 4, 5, 6, 7]}, r"decoder_widths: found .*, expected widths in 2\.\.8"),
+        ({"decoder_widths": [2, 3, 4]}, r"decoders: found shape .*, expected \[3, 4, 2, 2, 16\]"),
+        ({"output_sizes": []}, "output_sizes: found none, expected at least one"),
+        ({"output_sizes": [20, 0]}, r"output_sizes: found \[20, 0\], expected positive sizes"),
+        ({"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 16\], expected \[8, 5, 16\]"),
+        ({"group_size": 0}, "group_size: found 0, expected a multiple of 4"),
+        ({"group_size": 30}, "group_size: found 30, expected a multiple of 4 or at least the 64 input features"),
+        ({"bias": torch.zeros(51)}, r"bias: found shape \[51\], expected \[52\]"),
+        ({"bias": torch.zeros(52).half()}, "bias: found dtype Half, expected Float"),
+    ],
+)
+def test_contradicting_arguments(changed, message):
+    layer = make_layer([20, 32], 64, 32)
+    arguments = layer.arguments(make_input(2, 64), [4, 4])
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear(**(arguments | changed))
+
+
+def test_operator_is_registered_soundly():
+    layer = make_layer([20, 32], 64, 32)
+    for bias in (None, make_input(1, 52)[0]):
+        torch.library.opcheck(
+            torch.ops.matquant.linear.default, tuple(layer.arguments(make_input(3, 64), [4, 2], bias).values())
+        )
+
+
+def test_one_compiled_graph_serves_every_width():
+    layer = make_layer([20, 32], 64, 32)
+    x = make_input(3, 64, torch.bfloat16)
+    arguments = layer.arguments(x, [4, 2])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def model(x, active_width):
+        return ops.linear(**(arguments | {"x": x * 2, "active_width": active_width})) + 1
+
+    active = torch.tensor([4, 2], dtype=torch.int32)
+    model(x, active)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for widths in ([8, 8], [2, 3], [5, 7]):
+            active.copy_(torch.tensor(widths))
+            assert torch.equal(model(x, active), layer.run(x * 2, widths) + 1)

@@ -1,0 +1,106 @@
+"""The support table says what was built, and gives the reasons of every refusal."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from tests.kernels.random_layers import make_input, make_layer
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.support import DTYPES, KERNELS, REFERENCE, Request, UnsupportedError, select_kernel
+
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "_loaded", False)
+    monkeypatch.setattr(ops, "LIBRARY", tmp_path / "_C.abi3.so")
+
+
+def test_the_table_lists_what_was_built_and_nothing_else():
+    ops.load_library()
+    built = {
+        device
+        for device, key in DISPATCH_KEYS.items()
+        if torch._C._dispatch_has_kernel_for_dispatch_key("matquant::linear", key)
+    }
+    assert built == {kernel.device_type for kernel in KERNELS if kernel.operator == "linear"}
+
+
+@pytest.mark.parametrize("kernel", [*(k for k in KERNELS if k.device_type == "cpu"), REFERENCE], ids=lambda k: k.name)
+def test_a_kernel_serves_all_that_the_table_says(kernel):
+    columns, group_size = 8 * kernel.group_multiple, 2 * kernel.group_multiple
+    layer = make_layer([20], columns, group_size)
+    for dtype in kernel.dtypes:
+        for width in kernel.widths:
+            x = make_input(3, columns, dtype)
+            layer.check(kernel.linear(**layer.arguments(x, [width])), x, [width])
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.device_type == "cpu"], ids=lambda k: k.name)
+def test_a_kernel_refuses_what_the_table_leaves_out(kernel):
+    for dtype in {torch.float64, torch.int32, *DTYPES} - set(kernel.dtypes):
+        with pytest.raises(RuntimeError, match="x: found dtype"):
+            kernel.linear(**make_layer([20], 8, 8).arguments(make_input(3, 8).to(dtype), [4]))
+    layer = make_layer([20], 8 * kernel.group_multiple, kernel.group_multiple + 1)
+    with pytest.raises(RuntimeError, match="group_size: found"):
+        kernel.linear(**layer.arguments(make_input(3, 8 * kernel.group_multiple), [4]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_is_chosen_where_it_serves(dtype, caplog):
+    assert select_kernel("cpu", dtype, WIDTHS, 4096, 128).name == "cpu"
+    assert select_kernel(torch.device("cpu"), dtype, [4], 30, 30).name == "cpu"
+    assert not caplog.records
+
+
+def test_the_reference_serves_other_devices_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert select_kernel("cuda", torch.bfloat16, WIDTHS, 4096, 128) is REFERENCE
+    assert "cpu: device: found cuda, expected cpu" in caplog.text
+
+
+def test_the_reference_serves_odd_groups(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert select_kernel("cpu", torch.bfloat16, WIDTHS, 90, 30) is REFERENCE
+    assert "cpu: group size: found 30, expected a multiple of 4 or at least the 90 input features" in caplog.text
+
+
+def test_the_reference_serves_without_the_library(no_library, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert select_kernel("cpu", torch.bfloat16, WIDTHS, 4096, 128) is REFERENCE
+    assert ops.BUILD_COMMAND in caplog.text
+
+
+def test_a_refusal_gives_every_reason_of_every_kernel():
+    with pytest.raises(UnsupportedError) as refusal:
+        select_kernel("cuda", torch.float64, (1, 4), 90, 30)
+    lines = str(refusal.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == [*(kernel.name for kernel in KERNELS), "reference"]
+    for reason in ("device: found cuda", "dtype: found torch.float64", "widths: found [1]", "group size: found 30"):
+        assert reason in lines[0]
+    for reason in ("dtype: found torch.float64", "widths: found [1]"):
+        assert reason in lines[-1]
+
+
+def test_can_implement_agrees_with_its_reasons():
+    request = Request("cpu", torch.bfloat16, (2,), 64, 32)
+    assert KERNELS[0].can_implement(request) == (True, [])
+    served, reasons = KERNELS[0].can_implement(Request("cpu", torch.bfloat16, (2,), 64, 0))
+    assert not served
+    assert reasons == ["group size: found 0, expected a multiple of 4 or at least the 64 input features"]
+
+
+def test_a_missing_library_names_the_command_that_builds_it(no_library):
+    with pytest.raises(ops.LibraryError, match=ops.BUILD_COMMAND):
+        ops.cpu_isa()
+
+
+def test_a_broken_library_names_the_command_that_builds_it(no_library):
+    ops.LIBRARY.write_bytes(b"not a library")
+    with pytest.raises(ops.LibraryError, match=f"Could not load this library.*{ops.BUILD_COMMAND}"):
+        ops.cpu_isa()

@@ -1,0 +1,106 @@
+"""The definition of dequantization and of the product in plain PyTorch.
+
+Every kernel is tested against it, and it serves where no kernel does (see :mod:`vllm_matquant.kernels.support`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_matquant.kernels.layout import ceil_div, strip_padding, tile_count, unpack_planes
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, group_size: int | None = None
+) -> torch.Tensor:
+    """``scale * code + offset`` in float32.
+
+    Args:
+        codes: uint8 [out_features, in_features], each of the decoder's width.
+        scale: [out_features, groups].
+        offset: [out_features, groups].
+        group_size: columns that share a decoder, the last group may have fewer; by default in_features / groups.
+
+    Returns:
+        float32 [out_features, in_features].
+
+    Raises:
+        ValueError: the groups do not cover the columns.
+    """
+    in_features, groups = codes.shape[-1], scale.shape[-1]
+    if group_size is None:
+        if in_features % groups:
+            raise ValueError(f"groups: found {groups}, expected a divisor of {in_features} columns or a group_size")
+        group_size = in_features // groups
+    elif ceil_div(in_features, group_size) != groups:
+        raise ValueError(f"groups: found {groups}, expected {in_features} columns / {group_size}, rounded up")
+
+    def per_column(values: torch.Tensor) -> torch.Tensor:
+        return values.float().repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+    return per_column(scale) * codes + per_column(offset)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """The product of ``x`` [..., in_features] and dequantized weights in float32, rounded once to ``x``'s dtype."""
+    return _product(x, dequantize(codes, scale, offset, group_size), bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+@torch.library.custom_op("matquant::reference_linear", mutates_args=())
+def reference_linear(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    decoders: torch.Tensor,
+    active_width: torch.Tensor,
+    decoder_widths: Sequence[int],
+    output_sizes: Sequence[int],
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same as :func:`vllm_matquant.kernels.ops.linear`, on any device.
+
+    It dequantizes the whole weight and waits for the device to read ``active_width``: correct, not fast.
+
+    Raises:
+        ValueError: an active width has no decoder or is more than the resident width.
+    """
+    in_features = x.shape[-1]
+    weights = []
+    tile = 0  # the first of the partition
+    for size, width in zip(output_sizes, active_width.tolist(), strict=True):
+        if width not in decoder_widths or width > len(planes):
+            raise ValueError(f"active_width: found {width}, expected one of {decoder_widths}, at most {len(planes)}")
+        tiles = slice(tile, tile + tile_count([size]))
+        codes = strip_padding(unpack_planes(planes[:, tiles], width, in_features), [size])
+        decoder = decoders[list(decoder_widths).index(width), tiles].permute(2, 0, 3, 1)  # [2, tiles, 16, groups]
+        scale, offset = (strip_padding(values, [size]) for values in decoder)
+        weights.append(dequantize(codes, scale, offset, group_size))
+        tile = tiles.stop
+    return _product(x, torch.cat(weights), bias)
+
+
+@reference_linear.register_fake
+def _(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    decoders: torch.Tensor,
+    active_width: torch.Tensor,
+    decoder_widths: Sequence[int],
+    output_sizes: Sequence[int],
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(output_sizes))
