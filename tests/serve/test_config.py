@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from tests.serve.tiny_models import write_checkpoint
+from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
+from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.serve.config import MatquantConfig, settle_precision
+from vllm_matquant.serve.linear import MatquantLinearMethod
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def config_of(*ignored: str, bits: int = 4) -> MatquantConfig:
+    config = MatquantConfig.from_config(Format(ignored_layers=ignored).to_dict())
+    config.packed_modules_mapping = FUSED
+    config.resolve_precision({"matquant": {"bits": bits}})
+    return config
+
+
+def method_of(config: MatquantConfig, prefix: str, layer_class: type[torch.nn.Module] = LinearBase) -> Any:
+    with set_current_vllm_config(VllmConfig()):
+        return config.get_quant_method(layer_class.__new__(layer_class), prefix)
+
+
+def test_a_fused_layer_is_served_as_its_parts() -> None:
+    method = method_of(config_of(bits=3), "model.layers.0.self_attn.qkv_proj")
+    assert isinstance(method, MatquantLinearMethod)
+    assert method.parts == [f"model.layers.0.self_attn.{part}" for part in FUSED["qkv_proj"]]
+    assert method_of(config_of(), "model.layers.0.mlp.down_proj").parts == ["model.layers.0.mlp.down_proj"]
+
+
+def test_ignored_layers_stay_as_they_are() -> None:
+    config = config_of("a.down_proj", "a.gate_proj", "a.up_proj")
+    assert isinstance(method_of(config, "a.down_proj"), UnquantizedLinearMethod)
+    assert isinstance(method_of(config, "a.gate_up_proj"), UnquantizedLinearMethod)
+    # The names are compared whole.
+    assert isinstance(method_of(config, "aa.down_proj"), MatquantLinearMethod)
+    assert isinstance(method_of(config, "b.a.down_proj"), MatquantLinearMethod)
+
+
+def test_a_fused_layer_cannot_be_ignored_in_part() -> None:
+    with pytest.raises(ConfigError) as error:
+        method_of(config_of("a.k_proj"), "a.qkv_proj")
+    for name in ("a.q_proj", "a.k_proj", "a.v_proj", "a.qkv_proj"):
+        assert name in str(error.value)
+
+
+def test_names_follow_the_models_mapper() -> None:
+    config = config_of("language_model.model.a.down_proj")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
+    assert isinstance(method_of(config, "model.a.down_proj"), UnquantizedLinearMethod)
+
+
+def test_a_draft_has_the_names_of_its_checkpoint() -> None:
+    config = config_of("a.down_proj")
+    assert isinstance(method_of(config, "draft_model.a.down_proj"), UnquantizedLinearMethod)
+    assert method_of(config, "draft_model.a.o_proj").parts == ["a.o_proj"]
+
+
+@pytest.mark.parametrize("layer_class", [VocabParallelEmbedding, ParallelLMHead])
+def test_embeddings_are_not_quantized(layer_class: type[torch.nn.Module]) -> None:
+    assert method_of(config_of(), "lm_head", layer_class) is None
+
+
+def test_mixtures_of_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.experts"):
+        method_of(config_of(), "model.experts", RoutedExperts)
+
+
+def test_config_json_is_checked() -> None:
+    with pytest.raises(VersionError):
+        MatquantConfig.from_config(Format().to_dict() | {"format_version": 2})
+    with pytest.raises(ConfigError, match="group_size"):
+        MatquantConfig.from_config(Format().to_dict() | {"group_size": 12})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    offered = Format(widths=(2, 3, 8), group_size=64)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", "llama", offered)
+
+
+def engine_config(quant_config: Any, load_format: str = "auto", draft: str | None = None, **additional: Any) -> Any:
+    """The part of a VllmConfig that is looked at before the engine starts."""
+    return SimpleNamespace(
+        additional_config=additional,
+        quant_config=quant_config,
+        load_config=SimpleNamespace(load_format=load_format),
+        model_config=SimpleNamespace(quantization=None if quant_config is None else quant_config.get_name()),
+        speculative_config=draft and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=draft)),
+    )
+
+
+def opened(folder: Path) -> MatquantConfig:
+    config = MatquantConfig(Format(widths=(2, 3, 8), group_size=64))
+    config.maybe_update_config(str(folder))
+    return config
+
+
+def test_the_width_becomes_part_of_the_key_of_the_compile_cache(folder: Path) -> None:
+    config = engine_config(opened(folder), other=1)
+    settle_precision(config)
+    assert config.additional_config == {"other": 1, "matquant": {"bits": 8}}
+    config = engine_config(opened(folder), matquant={"bits": 3})
+    settle_precision(config)
+    assert config.additional_config == {"matquant": {"bits": 3}}
+
+
+def test_a_width_that_cannot_be_served_is_refused_before_the_engine_starts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WidthError, match=r"\[2, 3, 8\]"):
+        settle_precision(engine_config(opened(folder), matquant={"bits": 4}))
+    for file in folder.iterdir():
+        if "width8" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    settle_precision(engine_config(opened(tmp_path), matquant={"bits": 3}))
+    with pytest.raises(MissingFileError, match="model-width8"):
+        settle_precision(engine_config(opened(tmp_path), matquant={"bits": 8}))
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "fastsafetensors", "pt", "sharded_state"])
+def test_load_formats_that_do_not_go_through_the_reader_are_refused(folder: Path, load_format: str) -> None:
+    with pytest.raises(ConfigError, match=load_format):
+        settle_precision(engine_config(opened(folder), load_format))
+
+
+def test_bits_for_another_kind_of_model_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="matquant checkpoint"):
+        settle_precision(engine_config(None, matquant={"bits": 3}))
+    settle_precision(engine_config(None))
+    settle_precision(engine_config(None, draft="matquant", matquant={"bits": 3}))

@@ -1,0 +1,131 @@
+"""vLLM serving tiny models, against transformers with the dequantized slices as its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve.tiny_models import VOCABULARY, log_probabilities, reference_model, write_checkpoint
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import Format, shard_width
+
+pytestmark = pytest.mark.slow
+
+RUNNER = Path(__file__).with_name("engine_runs.py")
+TOKENS = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+TOLERANCE = 1e-4
+MODELS: dict[str, tuple[str, Format, dict[str, Any]]] = {
+    # Untied and with biases in every linear layer, so that row-parallel ones have some too.
+    "llama": ("llama", Format(group_size=32), {"attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("qwen3", Format(), {"tie_word_embeddings": True}),  # norms of q and k
+    "qwen2": ("qwen2", Format(group_size="channel", ignored_layers=("lm_head", "model.layers.0.mlp.down_proj")), {}),
+    "rounded": ("llama", Format(group_size=64, slicing="round"), {}),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for seed, (name, (model_type, checkpoint_format, options)) in enumerate(MODELS.items()):
+        write_checkpoint(root / name, model_type, checkpoint_format, seed, **options)
+    return root
+
+
+def at(bits: int | None, **llm: Any) -> dict[str, Any]:
+    return {"llm": llm | ({} if bits is None else {"additional_config": {"matquant": {"bits": bits}}})}
+
+
+def assert_served(result: dict[str, Any], model: Path, widths: Any, switch: int = 0) -> None:
+    """The served log-probabilities are those of the reference at ``widths``."""
+    assert "error" not in result, result["error"]
+    expected = log_probabilities(reference_model(model, widths), TOKENS)
+    torch.testing.assert_close(result["log_probabilities"][switch], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="session")
+def faults(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of the llama checkpoint with one fault each."""
+    root = tmp_path_factory.mktemp("faults")
+    for name in ("garbage past 3", "no 4 to 8"):
+        (root / name).mkdir()
+        for file in (models / "llama").iterdir():
+            if (shard_width(file.name) or 0) <= 3:
+                (root / name / file.name).symlink_to(file)
+            elif name == "garbage past 3":
+                (root / name / file.name).write_bytes(b"not a safetensors file")
+    return root
+
+
+EAGER = [("llama", 2), ("llama", 3), ("llama", 8), ("qwen3", 4), ("qwen3", None), ("qwen2", 5), ("rounded", 3)]
+FAULTY = [("garbage past 3", 3), ("no 4 to 8", None), ("no 4 to 8", 8)]
+THREE = {"q_proj": [3, 3, 3], "o_proj": [3], "gate_proj": [3, 3], "down_proj": [3]}
+MIXED = {"q_proj": [8, 3, 2], "o_proj": [3], "gate_proj": [2, 8], "down_proj": [8]}
+
+
+@pytest.fixture(scope="session")
+def results(models: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
+    """What all engines gave; one process runs them, for the start of a process takes longer than that of an engine."""
+    jobs: dict[Any, dict[str, Any]] = {(name, bits): at(bits) | {"model": str(models / name)} for name, bits in EAGER}
+    jobs |= {(name, bits): at(bits) | {"model": str(faults / name)} for name, bits in FAULTY}
+    llama = {"model": str(models / "llama")}
+    jobs["compiled"] = llama | at(8, enforce_eager=False) | {"decoders": [2, 3, 8], "switch": [THREE, MIXED]}
+    jobs["parallel"] = llama | at(3, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+    folder = tmp_path_factory.mktemp("engines")
+    jobs_path, results_path = folder / "jobs.json", folder / "results.pt"
+    jobs_path.write_text(json.dumps([job | {"tokens": TOKENS} for job in jobs.values()]))
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    command = [sys.executable, str(RUNNER), str(jobs_path), str(results_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return dict(zip(jobs, torch.load(results_path, weights_only=True), strict=True))
+
+
+@pytest.mark.parametrize(("name", "bits"), EAGER)
+def test_log_probabilities(models: Path, results: dict, name: str, bits: int | None) -> None:
+    assert_served(results[name, bits], models / name, bits or 8)
+    # The test would see a wrong width: the next one is further off than the tolerance by far.
+    other = log_probabilities(reference_model(models / name, 7 if bits in (8, None) else bits + 1), TOKENS)
+    assert (results[name, bits]["log_probabilities"][0] - other).abs().max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "bits"), EAGER)
+def test_resident_bytes(models: Path, results: dict, name: str, bits: int | None) -> None:
+    expected = open_checkpoint(models / name).resident_bytes(bits or 8)
+    assert results[name, bits]["resident_bytes"] == results[name, bits]["predicted_bytes"] == [expected]
+
+
+def test_files_of_wider_widths_are_not_read(models: Path, results: dict) -> None:
+    assert_served(results["garbage past 3", 3], models / "llama", 3)
+
+
+def test_a_folder_without_its_last_planes(models: Path, results: dict) -> None:
+    assert_served(results["no 4 to 8", None], models / "llama", 3)
+    refusal = results["no 4 to 8", 8]["error"]
+    assert refusal.startswith("MissingFileError")
+    assert "model-width4" in refusal
+    assert "2, 3 bits" in refusal
+
+
+def test_tensor_parallelism(models: Path, results: dict) -> None:
+    assert_served(results["parallel"], models / "llama", 3)
+    half = open_checkpoint(models / "llama").resident_bytes(3) // 2
+    assert results["parallel"]["resident_bytes"] == results["parallel"]["predicted_bytes"] == [half, half]
+
+
+def test_a_compiled_graph_serves_other_widths_without_a_reload(models: Path, results: dict) -> None:
+    by_layer = {"q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3, "gate_proj": 2, "up_proj": 8, "down_proj": 8}
+    for switch, widths in enumerate([8, 3, by_layer]):
+        assert_served(results["compiled"], models / "llama", widths, switch)

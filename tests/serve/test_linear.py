@@ -1,0 +1,224 @@
+"""The linear method on its own: what it allocates, demands, cuts and computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve.tiny_models import quantize
+from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
+from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
+from vllm_matquant.checkpoint.spec import Format, offset_name, plane_name, scale_name
+from vllm_matquant.kernels import reference
+from vllm_matquant.serve.linear import MatquantLinearMethod, predicted_bytes, resident_bytes
+from vllm_matquant.serve.precision import LayerPrecision, Precision
+
+PARTS = ("a.q_proj", "a.k_proj", "a.v_proj")
+SIZES = (40, 16, 9)
+COLUMNS = 96
+
+
+@pytest.fixture(autouse=True)
+def _single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
+
+
+class Widths(Precision):
+    """A precision with its own width for each partition."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(max(widths))
+        object.__setattr__(self, "widths", widths)
+
+    def of_layer(self, partitions: int) -> LayerPrecision:
+        return LayerPrecision(self.widths)
+
+
+def store(param: Any, loaded: torch.Tensor, shard_id: Any = None, sizes: Sequence[int] = SIZES) -> None:
+    """A loader such as vLLM's: copies a part of a fused layer to its rows."""
+    if shard_id is None:
+        param.data.copy_(loaded)
+        return
+    part = "qkv".index(shard_id) if isinstance(shard_id, str) else shard_id
+    first = sum(sizes[:part])
+    param.data[first : first + sizes[part]].copy_(loaded)
+
+
+def new_layer(
+    checkpoint_format: Format, precision: Precision, parts: Sequence[str] = PARTS, sizes: Sequence[int] = SIZES,
+    columns: int = COLUMNS, ranks: int = 1,
+) -> torch.nn.Module:  # fmt: skip
+    layer = torch.nn.Module()
+    layer.quant_method = MatquantLinearMethod(checkpoint_format, precision, list(parts))
+    layer.quant_method.create_weights(
+        layer, columns // ranks, list(sizes), columns, sum(sizes), torch.float32, weight_loader=store
+    )
+    return layer
+
+
+class Source:
+    """The tensors on disk of a layer's parts, and their weights at each width."""
+
+    def __init__(self, checkpoint_format: Format, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        group_size = checkpoint_format.group_size_of(COLUMNS, "a")
+        self.format = checkpoint_format
+        self.parts = [
+            quantize(torch.randn(size, COLUMNS, generator=generator), group_size, checkpoint_format) for size in SIZES
+        ]
+
+    def tensors(self, part: int) -> dict[str, torch.Tensor]:
+        codes, decoders = self.parts[part]
+        base, planes = pack_codes(codes)
+        tensors = {"weight_base": base} | {plane_name(3 + i): plane for i, plane in enumerate(planes)}
+        for width, (scale, offset) in decoders.items():
+            tensors |= {scale_name(width): scale.half(), offset_name(width): offset.half()}
+        return tensors
+
+    def weight(self, part: int, width: int) -> torch.Tensor:
+        codes, decoders = self.parts[part]
+        scale, offset = (values.half() for values in decoders[width])
+        return reference.dequantize(slice_codes(codes, 8, width, self.format.slicing), scale, offset)
+
+    def load(self, layer: torch.nn.Module, without: tuple[str, int] | None = None) -> None:
+        for name, param in list(layer.named_parameters()):
+            for part in range(len(SIZES)):
+                if (name, part) != without:
+                    param.weight_loader(param, self.tensors(part)[name], "qkv"[part])
+
+
+@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize("group_size", [32, 48, "auto", "channel"])
+@pytest.mark.parametrize("width", range(2, 9))
+def test_product(width: int, group_size: Any, slicing: Any) -> None:
+    source = Source(Format(group_size=group_size, slicing=slicing), seed=width)
+    layer = new_layer(source.format, Precision(width))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+
+    weight = torch.cat([source.weight(part, width) for part in range(3)])
+    x, bias = torch.randn(2, 5, COLUMNS), torch.randn(sum(SIZES))
+    for added in (None, bias):
+        expected = torch.nn.functional.linear(x, weight, added)
+        torch.testing.assert_close(layer.quant_method.apply(layer, x, added), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize("width", range(2, 9))
+def test_nothing_past_the_resident_width_is_allocated(width: int, slicing: Any) -> None:
+    source = Source(Format(slicing=slicing, group_size=32))
+    layer = new_layer(source.format, Precision(width))
+    stored = width if slicing == "truncate" else min(width + 1, 8)
+    expected = {"weight_base", scale_name(width), offset_name(width)} | {plane_name(w) for w in range(3, stored + 1)}
+    assert {name for name, _ in layer.named_parameters()} == expected
+
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"planes", "decoders"}
+    assert layer.planes.shape[0] == width
+    assert layer.decoders.shape[0] == 1
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+def test_resident_bytes_are_those_of_the_format_where_rows_fill_the_tiles(width: int) -> None:
+    sizes, checkpoint_format = (64, 16, 32), Format(group_size=32)
+    layer = new_layer(checkpoint_format, Precision(width), sizes=sizes)
+    for param in list(layer.parameters()):
+        param.weight_loader(param, torch.zeros_like(param.data))
+    layer.quant_method.process_weights_after_loading(layer)
+    by_hand = 112 * 96 * width // 8 + 2 * 2 * 112 * 3
+    assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("name", ["weight_base", "weight_plane3", "weight_plane4", "weight_scale4", "weight_offset4"])
+def test_a_tensor_that_did_not_come_is_named(name: str, part: int) -> None:
+    source = Source(Format(group_size=32))
+    layer = new_layer(source.format, Precision(4))
+    source.load(layer, without=(name, part))
+    with pytest.raises(MissingTensorError) as error:
+        layer.quant_method.process_weights_after_loading(layer)
+    assert PARTS[part] in str(error.value)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("shards", [[None], [0, 1, 2], [(0, 1), 2], [(0, 1, 2)]])
+def test_parts_come_whole_or_one_by_one(shards: list[Any]) -> None:
+    layer = torch.nn.Module()
+    method = MatquantLinearMethod(Format(group_size=32), Precision(2), PARTS)
+    method.create_weights(
+        layer, COLUMNS, list(SIZES), COLUMNS, sum(SIZES), torch.float32, weight_loader=lambda *args: None
+    )
+    for param in layer.parameters():
+        for shard in shards:
+            param.weight_loader(param, param.data, shard)
+    method.process_weights_after_loading(layer)
+
+
+def test_a_layer_that_is_fused_in_the_checkpoint_already() -> None:
+    layer = new_layer(Format(group_size=32), Precision(3), parts=["a.qkv_proj"])
+    for name, param in layer.named_parameters():
+        if name != "weight_plane3":
+            param.weight_loader(param, torch.zeros_like(param.data))
+    with pytest.raises(MissingTensorError, match=r"a\.qkv_proj: weight_plane3"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "columns", "ranks", "expected"),
+    [(128, 256, 4, "128"), ("auto", 192, 2, "64"), (32, 96, 2, "32"), ("channel", 24, 2, "8")],
+)
+def test_tensor_parallelism_must_not_cut_a_group_or_a_byte(
+    group_size: Any, columns: int, ranks: int, expected: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        new_layer(Format(group_size=group_size), Precision(3), ["a.down_proj"], [16], columns, ranks)
+    found = (
+        "a.down_proj",
+        f"size {ranks}",
+        f"{columns} input features",
+        str(columns // ranks),
+        f"multiple of {expected}",
+    )
+    for text in found:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(("group_size", "columns", "groups"), [(32, 128, 2), ("auto", 256, 1), ("channel", 128, 1)])
+def test_shapes_of_a_ranks_cut(group_size: Any, columns: int, groups: int) -> None:
+    layer = new_layer(Format(group_size=group_size), Precision(3), ["a.down_proj"], [16], columns, ranks=2)
+    shapes = {name: tuple(param.shape) for name, param in layer.named_parameters()}
+    assert shapes == {
+        "weight_base": (16, columns // 8),
+        "weight_plane3": (16, columns // 16),
+        "weight_scale3": (16, groups),
+        "weight_offset3": (16, groups),
+    }
+
+
+def test_each_partition_runs_at_a_width_of_its_own_and_switches() -> None:
+    source = Source(Format(group_size=32))
+    layer = new_layer(source.format, Widths(3, 8, 2))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, COLUMNS)
+    compiled = torch.compile(layer.quant_method.apply, fullgraph=True, backend="eager")
+    for widths in [(3, 8, 2), (8, 8, 8), (2, 3, 8)]:
+        layer.active_width.copy_(torch.tensor(widths, dtype=torch.int32))
+        weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
+        expected = torch.nn.functional.linear(x, weight)
+        torch.testing.assert_close(compiled(layer, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_width_without_a_decoder_in_memory_is_refused() -> None:
+    source = Source(Format(group_size=32))
+    layer = new_layer(source.format, Precision(4))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    layer.active_width.fill_(3)
+    with pytest.raises(RuntimeError, match="active_width"):
+        layer.quant_method.apply(layer, torch.randn(1, COLUMNS))

@@ -1,0 +1,131 @@
+"""Which files are fetched and read; the engine tests show that what is read is enough."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from tests.serve.tiny_models import write_checkpoint
+from vllm_matquant.checkpoint.errors import CheckpointError
+from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.plugin import register
+from vllm_matquant.serve import loader as loader_module
+from vllm_matquant.serve.config import MatquantConfig
+from vllm_matquant.serve.loader import LOAD_FORMATS, MatquantModelLoader
+
+register()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", "llama", Format(group_size=64))
+
+
+class Hub:
+    """A hub that holds one model, as far as the loader uses one."""
+
+    def __init__(self, model: Path, cache: Path) -> None:
+        self.model, self.cache = model, cache
+        self.fetched: list[str] = []
+
+    def snapshot_download(self, name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        for file in self.model.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                (self.cache / file.name).symlink_to(file)
+                self.fetched.append(file.name)
+        return str(self.cache)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, model: str, checkpoint_format: Format, bits: int) -> dict[str, torch.Tensor]:
+    """The tensors that vLLM's loading of a model would be handed."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        module = torch.nn.Module()
+        seen.update(self.get_all_weights(model_config, module))
+        return module
+
+    monkeypatch.setattr(DefaultModelLoader, "load_model", load_model)
+    quant_config = MatquantConfig(checkpoint_format)
+    quant_config.maybe_update_config(model)
+    config = SimpleNamespace(quant_config=quant_config, additional_config={"matquant": {"bits": bits}})
+    model_config = SimpleNamespace(model=model, revision=None, quantization="matquant")
+    get_model_loader(LoadConfig()).load_model(config, model_config)
+    return seen
+
+
+@pytest.mark.parametrize("bits", [2, 3, 7, 8])
+def test_only_files_of_the_width_are_fetched_from_a_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    hub = Hub(folder, tmp_path)
+    monkeypatch.setattr(loader_module, "hf_api", lambda: hub)
+    tensors = load(monkeypatch, "someone/model", Format(group_size=64), bits)
+    shards = {width for name in hub.fetched if (width := shard_width(name)) is not None}
+    assert shards == set(range(2, bits + 1))
+    assert {"config.json", "model.safetensors.index.json"} <= set(hub.fetched)
+    down = {name for name in tensors if name.startswith("model.layers.1.mlp.down_proj.")}
+    suffixes = ["base", *(f"plane{width}" for width in range(3, bits + 1)), f"scale{bits}", f"offset{bits}"]
+    assert down == {f"model.layers.1.mlp.down_proj.weight_{suffix}" for suffix in suffixes}
+    assert "model.embed_tokens.weight" in tensors
+
+
+def test_files_of_other_widths_are_not_opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in folder.iterdir():
+        width = shard_width(file.name)
+        if width is not None and width > 3:
+            (tmp_path / file.name).write_bytes(b"not a safetensors file")
+        else:
+            (tmp_path / file.name).symlink_to(file)
+    assert load(monkeypatch, str(tmp_path), Format(group_size=64), 3)
+    with pytest.raises(CheckpointError, match="model-width4"):
+        load(monkeypatch, str(tmp_path), Format(group_size=64), 4)
+
+
+def test_a_faulty_download_is_refused_before_the_model_is_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty, cache = tmp_path / "faulty", tmp_path / "cache"
+    faulty.mkdir()
+    cache.mkdir()
+    for file in folder.iterdir():
+        (faulty / file.name).write_bytes(file.read_bytes()[: -1 if "width3" in file.name else None])
+    monkeypatch.setattr(loader_module, "hf_api", lambda: Hub(faulty, cache))
+    made: list[Any] = []
+    monkeypatch.setattr(DefaultModelLoader, "load_model", lambda *args: made.append(args))
+    config = SimpleNamespace(
+        quant_config=MatquantConfig(Format(group_size=64)), additional_config={"matquant": {"bits": 3}}
+    )
+    with pytest.raises(CheckpointError, match="model-width3"):
+        MatquantModelLoader(LoadConfig()).load_model(
+            config, SimpleNamespace(model="someone/model", revision=None, quantization="matquant")
+        )
+    assert not made
+
+
+@pytest.mark.parametrize("load_format", LOAD_FORMATS)
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_other_models_are_left_to_vllm(
+    load_format: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = get_model_loader(LoadConfig(load_format=load_format))
+    assert isinstance(loader, MatquantModelLoader)
+    monkeypatch.setattr(DefaultModelLoader, "load_model", lambda *args: "vLLM's model")
+    monkeypatch.setattr(DefaultModelLoader, "get_all_weights", lambda *args: iter([("vLLM's", "weights")]))
+    model_config = SimpleNamespace(quantization=quantization)
+    assert loader.load_model(None, model_config) == "vLLM's model"
+    assert list(loader.get_all_weights(model_config, torch.nn.Module())) == [("vLLM's", "weights")]
+
+
+def test_reloading_in_place_is_refused() -> None:
+    loader = MatquantModelLoader(LoadConfig())
+    with pytest.raises(RuntimeError, match="reloaded"):
+        next(loader.get_all_weights(SimpleNamespace(quantization="matquant", model="m"), torch.nn.Module()))

@@ -1,0 +1,107 @@
+"""Tiny random models, quantized by rounding to nearest, and what transformers computes with their slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
+from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.kernels import reference
+
+VOCABULARY = 128
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(model_type: str, seed: int, **overrides: object) -> torch.nn.Module:
+    """A causal language model whose every parameter, biases and norms too, is random."""
+    config = AutoConfig.for_model(model_type, **(_SHAPE | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
+    return model
+
+
+def quantize(
+    weight: torch.Tensor, group_size: int, checkpoint_format: Format
+) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Min-max codes [N, K], and for each width the decoder that decodes a slice to the middle of its interval."""
+    groups = weight.unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    step = (high - low) / (2**PARENT_BITS - 1)
+    codes = ((groups - low[..., None]) / step[..., None]).round().to(torch.uint8).flatten(1)
+    decoders = {}
+    for width in checkpoint_format.widths:
+        merged = 2 ** (PARENT_BITS - width)
+        middle = (merged - 1) / 2 if checkpoint_format.slicing == "truncate" else 0.0
+        decoders[width] = (step * merged, low + step * middle)
+    return codes, decoders
+
+
+def write_checkpoint(
+    folder: Path, model_type: str, checkpoint_format: Format, seed: int = 0, **overrides: object
+) -> Path:
+    """Quantize the linear layers of a random model, but for those that the format ignores, and write a checkpoint."""
+    model = random_model(model_type, seed, **overrides)
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in checkpoint_format.ignored_layers
+    }
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    with CheckpointWriter(folder, checkpoint_format) as writer:
+        for name, tensor in model.state_dict().items():
+            layer = name.removesuffix(".weight")
+            if layer in linears:
+                group_size = checkpoint_format.group_size_of(tensor.shape[1], layer)
+                writer.add_layer(layer, *quantize(tensor, group_size, checkpoint_format))
+            elif name not in tied:
+                writer.add_tensor(name, tensor)
+        writer.finish(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    return folder
+
+
+def reference_model(folder: Path, widths: int | dict[str, int]) -> torch.nn.Module:
+    """transformers' own model with the dequantized slices of a checkpoint as its weights.
+
+    Args:
+        folder: the checkpoint.
+        widths: the width of every layer, or the width of a layer by a part of its name, which all layers must have.
+    """
+    checkpoint = open_checkpoint(folder)
+    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    model_type = fields.pop("model_type")
+    config = AutoConfig.for_model(model_type, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    weights = dict(checkpoint.unquantized())
+    for layer in checkpoint.layers:
+        width = widths if isinstance(widths, int) else next(w for part, w in widths.items() if part in layer)
+        codes = checkpoint.codes(layer, width)
+        weights[f"{layer}.weight"] = reference.dequantize(codes, *checkpoint.decoder(layer, width))
+    loaded = model.load_state_dict(weights, strict=False)
+    missing = set(loaded.missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if missing or loaded.unexpected_keys:
+        raise RuntimeError(f"{folder}: missing {missing}, unexpected {loaded.unexpected_keys}")
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary after each token but the last: [len(tokens) - 1, vocabulary]."""
+    return model(torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)

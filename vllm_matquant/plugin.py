@@ -1,0 +1,89 @@
+"""What vLLM's plugin loader calls: registration of the quantization method and of the ``--bits`` argument.
+
+vLLM has no hook for a plugin's own argument, and none between the making of its configuration and the start of the
+engine, so two methods of EngineArgs are wrapped. The wrappers change nothing for models that are not matquant's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
+
+_BITS_HELP = (
+    f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them. "
+    "Only the files that hold these bits are read, and only these bits take memory. Without this argument: the most "
+    'bits that the checkpoint offers. Short for --additional-config \'{"matquant": {"bits": N}}\'; where both are '
+    "given, the later one holds."
+)
+
+
+@functools.cache
+def register() -> None:
+    """Make matquant known to vLLM in this process; a second call does nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_matquant.serve.config import MatquantConfig
+    from vllm_matquant.serve.loader import LOAD_FORMATS, MatquantModelLoader
+
+    register_quantization_config(QUANT_METHOD)(MatquantConfig)
+    for load_format in LOAD_FORMATS:
+        # Not through register_model_loader: it warns of each format that it replaces, in every process.
+        model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = MatquantModelLoader
+    EngineArgs.add_cli_args = staticmethod(_with_bits_argument(EngineArgs.add_cli_args))
+    EngineArgs.create_engine_config = _with_settled_precision(EngineArgs.create_engine_config)
+
+
+def _with_bits_argument(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(add_cli_args)
+    def wrapper(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(title="Matquant", description="Checkpoints of every width from 2 to 8 bits.")
+        group.add_argument(
+            "--bits", type=int, choices=WIDTHS, action=_StoreBits, default=argparse.SUPPRESS, help=_BITS_HELP
+        )
+        parser._option_string_actions["--additional-config"].__class__ = _StoreAdditionalConfig
+        return parser
+
+    return wrapper
+
+
+def _with_settled_precision(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_matquant.serve.config import settle_precision
+
+    @functools.wraps(create_engine_config)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        settle_precision(vllm_config)
+        return vllm_config
+
+    return wrapper
+
+
+class _StoreAdditionalConfig(argparse._StoreAction):
+    """Stores ``--additional-config`` on top of what ``--bits`` has set, whichever comes first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        earlier, later = (_settings(config) for config in (namespace.additional_config, values))
+        if earlier and later is not None:
+            values = {**values, QUANT_METHOD: {**earlier, **later}}
+        setattr(namespace, self.dest, values)
+
+
+class _StoreBits(argparse.Action):
+    """Stores ``--bits`` where vLLM hands it on to every process and counts it in the key of its compile cache."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        config = namespace.additional_config
+        namespace.additional_config = {**config, QUANT_METHOD: {**(_settings(config) or {}), "bits": values}}
+
+
+def _settings(additional_config: Any) -> dict[str, Any] | None:
+    """The plugin's settings as far as they are well formed; the engine's start refuses the others."""
+    settings = additional_config.get(QUANT_METHOD, {}) if isinstance(additional_config, Mapping) else None
+    return settings if isinstance(settings, dict) else None

@@ -1,0 +1,142 @@
+"""The quantization config that vLLM makes from a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, QUANT_METHOD, Format
+from vllm_matquant.serve import precision
+from vllm_matquant.serve.linear import MatquantLinearMethod
+from vllm_matquant.serve.loader import LOAD_FORMATS
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
+
+# vLLM names the layers of a speculative draft with this prefix; the draft's checkpoint does not.
+_DRAFT_PREFIX = "draft_model."
+
+
+class MatquantConfig(QuantizationConfig):
+    """What vLLM knows of a matquant checkpoint while it builds a model.
+
+    Attributes:
+        format: the checkpoint's format, from ``quantization_config``.
+        folder: the checkpoint's folder, None while it is not on this machine.
+        precision: the widths to serve, None until they are resolved.
+    """
+
+    def __init__(self, checkpoint_format: Format) -> None:
+        super().__init__()
+        self.format = checkpoint_format
+        self.folder: Path | None = None
+        self.precision: precision.Precision | None = None
+        self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return [CONFIG_FILE]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MatquantConfig:
+        return cls(Format.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        folder = Path(model_name)
+        if folder.is_dir():
+            self.folder = folder
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ignored_layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.ignored_layers)))
+
+    def resolve_precision(self, additional_config: Any) -> precision.Precision:
+        """The widths to serve; the first call checks them against the checkpoint.
+
+        Raises:
+            CheckpointError: the settings are wrong or the checkpoint cannot serve them.
+        """
+        if self.precision is None:
+            bits = precision.requested_bits(additional_config)
+            self.precision = precision.resolve(bits, self.format, self.folder)
+            if bits is None:
+                logger.info(
+                    "No --bits given: serving at %d bits, the widest of the offered widths %s that %s holds",
+                    self.precision.bits,
+                    list(self.format.widths),
+                    self.folder or "the checkpoint",
+                )
+        return self.precision
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            raise ConfigError(prefix, "layer", "a mixture of experts", "linear layers only")
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = self._parts(prefix)
+        ignored = [part for part in parts if part in self.ignored_layers]
+        if len(ignored) == len(parts):
+            return UnquantizedLinearMethod()
+        if ignored:
+            raise ConfigError(
+                CONFIG_FILE,
+                "quantization_config.ignored_layers",
+                ignored,
+                f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
+            )
+        return MatquantLinearMethod(
+            self.format, self.resolve_precision(get_current_vllm_config().additional_config), parts
+        )
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the layers that vLLM fuses into the layer ``prefix``."""
+        parent, dot, name = prefix.removeprefix(_DRAFT_PREFIX).rpartition(".")
+        names: Iterable[str] = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}{dot}{part}" for part in names]
+
+
+def settle_precision(vllm_config: Any) -> None:
+    """Check the settings of a vLLM configuration before any process of the engine starts, and make the bits explicit.
+
+    vLLM's compile cache is keyed by additional_config but not by the quantization config: a width that was chosen by
+    default must not share a key with another one.
+
+    Raises:
+        CheckpointError: the settings are wrong, or the checkpoint cannot serve them.
+    """
+    bits = precision.requested_bits(vllm_config.additional_config)
+    quant_config = vllm_config.quant_config
+    if isinstance(quant_config, MatquantConfig):
+        load_format = vllm_config.load_config.load_format
+        if load_format not in LOAD_FORMATS:
+            raise ConfigError("load_config", "load_format", load_format, f"one of {list(LOAD_FORMATS)}")
+        settled = quant_config.resolve_precision(vllm_config.additional_config)
+        vllm_config.additional_config = precision.with_bits(vllm_config.additional_config, settled.bits)
+    elif bits is not None and not _has_matquant_draft(vllm_config):
+        found = f"{bits} for a model whose quantization is {vllm_config.model_config.quantization}"
+        raise ConfigError("additional_config", "matquant.bits", found, f"no bits, or a {QUANT_METHOD} checkpoint")
+
+
+def _has_matquant_draft(vllm_config: Any) -> bool:
+    speculation = vllm_config.speculative_config
+    draft = speculation.draft_model_config if speculation is not None else None
+    return draft is not None and draft.quantization == QUANT_METHOD
