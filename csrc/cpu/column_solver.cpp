@@ -44,7 +44,7 @@ using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 struct Problem {
     int64_t widths, columns, rows, groups;  // rows counts all rows, padded to kLanes
     int64_t begin, end;                     // the block's columns
-    const float* copies;                    // [widths, columns, rows]
+    const float* copies;                    // [columns, widths, rows]
     const float* scales;                    // [widths, groups, rows]
     const float* offsets;                   // [widths, groups, rows]
     const int32_t* group_of_column;         // [columns]
@@ -55,7 +55,7 @@ struct Problem {
     bool mean_error;         // MatGPTQ: one error, the mean over widths, for every copy
     std::array<int8_t, kParents> first_changed;
     uint8_t* codes;  // [end - begin, rows]
-    float* errors;   // [widths, end - begin, rows]
+    float* errors;   // [end - begin, widths, rows]
 };
 
 // For each parent the first width whose slice differs from the previous parent's; `widths` if none does.
@@ -79,7 +79,7 @@ void solve_lanes(const Problem& p, int64_t row, float* scratch) {
     auto* copies = reinterpret_cast<UnalignedFloats*>(scratch);
     for (int64_t r = 0; r < p.widths; ++r) {
         for (int64_t j = 0; j < block; ++j) {
-            copies[r * block + j] = *lanes(p.copies + (r * p.columns + p.begin + j) * p.rows + row);
+            copies[r * block + j] = *lanes(p.copies + ((p.begin + j) * p.widths + r) * p.rows + row);
         }
     }
 
@@ -126,7 +126,7 @@ void solve_lanes(const Problem& p, int64_t row, float* scratch) {
         }
         for (int64_t r = 0; r < p.widths; ++r) {
             if (p.mean_error) error[r] = mean;
-            *reinterpret_cast<UnalignedFloats*>(p.errors + (r * block + j) * p.rows + row) = error[r];
+            *reinterpret_cast<UnalignedFloats*>(p.errors + (j * p.widths + r) * p.rows + row) = error[r];
             for (int64_t later = j + 1; later < block; ++later) {
                 copies[r * block + later] -= error[r] * coupling[p.begin + later];
             }
@@ -140,13 +140,13 @@ std::tuple<Tensor, Tensor> solve_columns(const Tensor& copies, const Tensor& sca
                                          const Tensor& lambdas, bool mean_error, int64_t begin, int64_t end) {
     STD_TORCH_CHECK(copies.dim() == 3, "copies: found ", copies.dim(), " dimensions, expected 3");
     STD_TORCH_CHECK(scales.dim() == 3, "scales: found ", scales.dim(), " dimensions, expected 3");
-    const int64_t widths = copies.size(0), columns = copies.size(1), rows = copies.size(2), groups = scales.size(1);
+    const int64_t columns = copies.size(0), widths = copies.size(1), rows = copies.size(2), groups = scales.size(1);
     STD_TORCH_CHECK(widths >= 1 && widths <= kMaxWidths, "copies: found ", widths, " widths, expected 1 to ",
                     kMaxWidths);
     STD_TORCH_CHECK(rows % kLanes == 0, "copies: found ", rows, " rows, expected a multiple of ", kLanes);
     STD_TORCH_CHECK(0 <= begin && begin < end && end <= columns, "block: found columns ", begin, " to ", end,
                     ", expected a range within ", columns);
-    check_tensor("copies", copies, ScalarType::Float, {widths, columns, rows});
+    check_tensor("copies", copies, ScalarType::Float, {columns, widths, rows});
     check_tensor("scales", scales, ScalarType::Float, {widths, groups, rows});
     check_tensor("offsets", offsets, ScalarType::Float, {widths, groups, rows});
     check_tensor("group_of_column", group_of_column, ScalarType::Int, {columns});
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> solve_columns(const Tensor& copies, const Tensor& sca
     }
 
     Tensor codes = torch::stable::empty({end - begin, rows}, ScalarType::Byte);
-    Tensor errors = torch::stable::empty({widths, end - begin, rows}, ScalarType::Float);
+    Tensor errors = torch::stable::empty({end - begin, widths, rows}, ScalarType::Float);
     const uint8_t* slice_data = slices.const_data_ptr<uint8_t>();
     const Problem problem{widths,
                           columns,

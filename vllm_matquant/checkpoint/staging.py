@@ -7,6 +7,7 @@ files that it does not describe.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -56,6 +57,7 @@ class Staging:
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
         _check_output(folder, overwrite)
         self.folder = folder
+        self._made_folder = not folder.exists()
         self.path = folder / STAGING_FOLDER
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
@@ -100,6 +102,9 @@ class Staging:
         """Remove what was not published."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # it holds what was published
+                self.folder.rmdir()
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:

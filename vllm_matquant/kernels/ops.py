@@ -131,7 +131,8 @@ def solve_columns(
     ``coupling[column, column]`` or, with ``current``, the change from the decoded weight of the current code.
 
     Args:
-        copies: float32 [widths, columns, rows], the value wanted for each weight at each width; rows is a multiple of 16.
+        copies: float32 [columns, widths, rows], the value wanted for each weight at each width; rows is a multiple
+            of 16.
         scales, offsets: float32 [widths, groups, rows].
         group_of_column: int32 [columns].
         coupling: float32 [columns, columns].
@@ -141,7 +142,7 @@ def solve_columns(
         mean_error: feed the widths' mean error back into every copy instead of each its own.
 
     Returns:
-        Codes, uint8 [end - begin, rows], and errors, float32 [widths, end - begin, rows].
+        Codes, uint8 [end - begin, rows], and errors, float32 [end - begin, widths, rows].
 
     Raises:
         RuntimeError: an argument contradicts another.

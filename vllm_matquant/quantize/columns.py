@@ -1,0 +1,164 @@
+"""The choice of codes: passes over the columns of a layer, for all widths at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.kernels import ops
+from vllm_matquant.quantize.decoders import Decoder, slice_table
+
+_BLOCK = 128  # columns between two updates of the others; 7 copies of 16 rows fit the second-level cache
+_LANES = 16  # rows are padded to what the C++ op takes at a time
+_SCRATCH_BYTES = 512 * 2**20
+
+
+def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """The Hessian with ``damping`` times the mean of its diagonal added to the diagonal (GPTQ, section 3.3).
+
+    Raises:
+        ValueError: the Hessian is not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the Hessian holds values that are not finite")
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
+    return damped
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse (GPTQ, arXiv 2210.17323, section 3.3).
+
+    Args:
+        hessian: float32 [in_features, in_features], positive definite.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+
+
+@dataclass(frozen=True)
+class ColumnSolver:
+    """Chooses parent codes column after column, for the decoders of all widths at once.
+
+    Attributes:
+        widths: ascending.
+        lambdas: weight of each width in the choice of a code.
+        slicing: what a width reads of a parent.
+        mean_error: feed the mean of the widths' errors back into every width's copy of the weights, as MatGPTQ does
+            (arXiv 2602.03537), instead of each width's own into its own.
+    """
+
+    widths: Sequence[int]
+    lambdas: Sequence[float]
+    slicing: Slicing = "truncate"
+    mean_error: bool = False
+
+    def gptq(
+        self, weight: torch.Tensor, factor: torch.Tensor, decoders: Sequence[Decoder], order: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One pass of GPTQ (arXiv 2210.17323, algorithm 1): what a column leaves of error, later columns make up for.
+
+        Args:
+            weight: float32 [out_features, in_features].
+            factor: float32 [in_features, in_features] from :func:`inverse_factor`, of the Hessian in ``order``.
+            decoders: one for each width.
+            order: int64 [in_features], the order in which columns are visited; left to right by default.
+
+        Returns:
+            uint8 [out_features, in_features]: parent codes.
+        """
+        if order is None:
+            order = torch.arange(weight.shape[1])
+
+        def wanted(rows: slice) -> torch.Tensor:
+            return weight[rows].expand(len(self.widths), -1, -1)
+
+        return self._run(wanted, factor, decoders, order, None)
+
+    def descend(
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        decoders: Sequence[Decoder],
+        codes: torch.Tensor,
+        order: torch.Tensor,
+    ) -> torch.Tensor:
+        """One sweep of coordinate descent on ``sum_r lambda_r tr(E_r H E_r^T)``, E_r the error of width r.
+
+        With all other weights fixed, the objective in one column is quadratic around a value that follows from the
+        gradient, so its exact minimum over the parents is the same choice that GPTQ makes.
+
+        Args:
+            hessian: float32 [in_features, in_features] with a positive diagonal.
+            codes: uint8 [out_features, in_features], where to start from.
+            order: as for :meth:`gptq`.
+
+        Returns:
+            uint8 [out_features, in_features]: parent codes, no worse than ``codes``.
+        """
+        diagonal = hessian.diagonal()
+        coupling = (hessian / diagonal)[order][:, order].fill_diagonal_(0)
+
+        def wanted(rows: slice) -> torch.Tensor:
+            decoded = torch.stack(
+                [
+                    decoder[rows].decode(slice_codes(codes[rows], PARENT_BITS, width, self.slicing))
+                    for decoder, width in zip(decoders, self.widths, strict=True)
+                ]
+            )
+            return decoded + (weight[rows] - decoded) @ hessian / diagonal
+
+        return self._run(wanted, coupling, decoders, order, codes)
+
+    def _run(
+        self,
+        wanted: Callable[[slice], torch.Tensor],
+        coupling: torch.Tensor,
+        decoders: Sequence[Decoder],
+        order: torch.Tensor,
+        current: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rows, groups = decoders[0].scale.shape
+        columns = len(order)
+        group_of_column = (order // (columns // groups)).to(torch.int32)
+        slices = slice_table(self.widths, self.slicing)
+        lambdas = torch.tensor(self.lambdas, dtype=torch.float32)
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        chunk = max(_LANES, _SCRATCH_BYTES // (len(self.widths) * columns * 4) // _LANES * _LANES)
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            # [columns, widths, rows]: one product updates all widths of a column.
+            copies = _rows_last(wanted(part)[..., order]).transpose(0, 1).contiguous()
+            scales = _rows_last(torch.stack([decoder.scale[part] for decoder in decoders]))
+            offsets = _rows_last(torch.stack([decoder.offset[part] for decoder in decoders]))
+            old = None if current is None else _rows_last(current[part][:, order])
+            for begin in range(0, columns, _BLOCK):
+                block = slice(begin, min(begin + _BLOCK, columns))
+                chosen, errors = ops.solve_columns(
+                    copies,
+                    scales,
+                    offsets,
+                    group_of_column,
+                    coupling,
+                    old,
+                    slices,
+                    lambdas,
+                    self.mean_error,
+                    block.start,
+                    block.stop,
+                )
+                codes[part, order[block]] = chosen[:, : part.stop - start].T
+                # A pass of GPTQ leaves the columns behind it alone, coordinate descent comes back to them.
+                others = slice(block.stop if old is None else 0, columns)
+                copies[others].flatten(1).addmm_(coupling[block, others].T, errors.flatten(1), alpha=-1)
+        return codes
+
+
+def _rows_last(values: torch.Tensor) -> torch.Tensor:
+    """[..., rows, columns] to [..., columns, rows], with rows padded to whole lanes."""
+    return torch.nn.functional.pad(values.transpose(-1, -2), (0, -values.shape[-2] % _LANES)).contiguous()

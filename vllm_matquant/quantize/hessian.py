@@ -1,0 +1,67 @@
+"""Hessians of the layer-wise error: the second moments of each linear layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class HessianCollector:
+    """Sums ``x^T x`` over the inputs of a block's linear layers while the block runs.
+
+    ``||X (W - W')^T||^2`` is the layer's output error, so ``H = X^T X / tokens`` weighs the errors of its columns
+    (GPTQ, arXiv 2210.17323, eq. 1). Layers that are called with the same tensor, such as q, k and v, share one sum.
+
+    Args:
+        layers: linear layers by name.
+    """
+
+    def __init__(self, layers: dict[str, torch.nn.Linear]) -> None:
+        self._layers = layers
+        self._owner: dict[str, str] = {}  # layer -> the layer whose sum it shares
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect from the layers' calls inside the ``with`` statement."""
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._observe(name, inputs[0]))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for hook in hooks:
+                hook.remove()
+
+    def hessian(self, name: str) -> torch.Tensor:
+        """float32 [in_features, in_features], the mean over tokens.
+
+        Raises:
+            ValueError: the layer was never called, or its inputs were not finite.
+        """
+        owner = self._owner.get(name)
+        if owner is None:
+            raise ValueError(f"{name}: the calibration text never reached this layer")
+        total = self._sums[owner]
+        if not torch.isfinite(total).all():
+            raise ValueError(f"{name}: its inputs on the calibration text hold values that are not finite")
+        return total / self._tokens[owner]
+
+    def _observe(self, name: str, inputs: torch.Tensor) -> None:
+        if self._last is not None and self._last[1] is inputs:
+            self._owner[name] = self._last[0]
+            return
+        self._last = (name, inputs)
+        self._owner[name] = name
+        flat = inputs.flatten(0, -2)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
+            self._tokens[name] = 0
+        self._sums[name].addmm_(flat.T, flat)
+        self._tokens[name] += flat.shape[0]

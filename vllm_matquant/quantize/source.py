@@ -1,0 +1,218 @@
+"""The source checkpoint, read block by block: no more than one decoder block's weights are in memory at a time."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vllm_matquant.checkpoint.errors import (
+    ConfigError,
+    IndexFileError,
+    MissingFileError,
+    MissingTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnsafePathError,
+)
+from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.shard import read_header
+from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, UNQUANTIZED_DTYPES, is_plain_name
+
+_SINGLE_FILE = "model.safetensors"
+
+
+def locate(model: str) -> Path:
+    """The folder of a model: ``model`` itself if it is one, else the download of the hub's model of that name.
+
+    Raises:
+        MissingFileError: neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        reason = str(cause).strip().split("\n")[0]
+        found = f"no such folder, nor a model of the hub ({reason})"
+        raise MissingFileError(model, "model", found, "one of them") from cause
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in ``folder``.
+
+    Raises:
+        MissingFileError: transformers finds none there.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as cause:
+        reason = str(cause).strip().split("\n")[0]
+        raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
+
+
+class SourceModel:
+    """A Hugging Face checkpoint in safetensors files.
+
+    Args:
+        folder: a local folder with config.json and model.safetensors or its shards with their index.
+
+    Attributes:
+        config: the content of config.json.
+        linears: (out_features, in_features) of the linear layers inside decoder blocks, by full name, in order.
+        other_linears: full names of the linear layers outside of them, such as ``lm_head``.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, the model is quantized already, its architecture is not a
+            causal language model that transformers knows, or a parameter is missing or of another shape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / CONFIG_FILE)
+        if "quantization_config" in self.config:
+            found = self.config["quantization_config"]
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
+        self._file_of = self._locate_tensors()
+        skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
+        self._check_tensors(skeleton)
+        self._parameters = skeleton.parameters
+        self._model = self._build_empty_model()
+        self._decoder = self._model.get_decoder()
+        self._prefix = next(name for name, module in self._model.named_modules() if module is self._decoder)
+        self.linears = {name: shape for name, shape in skeleton.linears.items() if name.startswith(self._layers_prefix)}
+        self.other_linears = [name for name in skeleton.linears if name not in self.linears]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold weights and configuration."""
+        names = sorted({*self._file_of.values(), CONFIG_FILE})
+        return [self.folder / name for name in names]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The model's parameters that have a tensor in the files; anything else in them is no part of the model."""
+        return sorted(name for name in self._parameters if name in self._file_of)
+
+    @property
+    def block_count(self) -> int:
+        return len(self._decoder.layers)
+
+    def block_name(self, index: int) -> str:
+        return f"{self._layers_prefix}{index}"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored."""
+        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def load_block(self, index: int) -> torch.nn.Module:
+        """Decoder block ``index`` with its weights in float32."""
+        block = copy.deepcopy(self._decoder.layers[index])
+        self._load_into(block, self.block_name(index) + ".")
+        return block.eval()
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """What the first decoder block is given.
+
+        Args:
+            tokens: int64 [sequences, length].
+
+        Returns:
+            The hidden states, float32 [sequences, length, hidden_size], and for each block the keyword arguments that
+            the model calls it with (attention mask, position embeddings), made for one sequence: they broadcast.
+        """
+        decoder = copy.deepcopy(self._decoder)
+        blocks, decoder.layers = decoder.layers, torch.nn.ModuleList()
+        self._load_into(decoder, self._prefix + ".")
+        decoder.layers = blocks
+        arguments: list[dict[str, Any]] = [{} for _ in blocks]
+        first_input: list[torch.Tensor] = []
+
+        def record(index: int, block: torch.nn.Module) -> None:
+            names = [name for name in inspect.signature(block.forward).parameters][1:]
+
+            def forward(hidden: torch.Tensor, *positional: Any, **keywords: Any) -> torch.Tensor:
+                arguments[index] = dict(zip(names, positional, strict=False)) | keywords
+                if index == 0:
+                    first_input.append(hidden)
+                return hidden
+
+            block.forward = forward
+
+        for index, block in enumerate(decoder.layers):
+            record(index, block)
+        with torch.no_grad():
+            for sequence in tokens:
+                decoder(input_ids=sequence[None], use_cache=False)
+        return torch.cat(first_input), arguments
+
+    @property
+    def _layers_prefix(self) -> str:
+        return f"{self._prefix}.layers."
+
+    def _load_into(self, module: torch.nn.Module, prefix: str) -> None:
+        module.load_state_dict({name: self.tensor(prefix + name).float() for name in module.state_dict()}, assign=True)
+
+    def _build_empty_model(self) -> PreTrainedModel:
+        fields = {name: value for name, value in self.config.items() if name != "model_type"}
+        config = AutoConfig.for_model(self.config["model_type"], **fields)
+        # Parameters stay on the meta device; buffers, such as rotary frequencies, are no part of a checkpoint.
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    def _locate_tensors(self) -> dict[str, str]:
+        index = self.folder / INDEX_FILE
+        if index.is_file():
+            located = read_json(index).get("weight_map")
+            if not isinstance(located, dict):
+                raise IndexFileError(index, "weight_map", type(located).__name__, "an object")
+            for name in sorted(set(map(str, located.values()))):
+                if not is_plain_name(name):
+                    raise UnsafePathError(index, "weight_map", repr(name), "a file name without a folder")
+                if not (self.folder / name).is_file():
+                    raise MissingFileError(self.folder, name, "no such file", f"a shard that {INDEX_FILE} lists")
+            return located
+        single = self.folder / _SINGLE_FILE
+        if not single.is_file():
+            raise MissingFileError(self.folder, "weights", "no such file", f"{_SINGLE_FILE} or {INDEX_FILE}")
+        return dict.fromkeys(read_header(single), _SINGLE_FILE)
+
+    def _check_tensors(self, skeleton: Skeleton) -> None:
+        headers = {file: read_header(self.folder / file) for file in sorted(set(self._file_of.values()))}
+        for name, shape in skeleton.parameters.items():
+            if name not in self._file_of:
+                if name in skeleton.tied:
+                    continue
+                raise MissingTensorError(self.folder, name, "in no file", "each of the model's parameters")
+            path = self.folder / self._file_of[name]
+            found = headers[path.name].get(name)
+            if found is None:
+                raise MissingTensorError(path, name, "no such tensor", f"the one that {INDEX_FILE} lists")
+            if found.shape != shape:
+                raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(shape)} by {CONFIG_FILE}")
+            if found.dtype not in UNQUANTIZED_DTYPES:
+                raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)))
+
+
+def run_block(block: torch.nn.Module, hidden: torch.Tensor, arguments: dict[str, Any], batch_tokens: int) -> None:
+    """Run ``block`` over ``hidden`` in place, batch by batch.
+
+    Args:
+        hidden: float32 [sequences, length, hidden_size]; holds the block's outputs afterwards.
+        batch_tokens: tokens to run at a time.
+    """
+    sequences = max(1, batch_tokens // hidden.shape[1])
+    for batch in hidden.split(sequences):
+        output = block(batch, **arguments)
+        batch.copy_(output[0] if isinstance(output, tuple) else output)
