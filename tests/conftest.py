@@ -10,6 +10,7 @@ import pytest
 SETTINGS = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait slow tests manyfold on a busy machine
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

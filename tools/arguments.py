@@ -1,13 +1,20 @@
-"""What several command lines share: types of arguments, and how rows of figures are printed."""
+"""What the command lines share: types of arguments, how rows of figures are printed, and how threads wait."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Must stand before the first import of torch, whose threads would otherwise spin while they wait: on a machine
+# that does anything else they slow each other manyfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from vllm_matquant.checkpoint.spec import WIDTHS
+
+_CELL = 9  # characters of a figure
 
 
 def width_list(text: str) -> tuple[int, ...]:
@@ -38,7 +45,12 @@ def output_file(text: str) -> Path:
     return path
 
 
+def headings(columns: Sequence[str]) -> str:
+    """The line above those of :func:`figures`."""
+    return "  ".join(f"{name:>{_CELL}}" for name in columns)
+
+
 def figures(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """A line of numbers, each right-aligned below the name of its column."""
-    cells = [(name, row[name]) for name in columns]
-    return "  ".join(f"{value:>{len(name)}{',' if isinstance(value, int) else '.4g'}}" for name, value in cells)
+    cells = [(max(_CELL, len(name)), row[name]) for name in columns]
+    return "  ".join(f"{value:>{size}{',' if isinstance(value, int) else '.4g'}}" for size, value in cells)

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from arguments import figures, output_file, positive, width_list
+from arguments import figures, headings, output_file, positive, width_list
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -31,7 +31,7 @@ def serve_one_width(folder: Path, bits: int, batch: int, output_tokens: int, pro
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     from vllm_matquant.serve.linear import resident_bytes
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_matplotlib()
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print("  ".join(COLUMNS))
+    print(headings(COLUMNS))
     rows = []
     for row in bench_serve(
         options.folder, widths, batch=options.batch, output_tokens=options.output_tokens, prompt=options.prompt

@@ -61,10 +61,10 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    titles = [title for title, _ in COLUMNS.values()]
-    print("  ".join(titles))
-    for line in cells(rows):
-        print("  ".join(f"{cell:>{len(title)}}" for cell, title in zip(line, titles, strict=True)))
+    lines = [[title for title, _ in COLUMNS.values()], *cells(rows)]
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)))
     print(f"\nperplexity of the bfloat16 model: {rows[0]['reference_perplexity']:.2f}\n\n{PROMPT}")
     for row in rows:
         print(textwrap.fill(row["answer"], 110, initial_indent=f"  {row['bits']} bits: ", subsequent_indent=" " * 10))

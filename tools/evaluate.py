@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import figures, output_file, positive, width_list
+from arguments import figures, headings, output_file, positive, width_list
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, widths))
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print("  ".join(COLUMNS))
+    print(headings(COLUMNS))
     for row in rows:
         print(figures(row, COLUMNS))
     if options.json:

@@ -153,9 +153,8 @@ class ColumnSolver:
                     block.stop,
                 )
                 codes[part, order[block]] = chosen[:, : part.stop - start].T
-                # A pass of GPTQ leaves the columns behind it alone, coordinate descent comes back to them.
-                others = slice(block.stop if old is None else 0, columns)
-                copies[others].flatten(1).addmm_(coupling[block, others].T, errors.flatten(1), alpha=-1)
+                later = slice(block.stop, columns)
+                copies[later].flatten(1).addmm_(coupling[block, later].T, errors.flatten(1), alpha=-1)
         return codes
 
 

@@ -10,7 +10,7 @@ import torch
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import DECODER_DTYPE, PARENT_BITS, Slicing
 
-_SCRATCH_BYTES = 256 * 2**20
+_SCRATCH_BYTES = 8 * 2**20  # of products for a chunk of rows: what a cache holds
 # Pull towards the previous decoder, relative to the diagonal of the normal equations: decides only what the data leaves
 # open, such as the scale of a group whose weights share one code.
 _RIDGE = 1e-6
@@ -88,7 +88,7 @@ def refit(weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, prev
     """
     rows, columns = weight.shape
     groups = previous.scale.shape[1]
-    chunk = max(1, _SCRATCH_BYTES // (columns * 4 * 4))
+    chunk = max(1, _SCRATCH_BYTES // (columns * groups * 4))
     parts = [
         _refit_rows(weight[part], codes[part], hessian, previous[part], width, groups)
         for part in (slice(start, start + chunk) for start in range(0, rows, chunk))
@@ -112,12 +112,11 @@ def _refit_rows(
     column_sums = per_group(hessian)  # H 1_g: [columns, groups]
     offsets_normal = per_group(column_sums.T).double()
     target = weight @ hessian
-    normal = torch.zeros(rows, 2 * groups, 2 * groups, dtype=torch.float64)
-    for group in range(groups):
-        own, later = slice(group * group_size, (group + 1) * group_size), slice(group * group_size, columns)
-        products = centred[:, later] * (centred[:, own] @ hessian[own, later])
-        normal[:, group:groups, group] = products.unflatten(1, (-1, group_size)).sum(-1)
-        normal[:, groups + group, :groups] = per_group(centred * column_sums[:, group])
+    normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64)
+    grouped = centred.unflatten(1, (groups, group_size)).transpose(0, 1)  # [groups, rows, group_size]
+    by_group = hessian.unflatten(0, (groups, group_size))
+    normal[:, :groups, :groups] = per_group((grouped @ by_group).mul_(centred)).permute(1, 2, 0)
+    normal[:, groups:, :groups] = (grouped @ column_sums.unflatten(0, (groups, group_size))).permute(1, 2, 0)
     normal[:, groups:, groups:] = offsets_normal
     right_scales, right_offsets = per_group(centred * target).double(), per_group(target).double()
 
@@ -131,11 +130,13 @@ def _refit_rows(
     right_scales += ridge_scales * guess[0]
     right_offsets += ridge_offsets * guess[1]
     right = torch.cat([right_scales, right_offsets], dim=1)
-    solution = torch.cholesky_solve(right.unsqueeze(2), torch.linalg.cholesky(normal)).squeeze(2)
-
-    scale = solution[:, :groups]
-    scale = torch.where(scale > 0, scale, guess[0]).to(DECODER_DTYPE).double()
+    # With few tokens for many columns, float32's rounding can leave a row's equations indefinite.
+    factor, faulty = torch.linalg.cholesky_ex(normal)
+    scale = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)[:, :groups]
+    solved = (scale > 0) & (faulty == 0).unsqueeze(1)
+    scale = torch.where(solved, scale, guess[0]).to(DECODER_DTYPE).double()
     residual = right_offsets - (normal[:, groups:, :groups] @ scale.unsqueeze(2)).squeeze(2)
-    factor = torch.linalg.cholesky(offsets_normal + ridge_offsets.diag())
+    factor, faulty = torch.linalg.cholesky_ex(offsets_normal + ridge_offsets.diag())
     offset = torch.cholesky_solve(residual.T, factor).T
+    offset = torch.where(faulty == 0, offset, guess[1])
     return Decoder(scale.float(), (offset - centre * scale).float()).stored()

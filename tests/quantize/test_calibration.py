@@ -1,0 +1,155 @@
+"""Calibration text from every kind of source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.quantize.tiny_sources import byte_tokenizer
+from vllm_matquant.quantize.calibration import Calibration, CalibrationError, load_calibration
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def load(tokenizer: PreTrainedTokenizerFast) -> Any:
+    def load_some(source: str | Path | None, samples: int = 4, sequence_length: int = 16, seed: int = 0) -> Calibration:
+        source = None if source is None else str(source)
+        return load_calibration(source, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+
+    return load_some
+
+
+def windows_of(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> set[tuple[int, ...]]:
+    ids = tokenizer(text)["input_ids"]
+    return {tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)}
+
+
+def test_text(load: Any, tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    calibration = load(text_file, seed=3)
+    assert calibration.tokens.shape == (4, 16)
+    assert calibration.tokens.dtype == torch.int64
+    assert {tuple(window) for window in calibration.tokens.tolist()} <= windows_of(tokenizer, text_file.read_text(), 16)
+    assert calibration.source == {
+        "name": "text.txt",
+        "sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(),
+        "samples": 4,
+        "sequence_length": 16,
+        "seed": 3,
+    }
+
+
+def test_seed_says_which_windows(load: Any, text_file: Path) -> None:
+    first, again, other = (load(text_file, seed=seed).tokens for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_text_of_just_enough_tokens(load: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a b c d")
+    ids = tokenizer("a b c d")["input_ids"]
+    assert load(text, samples=1, sequence_length=len(ids)).tokens.tolist() == [ids]
+    with pytest.raises(
+        CalibrationError, match=rf"short\.txt: found {len(ids)} tokens, expected at least {len(ids) + 1}"
+    ):
+        load(text, samples=1, sequence_length=len(ids) + 1)
+
+
+def test_empty_text(load: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(CalibrationError, match=r"empty\.txt: found 0 tokens, expected at least 64 \(4 x 16\)"):
+        load(empty)
+
+
+def test_jsonl(load: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    # Line and paragraph separators of Unicode may stand in a JSON string as they are.
+    documents = ["The cat sat.", "two\u2028lines\x85and\nthree", "The other cat thought." * 20]
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in documents]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n", encoding="utf-8")
+    calibration = load(path)
+    text = "\n\n".join(documents)
+    assert calibration.source["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert {tuple(window) for window in calibration.tokens.tolist()} <= windows_of(tokenizer, text, 16)
+
+
+@pytest.mark.parametrize("line", ["no JSON", '"text"', "[1]", '{"content": "x"}', '{"text": 3}', '{"text": null}'])
+def test_bad_line(load: Any, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(CalibrationError, match=r'text\.jsonl:2: found .*, expected {"text": "\.\.\."}'):
+        load(path)
+
+
+def test_no_such_file(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"nowhere\.txt: found no such file, expected .* hf:NAME"):
+        load(tmp_path / "nowhere.txt")
+
+
+def test_bytes_that_are_no_text(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match=r"image\.txt: found bytes that are not UTF-8"):
+        load(path)
+
+
+def test_built_in_text_is_enough_for_the_defaults(load: Any) -> None:
+    calibration = load(None, samples=32, sequence_length=512)
+    assert calibration.tokens.shape == (32, 512)
+    assert calibration.source["name"] == "built-in text"
+
+
+class FakeDatasets(ModuleType):
+    """The one function of the package datasets that calibration calls."""
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        super().__init__("datasets")
+        self.rows = rows
+        self.calls: list[tuple[object, ...]] = []
+        self.read = 0
+
+    def load_dataset(self, name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        self.calls.append((name, config, split, streaming))
+        for row in self.rows:
+            self.read += 1
+            yield row
+
+
+def test_data_set(load: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDatasets([{"text": f"Document {number} of the cat. " * 10} for number in range(1000)])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    calibration = load("hf:some/name:subset")
+    assert fake.calls == [("some/name", "subset", "train", True)]
+    assert calibration.source["name"] == "hf:some/name:subset"
+    text = "\n\n".join(row["text"] for row in fake.rows[: fake.read])
+    assert calibration.source["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert {tuple(window) for window in calibration.tokens.tolist()} <= windows_of(tokenizer, text, 16)
+    assert fake.read < 100  # the data set is streamed only as far as needed
+    load("hf:name")
+    assert fake.calls[1] == ("name", None, "train", True)
+
+
+def test_data_set_without_text(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([{"question": "?", "answer": "!"}]))
+    with pytest.raises(CalibrationError, match=r"hf:x: found columns \['answer', 'question'\], expected one named"):
+        load("hf:x")
+
+
+def test_no_package_datasets(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"hf:x: found no package datasets, expected it \(pip install"):
+        load("hf:x")

@@ -1,0 +1,111 @@
+"""Perplexity and KL divergence against a direct computation."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.quantize.tiny_sources import VOCABULARY, byte_tokenizer, write_source
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.quantize import evaluate as module
+from vllm_matquant.quantize.evaluate import evaluate, load_slice, text_windows
+from vllm_matquant.quantize.methods import RoundToNearest
+from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.source import SourceModel
+
+TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("quantized") / "llama"
+    source, method = SourceModel(llama), RoundToNearest((2, 3, 8))
+    quantize(source, folder, method, plan_format(source, method, 32, []), CalibrationSettings())
+    return open_checkpoint(folder)
+
+
+@torch.no_grad()
+def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 50)  # two windows at a time
+    rows = list(evaluate(checkpoint, llama, TOKENS, (8, 2)))
+    assert [row["bits"] for row in rows] == [8, 2]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
+    expected = model(TOKENS).logits[:, :-1].log_softmax(-1)
+    for row in rows:
+        changed = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
+        for layer in checkpoint.layers:
+            scale, offset = (values.double() for values in checkpoint.decoder(layer, row["bits"]))
+            codes = checkpoint.codes(layer, row["bits"]).double().unflatten(1, (-1, 32))
+            weight = (scale[..., None] * codes + offset[..., None]).flatten(1)
+            changed.get_parameter(f"{layer}.weight").copy_(weight)
+        logs = changed(TOKENS).logits[:, :-1].log_softmax(-1)
+        divergence, loss, reference_loss = 0.0, 0.0, 0.0
+        for window in range(5):
+            for place in range(23):
+                divergence += float((expected[window, place].exp() * (expected - logs)[window, place]).sum())
+                loss -= float(logs[window, place, TOKENS[window, place + 1]])
+                reference_loss -= float(expected[window, place, TOKENS[window, place + 1]])
+        assert row["tokens"] == 5 * 23
+        assert row["kl"] == pytest.approx(divergence / (5 * 23), rel=1e-3, abs=1e-6)
+        assert row["perplexity"] == pytest.approx(math.exp(loss / (5 * 23)), rel=1e-4)
+        assert row["reference_perplexity"] == pytest.approx(math.exp(reference_loss / (5 * 23)), rel=1e-4)
+        assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 16 / 32)
+    assert rows[0]["kl"] < rows[1]["kl"]
+
+
+def test_load_slice_changes_the_quantized_layers_alone(llama: Path, checkpoint: Checkpoint) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    load_slice(model, checkpoint, 3)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {f"{layer}.weight" for layer in checkpoint.layers}
+
+
+def test_the_temporary_file_is_removed(
+    llama: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = evaluate(checkpoint, llama, TOKENS, (8, 3))
+    next(rows)
+    assert [path.stat().st_size for path in tmp_path.glob("*/*")] == [5 * 23 * VOCABULARY * 4]
+    rows.close()  # as an error in between would
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    other = write_source(tmp_path / "other", intermediate_size=96)
+    message = r"other: model\.layers\.0\.mlp\.gate_proj: found \(96, 64\), expected \(128, 64\) as in .*llama"
+    with pytest.raises(ValueError, match=message):
+        next(evaluate(checkpoint, other, TOKENS, (8,)))
+    deeper = write_source(tmp_path / "shallower", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: found no such layer"):
+        next(evaluate(checkpoint, deeper, TOKENS, (8,)))
+
+
+def test_windows() -> None:
+    tokenizer = byte_tokenizer()
+    text = "the cat sat on the mat and thought of 12345 other mats " * 3
+    ids = tokenizer(text)["input_ids"]
+    windows = text_windows(text, tokenizer, samples=3, sequence_length=10)
+    assert windows.shape == (3, 10)
+    assert windows.dtype == torch.int64
+    assert windows[0].tolist() == ids[:10]
+    assert windows[2].tolist() == ids[-10:]
+    middle = (len(ids) - 10) // 2
+    assert windows[1].tolist() == ids[middle : middle + 10]
+
+
+def test_windows_of_a_short_text() -> None:
+    tokenizer = byte_tokenizer()
+    count = len(tokenizer("xyz xyz")["input_ids"])
+    with pytest.raises(ValueError, match=rf"text: found {count} tokens, expected at least 40 \(4 samples of 10\)"):
+        text_windows("xyz xyz", tokenizer, samples=4, sequence_length=10)
+    with pytest.raises(ValueError, match="text: found 0 tokens"):
+        text_windows("", tokenizer, samples=1, sequence_length=2)
+    with pytest.raises(ValueError, match="sequence_length: found 1, expected at least 2"):
+        text_windows("xyz xyz", tokenizer, samples=1, sequence_length=1)

@@ -1,0 +1,85 @@
+"""The Hessians that are collected while a block runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_matquant.quantize.hessian import HessianCollector
+
+
+class Block(torch.nn.Module):
+    """Two layers that share an input, one that does not, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5, bias=False)
+        self.output, self.idle = torch.nn.Linear(5, 6), torch.nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.query(x) * self.key(x))
+
+
+def linears(block: Block) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in block.named_children() if isinstance(module, torch.nn.Linear)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_second_moments(seed: int) -> None:
+    torch.manual_seed(seed)
+    block = Block()
+    batches = [torch.randn(size, 7, 6) for size in (1, 3, 2)]
+    collector = HessianCollector(linears(block))
+    with collector.collecting():
+        for batch in batches:
+            block(batch)
+    block(torch.randn(4, 7, 6))  # no longer seen
+    x = torch.cat(batches).flatten(0, 1).double()
+    products = (block.query(x.float()) * block.key(x.float())).double()
+    for name, inputs in {"query": x, "key": x, "output": products}.items():
+        expected = inputs.T @ inputs / len(inputs)
+        torch.testing.assert_close(collector.hessian(name).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_equal_inputs_in_another_tensor_are_counted_for_themselves() -> None:
+    layers = {name: torch.nn.Linear(4, 4) for name in ("first", "second")}
+    collector = HessianCollector(layers)
+    x = torch.randn(10, 4)
+    with collector.collecting():
+        layers["first"](x)
+        layers["second"](2 * x)
+        layers["first"](x)
+    torch.testing.assert_close(collector.hessian("first"), x.T @ x / 10)
+    torch.testing.assert_close(collector.hessian("second"), 4 * (x.T @ x) / 10)
+
+
+@torch.no_grad()
+def test_a_layer_that_no_token_reaches() -> None:
+    block = Block()
+    collector = HessianCollector(linears(block))
+    with collector.collecting():
+        block(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="idle: the calibration text never reached this layer"):
+        collector.hessian("idle")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite(value: float) -> None:
+    block = Block()
+    collector = HessianCollector(linears(block))
+    x = torch.randn(2, 6)
+    x[1, 2] = value
+    with collector.collecting():
+        block(x)
+    with pytest.raises(ValueError, match="key: its inputs on the calibration text hold values that are not finite"):
+        collector.hessian("key")
+
+
+def test_hooks_are_removed_after_an_error() -> None:
+    block = Block()
+    with pytest.raises(RuntimeError), HessianCollector(linears(block)).collecting():
+        block(torch.randn(2, 7))
+    assert not any(module._forward_pre_hooks for module in block.children())

@@ -1,0 +1,129 @@
+"""The methods on random layers with correlated inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from tests.quantize.conftest import Layer
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.methods import METHODS, QuantizedLayer, relative_error
+
+
+def errors(name: str, layer: Layer, widths: Sequence[int] = WIDTHS, group_size: int = 32) -> dict[int, float]:
+    weight, hessian = layer
+    method = METHODS[name](tuple(widths))
+    quantized = method.quantize(weight, hessian, group_size)
+    return relative_error(weight, quantized, method.slices(quantized.codes), hessian)
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 96])
+@pytest.mark.parametrize("name", METHODS)
+def test_form(random_layer: Callable[..., Layer], name: str, group_size: int) -> None:
+    weight, hessian = random_layer(19, 96, seed=group_size)
+    widths = (4,) if name == "gptq" else (2, 3, 6)
+    method = METHODS[name](widths)
+    layer = method.quantize(weight, hessian, group_size)
+    assert (layer.codes.shape, layer.codes.dtype) == (weight.shape, torch.uint8)
+    assert tuple(layer.decoders) == widths
+    for decoder in layer.decoders.values():
+        for values in (decoder.scale, decoder.offset):
+            assert values.shape == (19, 96 // group_size)
+            assert torch.equal(values, values.half().float())
+        assert (decoder.scale >= 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_slices_nest(random_layer: Callable[..., Layer], name: str) -> None:
+    weight, hessian = random_layer(5, 64, seed=1)
+    widths = (8,) if name == "gptq" else WIDTHS
+    method = METHODS[name](widths)
+    codes = method.quantize(weight, hessian, 32).codes
+    slicing = "round" if name == "matgptq" else "truncate"
+    assert method.slicing == slicing
+    for width, sliced in zip(widths, method.slices(codes), strict=True):
+        assert torch.equal(sliced, slice_codes(codes, 8, width, slicing))
+        if slicing == "truncate":
+            assert torch.equal(sliced, codes >> (8 - width))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nested_is_better(random_layer: Callable[..., Layer], seed: int) -> None:
+    layer = random_layer(48, 128, seed)
+    nested = errors("nested", layer)
+    assert list(nested) == list(WIDTHS)
+    assert sorted(nested.values(), reverse=True) == list(nested.values())
+    for width, error in errors("matgptq", layer).items():
+        assert nested[width] < error, width
+    # Rounding serves no width but the widest; a parent that also serves narrow ones pays with some of its last bits.
+    for width, error in errors("rtn", layer, range(2, 7)).items():
+        assert nested[width] < error, width
+    assert nested[2] < errors("gptq", layer, (2,))[2]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nested_for_one_width_is_better_than_gptq(random_layer: Callable[..., Layer], width: int) -> None:
+    layer = random_layer(48, 128, seed=0)
+    assert errors("nested", layer, (width,))[width] < errors("gptq", layer, (width,))[width]
+
+
+def test_gptq_is_better_than_rounding(random_layer: Callable[..., Layer]) -> None:
+    layer = random_layer(48, 128, seed=0)
+    for width in WIDTHS:
+        assert errors("gptq", layer, (width,))[width] < errors("rtn", layer, (width,))[width]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_out_of_the_ordinary(random_layer: Callable[..., Layer], name: str) -> None:
+    """Groups and rows of one value, columns that no token reaches, fewer tokens than columns."""
+    weight, hessian = random_layer(18, 64, seed=0, tokens=10)
+    weight[0], weight[1], weight[2, :32] = 0, 0.5, -0.25
+    hessian[5], hessian[:, 5] = 0, 0
+    for moments in (hessian, torch.zeros(64, 64)):
+        for widths in [(8,)] if name == "gptq" else [(2,), (8,), (2, 8)]:
+            layer = METHODS[name](widths).quantize(weight, moments, 32)
+            for width, decoder in layer.decoders.items():
+                sliced = slice_codes(layer.codes, 8, width, METHODS[name].slicing)
+                decoded = decoder.decode(sliced)
+                assert torch.isfinite(decoded).all()
+                torch.testing.assert_close(decoded[0], weight[0], rtol=0, atol=1e-4)
+                torch.testing.assert_close(decoded[1], weight[1], rtol=2e-3, atol=0)
+
+
+def test_rounding_to_nearest(random_layer: Callable[..., Layer]) -> None:
+    weight, hessian = random_layer(7, 64, seed=0)
+    layer = METHODS["rtn"]((2, 8)).quantize(weight, hessian, 16)
+    span = (weight.unflatten(1, (-1, 16)).amax(2) - weight.unflatten(1, (-1, 16)).amin(2)).repeat_interleave(16, dim=1)
+    for width, rounding in ((8, 1.1 / 510), (2, 1.02 / 8)):
+        error = (layer.decoders[width].decode(layer.codes >> (8 - width)) - weight).abs()
+        assert (error <= span * rounding + 1e-4).all()
+
+
+@pytest.mark.parametrize("widths", [(2, 3), WIDTHS])
+def test_gptq_knows_one_width(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"method gptq: found widths \[2, 3.*\], expected one width"):
+        METHODS["gptq"](widths)
+
+
+def test_relative_error(random_layer: Callable[..., Layer]) -> None:
+    """It is the mean squared error of the layer's outputs, relative to their mean square."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(50, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    codes = torch.randint(256, (3, 16), dtype=torch.uint8, generator=generator)
+    decoders = {width: Decoder(torch.rand(3, 2) / 2**width, torch.randn(3, 2)) for width in (3, 8)}
+    layer = QuantizedLayer(codes, decoders)
+    found = relative_error(weight, layer, [codes >> 5, codes], inputs.T @ inputs / 50)
+    assert list(found) == [3, 8]
+    for width, sliced in ((3, codes >> 5), (8, codes)):
+        outputs = inputs @ decoders[width].decode(sliced).T
+        expected = (outputs - inputs @ weight.T).square().sum() / (inputs @ weight.T).square().sum()
+        assert found[width] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_relative_error_of_a_layer_of_zeros() -> None:
+    layer = QuantizedLayer(torch.zeros(2, 8, dtype=torch.uint8), {8: Decoder(torch.zeros(2, 1), torch.zeros(2, 1))})
+    assert relative_error(torch.zeros(2, 8), layer, [layer.codes], torch.eye(8)) == {8: 0.0}

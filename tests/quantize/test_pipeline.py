@@ -1,0 +1,242 @@
+"""From a source on disk to a checkpoint on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from vllm_matquant.checkpoint.errors import ConfigError, OutputError
+from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, WIDTHS
+from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.quantize import pipeline
+from vllm_matquant.quantize.calibration import CalibrationError
+from vllm_matquant.quantize.evaluate import load_slice
+from vllm_matquant.quantize.methods import METHODS, Nested
+from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.source import SourceModel
+
+TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+# How far the logits of random models may be from the source's, relative to their variance; a layer in another's place
+# or a decoder of another width moves them by more than their variance.
+LIMITS = {8: 0.05, 7: 0.05, 4: 0.5, 3: 0.7, 2: 2.0}
+
+
+def run(
+    model: Path,
+    output: Path,
+    text: Path,
+    *,
+    method: str = "nested",
+    widths: Sequence[int] = WIDTHS,
+    group_size: int | str = "auto",
+    ignore: Sequence[str] = (),
+    samples: int = 8,
+    overwrite: bool = False,
+) -> dict[str, dict[int, float]]:
+    source, chosen = SourceModel(model), METHODS[method](tuple(widths))
+    settings = CalibrationSettings(str(text), samples=samples, sequence_length=32, seed=1)
+    planned = plan_format(source, chosen, group_size, ignore)
+    return quantize(source, output, chosen, planned, settings, command=["quantize.py"], overwrite=overwrite)
+
+
+@torch.no_grad()
+def logits(model: Path, checkpoint: Checkpoint | None = None, width: int = 8) -> torch.Tensor:
+    """What transformers computes with the source, or with a slice in its place."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if checkpoint:
+        load_slice(loaded, checkpoint, width)
+    return loaded(TOKENS).logits
+
+
+def distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).square().mean() / right.var())
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_architectures(model_type: str, text_file: Path, tmp_path: Path) -> None:
+    model = write_source(tmp_path / "source", model_type)
+    errors = run(model, tmp_path / "output", text_file)
+    checkpoint = open_checkpoint(tmp_path / "output")
+    assert checkpoint.servable_widths == WIDTHS
+    assert list(checkpoint.layers) == list(errors) == list(SourceModel(model).linears)
+    assert all(result.passed for result in verify(tmp_path / "output"))
+    expected = logits(model)
+    distances = [distance(logits(model, checkpoint, width), expected) for width in (8, 5, 2)]
+    assert distances[0] < LIMITS[8]
+    assert distances == sorted(distances)
+
+
+def test_what_is_not_quantized_stays(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "output", text_file)
+    source, checkpoint = SourceModel(llama), open_checkpoint(tmp_path / "output")
+    kept = dict(checkpoint.unquantized())
+    assert sorted(kept) == [name for name in source.tensor_names if name.removesuffix(".weight") not in source.linears]
+    assert "model.layers.0.self_attn.q_proj.bias" in kept
+    for name, tensor in kept.items():
+        assert tensor.dtype == source.tensor(name).dtype
+        assert torch.equal(tensor, source.tensor(name))
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "output" / name).read_bytes() == (llama / name).read_bytes()
+    written = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    assert written == source.config
+
+
+def test_manifest(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "output", text_file)
+    manifest = read_json(tmp_path / "output" / MANIFEST_FILE)
+    assert sorted(manifest["source"]) == ["config.json", "model.safetensors"]
+    assert manifest["calibration"]["name"] == "text.txt"
+    assert (manifest["calibration"]["samples"], manifest["calibration"]["seed"]) == (8, 1)
+    assert manifest["command"] == ["quantize.py"]
+    assert str(tmp_path) not in (tmp_path / "output" / MANIFEST_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "widths"), [("nested", (2, 3, 8)), ("matgptq", (2, 3, 8)), ("rtn", (2, 3, 8)), ("gptq", (3,))]
+)
+def test_methods(method: str, widths: tuple[int, ...], llama: Path, text_file: Path, tmp_path: Path) -> None:
+    errors = run(llama, tmp_path / "output", text_file, method=method, widths=widths)
+    checkpoint = open_checkpoint(tmp_path / "output")
+    assert checkpoint.format.widths == widths
+    assert checkpoint.format.slicing == ("round" if method == "matgptq" else "truncate")
+    assert all(result.passed for result in verify(tmp_path / "output"))
+    expected = logits(llama)
+    distances = [distance(logits(llama, checkpoint, width), expected) for width in reversed(widths)]
+    assert distances == sorted(distances)
+    assert distances[0] < (0.5 if method in ("gptq", "matgptq") else LIMITS[8])
+    assert set(errors) == (set() if method == "rtn" else set(checkpoint.layers))
+    calibration = read_json(tmp_path / "output" / MANIFEST_FILE)["calibration"]
+    assert (calibration is None) == (method == "rtn")
+
+
+@pytest.mark.parametrize("widths", [(2, 4), (3,), (8,), (2,), (5, 6, 7)])
+def test_subsets_of_widths(widths: tuple[int, ...], llama: Path, text_file: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "output", text_file, widths=widths)
+    checkpoint = open_checkpoint(tmp_path / "output")
+    assert checkpoint.servable_widths == widths
+    expected = logits(llama)
+    distances = [distance(logits(llama, checkpoint, width), expected) for width in reversed(widths)]
+    assert distances == sorted(distances)
+    assert distances[0] < LIMITS[widths[-1]]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "groups"),
+    [(32, (2, 4)), (64, (1, 2)), ("auto", (1, 1)), ("channel", (1, 1)), (8, (8, 16))],
+)
+def test_group_sizes(
+    group_size: int | str, groups: tuple[int, int], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run(llama, tmp_path / "output", text_file, group_size=group_size)
+    checkpoint = open_checkpoint(tmp_path / "output")
+    assert checkpoint.format.group_size == group_size
+    for layer, expected in zip(("self_attn.q_proj", "mlp.down_proj"), groups, strict=True):
+        scale, offset = checkpoint.decoder(f"model.layers.1.{layer}", 4)
+        assert scale.shape == offset.shape == (64, expected)
+    assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
+
+
+def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path / "source", intermediate_size=96))
+    message = (
+        r"group_size for model\.layers\.0\.mlp\.down_proj: found 64, expected a divisor of its 96 .*: 32, \"channel\""
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan_format(source, Nested(WIDTHS), 64, [])
+    assert plan_format(source, Nested(WIDTHS), "auto", []).group_size_of(96, "layer") == 32
+    assert "model.layers.0.mlp.down_proj" in plan_format(source, Nested(WIDTHS), 64, ["down_proj"]).ignored_layers
+
+
+def test_ignore(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "output", text_file, ignore=[r"layers\.0\.mlp\.", "k_proj$", "lm_head"])
+    checkpoint = open_checkpoint(tmp_path / "output")
+    ignored = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    ignored += [f"model.layers.{index}.self_attn.k_proj" for index in (0, 1)]
+    assert set(checkpoint.format.ignored_layers) == {"lm_head", *ignored}
+    assert set(checkpoint.layers) == set(SourceModel(llama).linears) - set(ignored)
+    kept = dict(checkpoint.unquantized())
+    assert torch.equal(kept[f"{ignored[0]}.weight"], SourceModel(llama).tensor(f"{ignored[0]}.weight"))
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        (["("], r"ignore: found '\(', expected a regular expression"),
+        (["nonesuch"], "ignore: 'nonesuch' matches none of the model's 15 linear layers"),
+        (["proj"], r"ignore: found \['proj'\], which match every linear layer"),
+    ],
+)
+def test_bad_ignore(llama: Path, ignore: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_format(SourceModel(llama), Nested(WIDTHS), "auto", ignore)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_runs_give_the_same_bytes(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        run(llama, tmp_path / name, text_file)
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+
+
+def test_shards_of_the_source_do_not_matter(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "first", text_file)
+    run(write_source(tmp_path / "source", shard_size="100KB"), tmp_path / "second", text_file)
+    first, second = content(tmp_path / "first"), content(tmp_path / "second")
+    assert first.pop(MANIFEST_FILE) != second.pop(MANIFEST_FILE)
+    assert first == second
+
+
+def test_nothing_is_written_without_enough_text(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError):
+        run(llama, tmp_path / "output", text_file, samples=10_000)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_folder_that_was_there_stays(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(CalibrationError):
+        run(llama, tmp_path, text_file, samples=10_000)
+    assert content(tmp_path) == {"notes.md": b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_source_is_not_overwritten(llama: Path, text_file: Path, tmp_path: Path, overwrite: bool) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "source"))
+    with pytest.raises(OutputError):
+        run(model, model, text_file, overwrite=overwrite)
+    assert content(model) == content(llama)
+
+
+def test_an_interrupted_run_leaves_nothing(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama, tmp_path / "old", text_file, widths=(4,))
+    before = content(tmp_path / "old")
+    relative_error = pipeline.relative_error
+    calls: list[Any] = []
+
+    def interrupted(*arguments: Any) -> dict[int, float]:
+        calls.append(arguments)
+        if len(calls) == 9:  # in the second block
+            raise KeyboardInterrupt
+        return relative_error(*arguments)
+
+    monkeypatch.setattr(pipeline, "relative_error", interrupted)
+    for folder, overwrite in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(llama, folder, text_file, overwrite=overwrite)
+    assert not (tmp_path / "new").exists()
+    assert content(tmp_path / "old") == before

@@ -1,0 +1,227 @@
+"""The source checkpoint: what its blocks compute, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, random_model, write_source
+from vllm_matquant.checkpoint.errors import (
+    ConfigError,
+    IndexFileError,
+    MissingFileError,
+    MissingTensorError,
+    ShardError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnsafePathError,
+)
+from vllm_matquant.quantize.source import SourceModel, locate, run_block
+
+TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def spoiled(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama to spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "spoiled"))
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
+    """Replace tensors, or with None remove them."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | changed
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+@torch.no_grad()
+def assert_blocks_match(folder: Path, model: torch.nn.Module, batch_tokens: int) -> None:
+    expected = model.model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
+    source = SourceModel(folder)
+    hidden, arguments = source.embed(TOKENS)
+    assert len(arguments) == source.block_count == len(expected) - 1
+    for index in range(source.block_count):
+        torch.testing.assert_close(hidden, expected[index], rtol=0, atol=1e-5)
+        run_block(source.load_block(index), hidden, arguments[index], batch_tokens)
+    # transformers gives the last block's output after the final norm only.
+    torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_blocks_compute_what_transformers_does(model_type: str, tmp_path: Path) -> None:
+    assert_blocks_match(write_source(tmp_path / "source", model_type), random_model(model_type), 40)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 59, 10_000])
+def test_batches(llama: Path, batch_tokens: int) -> None:
+    assert_blocks_match(llama, random_model("llama"), batch_tokens)
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    source = SourceModel(folder)
+    assert len(list(folder.glob("*.safetensors"))) == len(source.files) - 1 > 2
+    assert source.files[0].name == "config.json"
+    assert_blocks_match(folder, random_model("llama"), 40)
+
+
+def test_16_bits(tmp_path: Path) -> None:
+    random_model("qwen3").bfloat16().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    source = SourceModel(tmp_path)
+    assert source.tensor("model.norm.weight").dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in source.load_block(0).parameters()} == {torch.float32}
+    assert_blocks_match(tmp_path, model, 40)
+
+
+def test_names(llama: Path) -> None:
+    source = SourceModel(llama)
+    model = random_model("llama")
+    expected = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert list(source.linears) == [name for name in expected if name != "lm_head"]
+    assert source.other_linears == ["lm_head"]
+    assert source.linears["model.layers.0.mlp.down_proj"] == (64, 128)
+    assert source.tensor_names == sorted(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(source.tensor(name), tensor, rtol=0, atol=0)
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path / "source", "qwen3"))
+    assert source.other_linears == ["lm_head"]
+    assert "lm_head.weight" not in source.tensor_names
+
+
+def test_tensors_that_are_no_parameters_are_left_out(spoiled: Path) -> None:
+    edit_tensors(spoiled, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in SourceModel(spoiled).tensor_names
+
+
+def real_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.is_meta)
+
+
+def test_no_more_than_a_block_is_in_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+    tensor = SourceModel.tensor
+
+    def counting(self: SourceModel, name: str) -> torch.Tensor:
+        nonlocal read
+        value = tensor(self, name)
+        read += value.numel()
+        return value
+
+    monkeypatch.setattr(SourceModel, "tensor", counting)
+    source = SourceModel(llama)
+    block_size = sum(parameter.numel() for parameter in random_model("llama").model.layers[0].parameters())
+    assert real_parameters(source._model) == read == 0
+    block = source.load_block(1)
+    assert real_parameters(block) == read == block_size
+    assert real_parameters(source._model) == 0
+    read = 0
+    source.embed(TOKENS)
+    assert read == VOCABULARY * 64 + 64  # embedding and final norm
+    assert real_parameters(source._model) == 0
+
+
+def test_quantized_source(spoiled: Path) -> None:
+    edit_config(spoiled, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ConfigError, match=r"config\.json: quantization_config: found awq, expected .* not quantized"):
+        SourceModel(spoiled)
+
+
+def test_unknown_architecture(spoiled: Path) -> None:
+    edit_config(spoiled, model_type="nonesuch")
+    with pytest.raises(ConfigError, match="'nonesuch'"):
+        SourceModel(spoiled)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", r"config\.json: found no such file"),
+        ("model.safetensors", r"expected model\.safetensors or model\.safetensors\.index\.json"),
+    ],
+)
+def test_missing_file(spoiled: Path, name: str, message: str) -> None:
+    (spoiled / name).unlink()
+    with pytest.raises(MissingFileError, match=message):
+        SourceModel(spoiled)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(MissingFileError, match=f"{shard.name}: found no such file"):
+        SourceModel(folder)
+
+
+def edit_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_index_that_names_no_files(spoiled: Path) -> None:
+    edit_index(spoiled, ["model.safetensors"])
+    with pytest.raises(IndexFileError, match="weight_map: found list, expected an object"):
+        SourceModel(spoiled)
+
+
+def test_index_that_leaves_the_folder(spoiled: Path) -> None:
+    edit_index(spoiled, {"model.norm.weight": "../model.safetensors"})
+    with pytest.raises(UnsafePathError, match=r"\.\./model\.safetensors"):
+        SourceModel(spoiled)
+
+
+def test_index_that_names_a_tensor_of_another_file(spoiled: Path) -> None:
+    save_file({"other": torch.ones(1)}, spoiled / "other.safetensors")
+    names = load_file(spoiled / "model.safetensors")
+    edit_index(spoiled, dict.fromkeys(names, "model.safetensors") | {"model.norm.weight": "other.safetensors"})
+    with pytest.raises(MissingTensorError, match=r"other\.safetensors: model\.norm\.weight: found no such tensor"):
+        SourceModel(spoiled)
+
+
+def test_missing_tensor(spoiled: Path) -> None:
+    edit_tensors(spoiled, **{"model.layers.1.mlp.up_proj.weight": None})
+    with pytest.raises(MissingTensorError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: found in no file"):
+        SourceModel(spoiled)
+
+
+def test_wrong_shape(spoiled: Path) -> None:
+    edit_tensors(spoiled, **{"model.norm.weight": torch.ones(63)})
+    with pytest.raises(TensorShapeError, match=r"model\.norm\.weight: found \[63\], expected \[64\]"):
+        SourceModel(spoiled)
+
+
+def test_wrong_dtype(spoiled: Path) -> None:
+    edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+    with pytest.raises(TensorDtypeError, match=r"model\.norm\.weight: found torch\.int8"):
+        SourceModel(spoiled)
+
+
+def test_truncated_file(spoiled: Path) -> None:
+    path = spoiled / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ShardError, match=r"model\.safetensors"):
+        SourceModel(spoiled)
+
+
+def test_locate_folder(llama: Path) -> None:
+    assert locate(str(llama)) == llama
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/no such folder", "nonesuch-model"])
+def test_locate_nothing(name: str) -> None:
+    with pytest.raises(MissingFileError, match="found no such folder, nor a model of the hub"):
+        locate(name)

@@ -1,0 +1,71 @@
+"""Tiny random source models with a tokenizer, as they lie on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+# Windows shorter than the sequences of the tests, so that blocks of both kinds are told apart.
+_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, **_WINDOW},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16, **_WINDOW},
+    "gemma3_text": {"query_pre_attn_scalar": 16, **_WINDOW},
+}
+
+
+def random_model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A causal language model in float32 whose every parameter, biases and norms too, is random."""
+    config = AutoConfig.for_model(model_type, **(_SHAPE | ARCHITECTURES[model_type] | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and a few pairs of them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the other cat thought that it had"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def write_source(
+    folder: Path, model_type: str = "llama", seed: int = 0, shard_size: str = "1GB", **overrides: object
+) -> Path:
+    """Save a random model and its tokenizer."""
+    random_model(model_type, seed, **overrides).save_pretrained(folder, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,31 @@
+"""A tiny source model, a text, and a checkpoint that the command line made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import quantize
+
+from tests.quantize.tiny_sources import write_source
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama; not to be changed."""
+    return write_source(tmp_path_factory.mktemp("tools") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"The {number} cats of house {number * 7} sat there." for number in range(220)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def nested(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a checkpoint of 2, 4 and 8 bits; not to be changed."""
+    folder = tmp_path_factory.mktemp("tools") / "nested"
+    quantize.main([str(source), "--output", str(folder), "--bits", "2,4,8", "--method", "rtn"])
+    return folder
