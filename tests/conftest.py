@@ -33,3 +33,11 @@ def real_text() -> Path:
     from fetch_model import fetch_text
 
     return fetch_text()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some 9,000 bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"The {number} cats of house {number * 7} sat there." for number in range(220)))
+    return path

@@ -20,14 +20,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 9,000 bytes."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"The {number} cats of house {number * 7} sat there." for number in range(220)))
-    return path
-
-
-@pytest.fixture(scope="session")
 def random_layer() -> Callable[..., Layer]:
     """Function that makes a weight [rows, columns] and the Hessian of correlated inputs, one column of them large."""
 

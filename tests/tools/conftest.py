@@ -1,4 +1,4 @@
-"""A tiny source model, a text, and a checkpoint that the command line made of them."""
+"""A tiny source model, and a checkpoint that the command line made of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from tests.quantize.tiny_sources import write_source
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama; not to be changed."""
     return write_source(tmp_path_factory.mktemp("tools") / "llama")
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"The {number} cats of house {number * 7} sat there." for number in range(220)))
-    return path
 
 
 @pytest.fixture(scope="session")
