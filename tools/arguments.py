@@ -12,6 +12,7 @@ from typing import Any
 # that does anything else they slow each other manyfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 _CELL = 9  # characters of a figure
@@ -43,6 +44,18 @@ def output_file(text: str) -> Path:
         found = "a folder" if path.is_dir() else f"no folder {path.parent}"
         raise argparse.ArgumentTypeError(f"found {found}, expected a file in a folder that exists")
     return path
+
+
+def chosen_widths(checkpoint: Checkpoint, asked: Sequence[int] | None) -> Sequence[int]:
+    """The widths asked for, or all that the folder can serve.
+
+    Raises:
+        CheckpointError: the folder cannot serve one of them: known before the long work.
+    """
+    widths = asked or checkpoint.servable_widths
+    for width in widths:
+        checkpoint.files_for(width)
+    return widths
 
 
 def headings(columns: Sequence[str]) -> str:

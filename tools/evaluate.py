@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import figures, headings, output_file, positive, width_list
+from arguments import chosen_widths, figures, headings, output_file, positive, width_list
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         checkpoint = open_checkpoint(options.folder)
-        widths = options.bits or checkpoint.servable_widths
-        for width in widths:
-            checkpoint.files_for(width)  # refuses a width that the folder cannot serve before the long work
+        widths = chosen_widths(checkpoint, options.bits)
         reference = locate(options.reference)
         tokens = text_windows(
             read_text(options.text),

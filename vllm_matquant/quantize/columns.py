@@ -12,7 +12,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.kernels import ops
 from vllm_matquant.quantize.decoders import Decoder, slice_table
 
-_BLOCK = 128  # columns between two updates of the others; 7 copies of 16 rows fit the second-level cache
+_BLOCK = 128  # columns between two updates of all later ones; 7 copies of 16 rows fit the second-level cache
 _LANES = 16  # rows are padded to what the C++ op takes at a time
 _SCRATCH_BYTES = 512 * 2**20
 

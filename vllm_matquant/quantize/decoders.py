@@ -9,6 +9,7 @@ import torch
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import DECODER_DTYPE, PARENT_BITS, Slicing
+from vllm_matquant.kernels.reference import dequantize
 
 _SCRATCH_BYTES = 8 * 2**20  # of products for a chunk of rows: what a cache holds
 # Pull towards the previous decoder, relative to the diagonal of the normal equations: decides only what the data leaves
@@ -33,9 +34,7 @@ class Decoder:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Weights of the r-bit ``codes`` (uint8 [out_features, in_features]), float32 of the same shape."""
-        group_size = codes.shape[1] // self.scale.shape[1]
-        scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (self.scale, self.offset))
-        return torch.addcmul(offset, scale, codes.float())
+        return dequantize(codes, self.scale, self.offset)
 
     def stored(self) -> Decoder:
         """The decoder as the checkpoint keeps it: rounded to float16, in float32."""
