@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.random_models import randomized
 
 VOCABULARY = 320
 _SHAPE = {
@@ -39,12 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def random_model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A causal language model in float32 whose every parameter, biases and norms too, is random."""
     config = AutoConfig.for_model(model_type, **(_SHAPE | ARCHITECTURES[model_type] | overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
-    return model
+    return randomized(config, seed)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

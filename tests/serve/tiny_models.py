@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.random_models import randomized
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
@@ -29,12 +30,7 @@ _SHAPE = {
 def random_model(model_type: str, seed: int, **overrides: object) -> torch.nn.Module:
     """A causal language model whose every parameter, biases and norms too, is random."""
     config = AutoConfig.for_model(model_type, **(_SHAPE | overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
-    return model
+    return randomized(config, seed)
 
 
 def quantize(
