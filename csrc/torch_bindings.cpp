@@ -9,7 +9,8 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes) -> Tensor");
     m.def(
         "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
-        "Tensor? current, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> (Tensor, Tensor)");
+        "Tensor? current, int fixed_bits, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> "
+        "(Tensor, Tensor)");
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str[]");
 }

@@ -136,6 +136,7 @@ def test_wheel_content(wheel: Path) -> None:
     assert any(name.endswith("/LICENSE") for name in names)
     modules = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert {f"vllm_matquant/quantize/report/{name}" for name in ("card.md", "page.html", "page.js")} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vllm_matquant"}
 
 

@@ -89,7 +89,7 @@ def write(source: Path) -> Writer:
         format = format or Format()
         generator = torch.Generator().manual_seed(seed)
         config = read_json(model / "config.json")
-        layers = build_skeleton(config).quantized_layers(format.ignored_layers)
+        layers = build_skeleton(config).quantized_layers(format)
         sample = Sample(folder, format, {}, {}, {})
         with CheckpointWriter(folder, format, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
             for name, tensor in sorted(load_file(model / "model.safetensors").items()):

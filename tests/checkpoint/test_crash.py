@@ -13,7 +13,14 @@ import pytest
 
 from vllm_matquant.checkpoint import staging, writer
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.spec import (
+    CONFIG_FILE,
+    DOCUMENT_FILES,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    REPORT_FOLDER,
+    Format,
+)
 
 # Runs in a process of its own, for it forks once for each moment: torch's threads do not survive a fork.
 KILLS = '''
@@ -28,7 +35,7 @@ from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.skeleton import build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 
 torch.set_num_threads(1)
@@ -37,7 +44,7 @@ source, out, old = map(Path, sys.argv[1:4])
 new_format = Format(widths=(2, 3), group_size="channel")
 config = read_json(source / CONFIG_FILE)
 tensors = load_file(source / "model.safetensors")
-layers = build_skeleton(config).quantized_layers(new_format.ignored_layers)
+layers = build_skeleton(config).quantized_layers(new_format)
 
 
 def write_new():
@@ -91,10 +98,11 @@ def state():
     stored = set(checkpoint.weight_map.values())
     assert {path.name for path in out.glob("*.safetensors")} == stored
     if checkpoint.format == new_format:
+        assert not any((out / name).exists() for name in DOCUMENT_FILES)  # those of the old one
         assert not any(checkpoint.codes(layer, 3).any() for layer in checkpoint.layers)
         return "new"
-    for path in old.iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    for path in old.rglob("*"):
+        assert path.is_dir() or (out / path.relative_to(old)).read_bytes() == path.read_bytes()
     return "old"
 
 
@@ -132,6 +140,9 @@ def test_killed_at_every_moment(
     write: Callable[..., Any], source: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     write(tmp_path / "old", Format(widths=(2, 4, 5)), shard_bytes=2**31)
+    (tmp_path / "old" / REPORT_FOLDER).mkdir()
+    for name in DOCUMENT_FILES:
+        (tmp_path / "old" / name).write_text("of the old checkpoint")
     process = subprocess.run(
         [sys.executable, "-c", KILLS, source, tmp_path / "out", tmp_path / "old"],
         env=os.environ | {"PYTHONPATH": str(request.config.rootpath)},

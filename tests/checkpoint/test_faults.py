@@ -181,8 +181,26 @@ FAULTS = {
         errors.MissingTensorError,
         f"{INDEX_FILE}: {LAYER}.weight: found nothing, expected a tensor of shape [96, 64]",
     ),
-    "quantized layer is not ignored": fault(
-        in_quantization(ignored_layers=[]), errors.MissingTensorError, "lm_head.weight_base: found nothing"
+    "tied head is quantized without its embedding": fault(
+        in_quantization(ignored_layers=[]),
+        errors.ConfigError,
+        "config.json: quantization_config.quantized_embeddings and ignored_layers",
+        "found lm_head quantized and model.embed_tokens, which shares its weight, not",
+    ),
+    "embedding is quantized without its tied head": fault(
+        in_quantization(quantized_embeddings=["model.embed_tokens"]),
+        errors.ConfigError,
+        "found model.embed_tokens quantized and lm_head, which shares its weight, not",
+    ),
+    "embedding is not quantized": fault(
+        in_quantization(quantized_embeddings=["model.embed_tokens"], ignored_layers=[]),
+        errors.MissingTensorError,
+        f"{INDEX_FILE}: model.embed_tokens.weight_base: found nothing, expected a tensor of shape [40, 16]",
+    ),
+    "unknown embedding": fault(
+        in_quantization(quantized_embeddings=["model.embeddings"]),
+        errors.ConfigError,
+        "quantized_embeddings: found ['model.embeddings'], expected no names but ['model.embed_tokens']",
     ),
     "unknown architecture": fault(
         in_config(lambda config: config.update(model_type="nonesuch")), errors.ConfigError, "'nonesuch'", "transformers"
@@ -403,6 +421,12 @@ def test_values_of_other_widths_do_not_matter(sample: Any, width: int) -> None:
 
 
 def test_every_error_of_the_reader_has_a_fault() -> None:
-    of_writer_and_verify = {errors.OutputError, errors.ChecksumError, errors.NestingError, errors.WidthError}
+    of_others = {
+        errors.OutputError,
+        errors.ChecksumError,
+        errors.NestingError,
+        errors.WidthError,
+        errors.TensorValueError,
+    }
     classes = {error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, ValueError)}
-    assert {fault.error for fault in FAULTS.values()} == classes - of_writer_and_verify - {errors.CheckpointError}
+    assert {fault.error for fault in FAULTS.values()} == classes - of_others - {errors.CheckpointError}

@@ -17,6 +17,7 @@ from vllm_matquant.checkpoint import reader
 from vllm_matquant.checkpoint.errors import MissingFileError, ShardError, WidthError
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.checkpoint.verify import verify
 
 FORMATS = [
     Format(),
@@ -64,6 +65,33 @@ def test_round_trip(write: Callable[..., Any], tmp_path: Path, format: Format) -
     for name, tensor in unquantized.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, sample.unquantized[name])
+
+
+@pytest.mark.parametrize(
+    ("tied", "head", "embedding"), [(True, True, True), (False, True, True), (False, True, False), (False, False, True)]
+)
+def test_round_trip_of_embedding_and_head(
+    write: Callable[..., Any], make_source: Callable[..., Path], tmp_path: Path, tied: bool, head: bool, embedding: bool
+) -> None:
+    embeddings = ("model.embed_tokens",) if embedding else ()
+    checkpoint_format = Format(ignored_layers=() if head else ("lm_head",), quantized_embeddings=embeddings)
+    sample = write(tmp_path / "out", checkpoint_format, model=make_source(tied=tied))
+    assert [result.text for result in verify(tmp_path / "out") if not result.passed] == []
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.format == checkpoint_format
+    outside = {layer for layer in checkpoint.layers if ".layers." not in layer}
+    assert outside == set(embeddings) | ({"lm_head"} if head and not tied else set())
+    assert not {f"{layer}.weight" for layer in outside} & dict(checkpoint.unquantized()).keys()
+    for layer in outside:
+        assert checkpoint.layers[layer] == (40, 64)
+        for width in checkpoint.format.widths:
+            assert torch.equal(checkpoint.codes(layer, width), sample.codes[layer] >> (8 - width))
+            for read, written in zip(checkpoint.decoder(layer, width), sample.decoders[layer][width], strict=True):
+                assert torch.equal(read, written.half())
+    for width in (2, 5):
+        tensors = [tensor for name, tensor in checkpoint.tensors(width) if name.rpartition(".")[0] in checkpoint.layers]
+        quantized = [tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.float16)]
+        assert checkpoint.resident_bytes(width) == sum(tensor.nbytes for tensor in quantized)
 
 
 @pytest.mark.parametrize("group_size", [128, 64, "auto"])

@@ -12,7 +12,14 @@ from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_plain_name, shard_n
 
 @pytest.mark.parametrize(
     "format",
-    [Format(), Format((3,), 32, (), "round"), Format((2, 8), "channel", ("lm_head", "a.b")), Format(group_size=24)],
+    [
+        Format(),
+        Format((3,), 32, (), "round"),
+        Format((2, 8), "channel", ("lm_head", "a.b")),
+        Format(group_size=24),
+        Format(ignored_layers=(), quantized_embeddings=("model.embed_tokens",)),
+        Format(layer_group_sizes={"a.b": 32, "a.c": "channel", "a.d": "auto"}),
+    ],
 )
 def test_config_round_trip(format: Format) -> None:
     assert Format.from_dict(format.to_dict()) == format
@@ -41,6 +48,12 @@ def test_config_round_trip(format: Format) -> None:
         ("group_size", "row", "a multiple of 8"),
         ("ignored_layers", "lm_head", "a list of layer names"),
         ("ignored_layers", [1], "a list of layer names"),
+        ("quantized_embeddings", None, "a list of layer names"),
+        ("quantized_embeddings", True, "a list of layer names"),
+        ("quantized_embeddings", [[]], "a list of layer names"),
+        ("layer_group_sizes", ["a"], "an object with a multiple of 8"),
+        ("layer_group_sizes", {"a": 20}, "an object with a multiple of 8"),
+        ("layer_group_sizes", {"a": None}, "an object with a multiple of 8"),
         ("slicing", "floor", r"one of \['truncate', 'round'\]"),
         ("slicing", ["truncate"], r"one of \['truncate', 'round'\]"),
     ],
@@ -56,6 +69,11 @@ def test_missing_field(field: str) -> None:
     del config[field]
     with pytest.raises(ConfigError, match=rf"quantization_config\.{field}: found nothing"):
         Format.from_dict(config)
+
+
+def test_without_optional_fields_the_config_is_what_it_was_before_there_were_any() -> None:
+    fields = {"quant_method", "format_version", "parent_bits", "widths", "group_size", "ignored_layers", "slicing"}
+    assert Format().to_dict().keys() == fields
 
 
 @pytest.mark.parametrize("config", [None, [], "matquant"])
@@ -90,6 +108,18 @@ def test_group_that_does_not_divide_names_those_that_would(group_size: Any, in_f
         ConfigError, match=f"some.layer: found {group_size}, .* {in_features} input features: {fitting}$"
     ):
         Format(group_size=group_size).group_size_of(in_features, "some.layer")
+
+
+def test_group_sizes_of_single_layers() -> None:
+    format = Format(group_size=64, layer_group_sizes={"a": 32, "b": "channel", "c": "auto", "d": 48})
+    sizes = {layer: format.group_size_of(256, layer) for layer in ("a", "b", "c", "other")}
+    assert sizes == {"a": 32, "b": 256, "c": 128, "other": 64}
+    with pytest.raises(ConfigError, match=r"group_size for d: found 48, expected a divisor of its 256"):
+        format.group_size_of(256, "d")
+    for layer, size in sizes.items():
+        (scale,) = (spec for name, spec in format.tensors_of_layer(16, 256, layer)[4].items() if "scale" in name)
+        assert scale.shape == (16, 256 // size)
+        assert format.resident_bytes(16, 256, 4, layer) == 16 * 256 // 2 + 2 * 2 * 16 * 256 // size
 
 
 def test_columns_must_fill_bytes() -> None:

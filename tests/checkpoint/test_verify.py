@@ -16,7 +16,7 @@ import torch
 from vllm_matquant.checkpoint import manifest
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, Format
 from vllm_matquant.checkpoint.verify import verify
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify.py"
@@ -79,6 +79,13 @@ def test_sound_checkpoint(
 def test_rounded_slices_nest(write: Callable[..., Any], tmp_path: Path) -> None:
     write(tmp_path / "out", Format(widths=(2, 3, 5), slicing="round"))
     assert failures(tmp_path / "out") == []
+
+
+def test_model_card_and_report_may_lie_beside_the_checkpoint(sample: Any) -> None:
+    (sample.folder / "report").mkdir()
+    for name in DOCUMENT_FILES:
+        (sample.folder / name).write_text("edited by hand")
+    assert failures(sample.folder) == []
 
 
 def test_partial_folder(sample: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,16 @@ from vllm_matquant.checkpoint.errors import (
 )
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, Format, shard_name, shard_width
+from vllm_matquant.checkpoint.spec import (
+    CONFIG_FILE,
+    DOCUMENT_FILES,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    REPORT_FOLDER,
+    Format,
+    shard_name,
+    shard_width,
+)
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 
@@ -187,12 +196,24 @@ def test_caller_may_reuse_its_memory(tmp_path: Path) -> None:
             assert shard.get_tensor("layer.weight_scale2").all()
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, shard_name(3, 1, 1), "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", [CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, shard_name(3, 1, 1), "tokenizer.json", *DOCUMENT_FILES]
+)
 def test_folder_with_a_file_of_a_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match=f"{tmp_path}: output folder: found {name}, expected no files"):
         CheckpointWriter(tmp_path, FORMAT)
-    assert contents(tmp_path) == {name: b"mine"}
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_without_a_place_for_the_report_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / REPORT_FOLDER).write_text("mine")
+    with pytest.raises(OutputError, match=f"{tmp_path}: report: found a file, expected a folder"):
+        CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
+    assert contents(tmp_path) == {REPORT_FOLDER: b"mine"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -231,13 +252,16 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 def test_overwriting_leaves_no_file_of_the_old(write: Callable[..., Any], sample: Any) -> None:
     (sample.folder / "tokenizer.model").write_text("of the old model")
     (sample.folder / "notes.txt").write_text("mine")
+    (sample.folder / REPORT_FOLDER).mkdir()
+    for name in DOCUMENT_FILES:
+        (sample.folder / name).write_text("of the old model")
     with pytest.raises(OutputError):
         write(sample.folder, FORMAT, seed=1)
     new = write(sample.folder, FORMAT, seed=1, overwrite=True)
     checkpoint = open_checkpoint(sample.folder)
     assert checkpoint.format == FORMAT
     assert all(torch.equal(checkpoint.codes(layer, 4), codes >> 4) for layer, codes in new.codes.items())
-    names = {path.name for path in sample.folder.iterdir()}
+    names = {path.name for path in sample.folder.rglob("*") if path.is_file()}
     assert names == {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "notes.txt", *COPIED, *checkpoint.weight_map.values()}
 
 

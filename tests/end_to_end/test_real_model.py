@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS, shard_width
+from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.calibration import load_calibration
-from vllm_matquant.quantize.evaluate import load_slice
+from vllm_matquant.quantize.evaluate import load_weights, slice_weights
 from vllm_matquant.quantize.hessian import HessianCollector
-from vllm_matquant.quantize.methods import METHODS, relative_error
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, run_block
+from vllm_matquant.quantize.layer import relative_error
+from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +57,7 @@ def first_planes(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("real") / "first planes"
     folder.mkdir()
     for file in nested.iterdir():
-        if (shard_width(file.name) or 0) <= 3:
+        if file.is_file() and (shard_width(file.name) or 0) <= 3:
             (folder / file.name).hardlink_to(file)
     return folder
 
@@ -97,7 +99,7 @@ def engines(
 def reference(model: Path, checkpoint: Checkpoint, width: int, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of transformers' model with the slice's decoded weights in it."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    load_slice(loaded, checkpoint, width)
+    load_weights(loaded, slice_weights(checkpoint, width))
     return loaded(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
 
 
@@ -159,18 +161,20 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one."""
     source = SourceModel(real_model)
     calibration = load_calibration(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
-    hidden, arguments = source.embed(calibration.tokens)
-    run_block(source.load_block(0), hidden, arguments[0], 2048)
+    activations = Activations(source, calibration.tokens)
+    activations.advance(source.load_block(0), {})
     block = source.load_block(1)
     layers = {name: block.get_submodule(name) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}
     hessians = HessianCollector(layers)
     with hessians.collecting():
-        run_block(block, hidden, arguments[1], 2048)
+        activations.outputs(block)
 
     def errors(name: str, method_name: str, widths: tuple[int, ...] = WIDTHS) -> dict[int, float]:
         method, weight, hessian = METHODS[method_name](widths), layers[name].weight, hessians.hessian(name)
         quantized = method.quantize(weight, hessian, 64)
-        return relative_error(weight, quantized, method.slices(quantized.codes), hessian)
+        return relative_error(
+            [weight] * len(widths), quantized, method.slices(quantized.codes), [hessian] * len(widths)
+        )
 
     nested = {name: errors(name, "nested") for name in layers}
     for name in layers:

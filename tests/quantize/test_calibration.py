@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.quantize.tiny_sources import byte_tokenizer
+from vllm_matquant.quantize import calibration
 from vllm_matquant.quantize.calibration import Calibration, CalibrationError, load_calibration
 
 
@@ -25,9 +27,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def load(tokenizer: PreTrainedTokenizerFast) -> Any:
-    def load_some(source: str | Path | None, samples: int = 4, sequence_length: int = 16, seed: int = 0) -> Calibration:
+    def load_some(
+        source: str | Path | None, samples: int = 4, sequence_length: int = 16, seed: int = 0, text_column: str = "text"
+    ) -> Calibration:
         source = None if source is None else str(source)
-        return load_calibration(source, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+        sizes = {"samples": samples, "sequence_length": sequence_length}
+        return load_calibration(source, tokenizer, **sizes, seed=seed, text_column=text_column)
 
     return load_some
 
@@ -107,10 +112,102 @@ def test_bytes_that_are_no_text(load: Any, tmp_path: Path) -> None:
         load(path)
 
 
+def test_characters_that_are_no_text(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "zeros.txt"
+    path.write_bytes(bytes(1000))
+    with pytest.raises(CalibrationError, match=r"zeros\.txt: found NUL characters, expected text"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_json_lines_without_text(load: Any, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=r"empty\.jsonl: found 0 tokens, expected at least 64"):
+        load(path)
+
+
+def test_json_lines_that_are_no_text(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\xff\xfe\x00\n')
+    with pytest.raises(CalibrationError, match=r"image\.jsonl: found bytes that are not UTF-8"):
+        load(path)
+
+
+def test_text_column(load: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": 3, "content": "The cat sat on the mat. " * 20}) + "\n")
+    assert load(path, text_column="content").tokens.shape == (4, 16)
+    with pytest.raises(CalibrationError, match=r'text\.jsonl:1: found .*, expected {"prompt": "\.\.\."}'):
+        load(path, text_column="prompt")
+
+
 def test_built_in_text_is_enough_for_the_defaults(load: Any) -> None:
-    calibration = load(None, samples=32, sequence_length=512)
-    assert calibration.tokens.shape == (32, 512)
+    calibration = load(None, samples=64, sequence_length=512)
+    assert calibration.tokens.shape == (64, 512)
     assert calibration.source["name"] == "built-in text"
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.characters = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.characters += len(text)
+        return self.tokenizer(text, **options)
+
+
+# Characters of one to four bytes, so that pieces begin and end inside of some.
+SENTENCES = "".join(f"{number} Wörter, {number} слов, {number} 文字, {number} 😀. " for number in range(2_000))
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_of_a_huge_text_a_part_is_read(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_FILE_CHARACTERS", 2**15)
+    path, counting = tmp_path / name, Counting(tokenizer)
+    lines = SENTENCES.split(". ")
+    as_json = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(as_json if name.endswith("l") else SENTENCES, encoding="utf-8")
+    assert path.stat().st_size > 3 * 2**15
+
+    def load(seed: int) -> Calibration:
+        return load_calibration(str(path), counting, samples=4, sequence_length=64, seed=seed)  # type: ignore[arg-type]
+
+    first, again, other = load(0), load(0), load(1)
+    assert counting.characters < 1.1 * 3 * 2**15
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.source == again.source
+    assert not torch.equal(first.tokens, other.tokens)
+    for window in first.tokens.tolist():
+        # Two pieces, or two lines, are joined by an empty line.
+        parts = tokenizer.decode(window).strip("\ufffd\n").split("\n\n")
+        assert all(part in SENTENCES for part in parts)
+
+
+def test_pieces_of_a_huge_text_are_spread_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(SENTENCES, encoding="utf-8")
+    pieces = list(calibration._pieces(path, 1001))
+    assert len(pieces) == 64
+    assert SENTENCES.startswith(pieces[0])
+    assert SENTENCES.endswith(pieces[-1])
+    places = [SENTENCES.index(piece) for piece in pieces]
+    gaps = [right - left for left, right in pairwise(places)]
+    assert max(gaps) < 1.2 * min(gaps)
+    assert all(1001 - 6 <= len(piece.encode()) <= 1001 for piece in pieces)
+
+
+def test_bytes_in_a_huge_text_that_are_no_text(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(SENTENCES.encode() * 20 + b"\xff")
+    assert path.stat().st_size > calibration._FILE_CHARACTERS
+    with pytest.raises(CalibrationError, match=r"text\.txt: found bytes that are not UTF-8"):
+        load(path)
 
 
 class FakeDatasets(ModuleType):
@@ -146,6 +243,12 @@ def test_data_set(load: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: py
 def test_data_set_without_text(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([{"question": "?", "answer": "!"}]))
     with pytest.raises(CalibrationError, match=r"hf:x: found columns \['answer', 'question'\], expected one named"):
+        load("hf:x")
+
+
+def test_data_set_with_a_row_without_text(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([{"text": "fine"}, {"text": None}]))
+    with pytest.raises(CalibrationError, match=r"hf:x: found NoneType in a row, expected one named \"text\" of text"):
         load("hf:x")
 
 

@@ -43,6 +43,10 @@ def random_decoders(weight: torch.Tensor, widths: Sequence[int], group_size: int
     return [Decoder(vary(decoder.scale), vary(decoder.offset)) for decoder in decoders]
 
 
+def every(tensor: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+    return [tensor] * len(widths)
+
+
 class Reference:
     """What each parent decodes to, and how far a choice is from the best one, in float64."""
 
@@ -72,19 +76,19 @@ class Reference:
 
 
 def check_gptq(
-    reference: Reference, weight: torch.Tensor, factor: torch.Tensor, codes: torch.Tensor, order: list[int],
-    group_size: int, mean_error: bool,
+    reference: Reference, weights: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], codes: torch.Tensor,
+    order: list[int], group_size: int, mean_error: bool,
 ) -> None:  # fmt: skip
     """Follow GPTQ, algorithm 1, along the codes that were chosen and check each choice."""
-    upper = factor.double().numpy()
-    copies = np.repeat(weight.double().numpy()[None], len(reference.lambdas), axis=0)
+    upper = np.stack([factor.double().numpy() for factor in factors])
+    copies = np.stack([weight.double().numpy() for weight in weights])
     for place, column in enumerate(order):
         wanted = copies[:, :, column]
         decoded = reference.check_choice(wanted, column // group_size, codes.numpy()[:, column])
-        errors = (wanted - decoded) / upper[place, place]
+        errors = (wanted - decoded) / upper[:, place, place, None]
         if mean_error:
             errors = np.broadcast_to(errors.mean(axis=0), errors.shape)
-        copies[:, :, order[place + 1 :]] -= errors[:, :, None] * upper[place, place + 1 :]
+        copies[:, :, order[place + 1 :]] -= errors[:, :, None] * upper[:, place, None, place + 1 :]
 
 
 @pytest.mark.parametrize("damping", [0.001, 0.1])
@@ -123,11 +127,13 @@ def test_gptq(
     decoders = random_decoders(weight, widths, 16, slicing)
     lambdas = [1.7**place for place in range(len(widths))]
     factor = inverse_factor(damp(hessian, DAMPING))
-    codes = ColumnSolver(widths, lambdas, slicing, mean_error).gptq(weight, factor, decoders)
+    codes = ColumnSolver(widths, lambdas, slicing, mean_error).gptq(
+        every(weight, widths), every(factor, widths), decoders
+    )
     assert codes.shape == weight.shape
     assert codes.dtype == torch.uint8
     reference = Reference(widths, lambdas, slicing, decoders)
-    check_gptq(reference, weight, factor, codes, list(range(48)), 16, mean_error)
+    check_gptq(reference, every(weight, widths), every(factor, widths), codes, list(range(48)), 16, mean_error)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,9 +143,48 @@ def test_gptq_in_another_order_over_several_blocks(random_layer: Callable[..., L
     decoders = random_decoders(weight, widths, 32, "truncate")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     factor = inverse_factor(damp(hessian, DAMPING)[order][:, order])
-    codes = ColumnSolver(widths, [1.0] * 4).gptq(weight, factor, decoders, order)
+    codes = ColumnSolver(widths, [1.0] * 4).gptq(every(weight, widths), every(factor, widths), decoders, order)
     reference = Reference(widths, [1.0] * 4, "truncate", decoders)
-    check_gptq(reference, weight, factor, codes, order.tolist(), 32, mean_error=False)
+    check_gptq(reference, every(weight, widths), every(factor, widths), codes, order.tolist(), 32, mean_error=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_weight_and_a_hessian_of_its_own_for_each_width(random_layer: Callable[..., Layer], seed: int) -> None:
+    widths, size = (2, 3, 5, 8), 288
+    layers = [random_layer(5, size, seed + 10 * place) for place in (0, 1, 1, 1)]  # the wider three share one
+    weights = [layers[0][0] + 0.02 * place * layers[1][0] for place in range(4)]
+    hessians = [layers[0][1], *[layers[1][1]] * 3]
+    decoders = random_decoders(weights[0], widths, 32, "truncate")
+    lambdas = [1.0, 2.0, 3.0, 10.0]
+    solver, reference = ColumnSolver(widths, lambdas), Reference(widths, lambdas, "truncate", decoders)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    factors = [inverse_factor(damp(hessian, DAMPING)[order][:, order]) for hessian in hessians]
+    codes = solver.gptq(weights, factors, decoders, order)
+    check_gptq(reference, weights, factors, codes, order.tolist(), 32, mean_error=False)
+
+    after = solver.descend(weights, hessians, decoders, codes, order)
+    decoded = reference.decode(codes.numpy(), 32)
+    matrices = np.stack([hessian.double().numpy() for hessian in hessians])
+    wanted = np.stack([weight.double().numpy() for weight in weights])
+    for column in order.tolist():
+        gradient = np.einsum("rnk,rk->rn", wanted - decoded, matrices[:, :, column])
+        best = decoded[:, :, column] + gradient / matrices[:, column, column, None]
+        decoded[:, :, column] = reference.check_choice(best, column // 32, after.numpy()[:, column])
+    np.testing.assert_allclose(decoded, reference.decode(after.numpy(), 32))
+
+
+def test_work_that_tensors_share_is_done_once() -> None:
+    first, second = torch.ones(2), torch.ones(2)
+    calls: list[torch.Tensor] = []
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        return tensor + 1
+
+    made = columns.shared(make, [first, first, second, first])
+    assert len(calls) == 2
+    assert made[0] is made[1] is made[3]
+    assert made[2] is not made[0]
 
 
 @pytest.mark.parametrize("width", range(2, 9))
@@ -147,7 +192,7 @@ def test_one_width_is_textbook_gptq(random_layer: Callable[..., Layer], width: i
     """Optimal brain surgery on the explicit inverse, with rounding to the nearest level."""
     weight, hessian = random_layer(21, 64, seed=width)
     [decoder] = random_decoders(weight, (width,), 16, "truncate")
-    codes = ColumnSolver((width,), [1.0]).gptq(weight, inverse_factor(damp(hessian, DAMPING)), [decoder])
+    codes = ColumnSolver((width,), [1.0]).gptq([weight], [inverse_factor(damp(hessian, DAMPING))], [decoder])
     damped = hessian.double().numpy() + DAMPING * float(hessian.diagonal().mean()) * np.eye(64)
     left = weight.double().numpy().copy()
     scale, offset = decoder.scale.double().numpy(), decoder.offset.double().numpy()
@@ -180,7 +225,7 @@ def test_descend(random_layer: Callable[..., Layer], rows: int, size: int, slici
     codes = torch.randint(256, weight.shape, dtype=torch.uint8, generator=generator)
     order = torch.randperm(size, generator=generator)
     solver = ColumnSolver(widths, lambdas, slicing)
-    after = solver.descend(weight, hessian, decoders, codes, order)
+    after = solver.descend(every(weight, widths), every(hessian, widths), decoders, codes, order)
 
     reference = Reference(widths, lambdas, slicing, decoders)
     decoded = reference.decode(codes.numpy(), 16)
@@ -192,6 +237,33 @@ def test_descend(random_layer: Callable[..., Layer], rows: int, size: int, slici
     np.testing.assert_allclose(decoded, reference.decode(after.numpy(), 16))
 
 
+@pytest.mark.parametrize("fixed_bits", range(1, 8))
+def test_descend_with_fixed_bits(random_layer: Callable[..., Layer], fixed_bits: int) -> None:
+    """The leading bits stay, and the best parent among those that have them is taken."""
+    widths, lambdas = (2, 4, 8), [1.0, 3.0, 20.0]
+    weight, hessian = random_layer(17, 48, seed=fixed_bits)
+    decoders = random_decoders(weight, widths, 16, "truncate")
+    codes = torch.randint(256, weight.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(fixed_bits))
+    order = torch.arange(48)
+    after = ColumnSolver(widths, lambdas).descend(
+        every(weight, widths), every(hessian, widths), decoders, codes, order, fixed_bits
+    )
+    assert torch.equal(after >> (8 - fixed_bits), codes >> (8 - fixed_bits))
+
+    reference = Reference(widths, lambdas, "truncate", decoders)
+    decoded, matrix = reference.decode(codes.numpy(), 16), hessian.double().numpy()
+    for column in range(48):
+        gradient = (weight.double().numpy() - decoded) @ matrix[:, column]
+        best = decoded[:, :, column] + gradient / matrix[column, column]
+        levels = reference.levels(column // 16)
+        costs = (np.array(lambdas)[:, None, None] * (best[:, :, None] - levels) ** 2).sum(axis=0)
+        prefixes = codes.numpy()[:, column, None] >> (8 - fixed_bits)
+        costs[np.arange(256)[None] >> (8 - fixed_bits) != prefixes] = np.inf
+        chosen, rows = after.numpy()[:, column], np.arange(17)
+        np.testing.assert_array_less(costs[rows, chosen], 1.0001 * costs.min(axis=1) + 1e-8)
+        decoded[:, :, column] = levels[:, rows, chosen]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_sweeps_never_lose(random_layer: Callable[..., Layer], seed: int) -> None:
     widths, lambdas = (2, 3, 4, 5, 6, 7, 8), [2.0**place for place in range(7)]
@@ -199,11 +271,12 @@ def test_sweeps_never_lose(random_layer: Callable[..., Layer], seed: int) -> Non
     decoders = random_decoders(weight, widths, 32, "truncate")
     solver, reference = ColumnSolver(widths, lambdas), Reference(widths, lambdas, "truncate", decoders)
     order = hessian.diagonal().argsort(descending=True)
-    codes = solver.gptq(weight, inverse_factor(damp(hessian, DAMPING)[order][:, order]), decoders, order)
+    factor = inverse_factor(damp(hessian, DAMPING)[order][:, order])
+    codes = solver.gptq(every(weight, widths), every(factor, widths), decoders, order)
     before = objective(weight, hessian, reference.decode(codes.numpy(), 32), lambdas)
     first = before
     for _ in range(4):
-        codes = solver.descend(weight, hessian, decoders, codes, order)
+        codes = solver.descend(every(weight, widths), every(hessian, widths), decoders, codes, order)
         after = objective(weight, hessian, reference.decode(codes.numpy(), 32), lambdas)
         assert (after <= before * (1 + 1e-4)).all()
         before = after
@@ -221,8 +294,8 @@ def test_codes_do_not_depend_on_chunks_of_rows_or_threads(
     solver = ColumnSolver(widths, [1.0, 1.0, 1.0])
 
     def solve() -> tuple[torch.Tensor, torch.Tensor]:
-        codes = solver.gptq(weight, factor, decoders)
-        return codes, solver.descend(weight, hessian, decoders, codes, order)
+        codes = solver.gptq(every(weight, widths), every(factor, widths), decoders)
+        return codes, solver.descend(every(weight, widths), every(hessian, widths), decoders, codes, order)
 
     torch.set_num_threads(1)
     expected = solve()
@@ -240,8 +313,9 @@ def operands(**changes: object) -> list[object]:
         "scales": torch.ones(2, 2, 16),
         "offsets": torch.zeros(2, 2, 16),
         "group_of_column": torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.int32),
-        "coupling": torch.eye(8),
+        "coupling": torch.eye(8)[None],
         "current": None,
+        "fixed_bits": 0,
         "slices": torch.zeros(2, 256, dtype=torch.uint8),
         "lambdas": torch.ones(2),
         "mean_error": False,
@@ -252,7 +326,7 @@ def operands(**changes: object) -> list[object]:
 
 
 def test_op() -> None:
-    codes, errors = ops.solve_columns(*operands(begin=2, end=5))
+    codes, errors = ops.solve_columns(*operands(begin=2, end=5, coupling=torch.eye(3)[None]))
     assert (codes.shape, codes.dtype) == ((3, 16), torch.uint8)
     assert (errors.shape, errors.dtype) == ((3, 2, 16), torch.float32)
 
@@ -272,8 +346,12 @@ def test_op() -> None:
         ({"group_of_column": torch.zeros(8, dtype=torch.int64)}, "group_of_column: found dtype Long, expected Int"),
         ({"group_of_column": torch.full((8,), 2, dtype=torch.int32)}, "group_of_column: found 2, expected 0 to 1"),
         ({"group_of_column": torch.full((8,), -1, dtype=torch.int32)}, "group_of_column: found -1, expected 0 to 1"),
-        ({"coupling": torch.eye(7)}, r"coupling: found shape \[7, 7\], expected \[8, 8\]"),
+        ({"coupling": torch.eye(8)}, "coupling: found 2 dimensions, expected 3"),
+        ({"coupling": torch.eye(7)[None]}, r"coupling: found shape \[1, 7, 7\], expected \[1, 8, 8\]"),
+        ({"coupling": torch.eye(8).repeat(3, 1, 1)}, "coupling: found 3 matrices, expected 1 or 2"),
         ({"current": torch.zeros(16, 8, dtype=torch.uint8)}, r"current: found shape \[16, 8\], expected \[8, 16\]"),
+        ({"fixed_bits": 8}, "fixed_bits: found 8, expected 0 to 7"),
+        ({"fixed_bits": 3}, "fixed_bits: found 3 without current codes"),
         ({"slices": torch.zeros(2, 255, dtype=torch.uint8)}, r"slices: found shape \[2, 255\], expected \[2, 256\]"),
         ({"lambdas": torch.ones(3)}, r"lambdas: found shape \[3\], expected \[2\]"),
         ({"begin": -1}, "block: found columns -1 to 8, expected a range within 8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.tiny_sources import VOCABULARY, byte_tokenizer, write_source
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.quantize import evaluate as module
-from vllm_matquant.quantize.evaluate import evaluate, load_slice, text_windows
-from vllm_matquant.quantize.methods import RoundToNearest
+from vllm_matquant.quantize.baselines import RoundToNearest
+from vllm_matquant.quantize.evaluate import compare, evaluate, load_weights, slice_weights, text_windows
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.source import SourceModel
 
@@ -58,10 +59,10 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
     assert rows[0]["kl"] < rows[1]["kl"]
 
 
-def test_load_slice_changes_the_quantized_layers_alone(llama: Path, checkpoint: Checkpoint) -> None:
+def test_weights_of_a_slice_change_the_quantized_layers_alone(llama: Path, checkpoint: Checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    load_slice(model, checkpoint, 3)
+    load_weights(model, slice_weights(checkpoint, 3))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {f"{layer}.weight" for layer in checkpoint.layers}
 
@@ -79,12 +80,56 @@ def test_the_temporary_file_is_removed(
 
 def test_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     other = write_source(tmp_path / "other", intermediate_size=96)
-    message = r"other: model\.layers\.0\.mlp\.gate_proj: found \(96, 64\), expected \(128, 64\) as in .*llama"
+    message = (
+        r"other: model\.layers\.0\.mlp\.gate_proj: found \(96, 64\), expected \(128, 64\) as in the quantized model"
+    )
     with pytest.raises(ValueError, match=message):
         next(evaluate(checkpoint, other, TOKENS, (8,)))
     deeper = write_source(tmp_path / "shallower", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: found no such layer"):
         next(evaluate(checkpoint, deeper, TOKENS, (8,)))
+
+
+def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> None:
+    own = dict(slice_weights(checkpoint, 2))
+    source = SourceModel(llama)
+    candidates = [
+        ("two bits", iter(own.items())),
+        ("unchanged", ((layer, source.tensor(f"{layer}.weight")) for layer in own)),
+        ("two bits in another order", reversed(own.items())),
+    ]
+    first, unchanged, again = compare(llama, TOKENS, checkpoint.layers, candidates)
+    (row,) = evaluate(checkpoint, llama, TOKENS, (2,))
+    assert first == again == {name: row[name] for name in first}
+    assert first["kl"] > 0.01
+    assert unchanged["kl"] == 0
+    assert unchanged["perplexity"] == unchanged["reference_perplexity"] == first["reference_perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.popitem(),
+            r"rival: model\.layers\.1\.\S+: found no such layer, expected \(\d+, \d+\)",
+        ),
+        (
+            lambda weights: weights.update(lm_head=torch.zeros(2, 2)),
+            r"rival: lm_head: found \(2, 2\), expected no such",
+        ),
+        (
+            lambda weights: weights.update({"model.layers.0.mlp.up_proj": torch.zeros(64, 128)}),
+            r"rival: model\.layers\.0\.mlp\.up_proj: found \(64, 128\), expected \(128, 64\)",
+        ),
+    ],
+)
+def test_weights_of_other_layers(
+    llama: Path, checkpoint: Checkpoint, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    weights = dict(slice_weights(checkpoint, 2))
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        next(compare(llama, TOKENS, checkpoint.layers, [("rival", iter(weights.items()))]))
 
 
 def test_windows() -> None:

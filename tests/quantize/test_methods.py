@@ -11,14 +11,17 @@ from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize.decoders import Decoder
-from vllm_matquant.quantize.methods import METHODS, QuantizedLayer, relative_error
+from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
+from vllm_matquant.quantize.methods import METHODS, settings_of, with_settings
+from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.nested_tuned import NestedTuned
 
 
 def errors(name: str, layer: Layer, widths: Sequence[int] = WIDTHS, group_size: int = 32) -> dict[int, float]:
     weight, hessian = layer
     method = METHODS[name](tuple(widths))
     quantized = method.quantize(weight, hessian, group_size)
-    return relative_error(weight, quantized, method.slices(quantized.codes), hessian)
+    return relative_error([weight] * len(widths), quantized, method.slices(quantized.codes), [hessian] * len(widths))
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 96])
@@ -116,7 +119,7 @@ def test_relative_error(random_layer: Callable[..., Layer]) -> None:
     codes = torch.randint(256, (3, 16), dtype=torch.uint8, generator=generator)
     decoders = {width: Decoder(torch.rand(3, 2) / 2**width, torch.randn(3, 2)) for width in (3, 8)}
     layer = QuantizedLayer(codes, decoders)
-    found = relative_error(weight, layer, [codes >> 5, codes], inputs.T @ inputs / 50)
+    found = relative_error([weight] * 2, layer, [codes >> 5, codes], [inputs.T @ inputs / 50] * 2)
     assert list(found) == [3, 8]
     for width, sliced in ((3, codes >> 5), (8, codes)):
         outputs = inputs @ decoders[width].decode(sliced).T
@@ -126,4 +129,34 @@ def test_relative_error(random_layer: Callable[..., Layer]) -> None:
 
 def test_relative_error_of_a_layer_of_zeros() -> None:
     layer = QuantizedLayer(torch.zeros(2, 8, dtype=torch.uint8), {8: Decoder(torch.zeros(2, 1), torch.zeros(2, 1))})
-    assert relative_error(torch.zeros(2, 8), layer, [layer.codes], torch.eye(8)) == {8: 0.0}
+    assert relative_error([torch.zeros(2, 8)], layer, [layer.codes], [torch.eye(8)]) == {8: 0.0}
+
+
+def test_settings() -> None:
+    changed = with_settings(Nested((2, 8)), ["growth=3", "sweeps=0", "sequential_up_to=0"])
+    assert changed == Nested((2, 8), growth=3.0, sweeps=0, sequential_up_to=0)
+    tuned = with_settings(
+        NestedTuned((2, 8)), ["tuning.iterations=7", "tuning.device=cuda:1", "tuning.distillation=0.5"]
+    )
+    assert isinstance(tuned, NestedTuned)
+    assert (tuned.tuning.iterations, tuned.tuning.device, tuned.tuning.distillation) == (7, "cuda:1", 0.5)
+    assert dict(settings_of(tuned))["tuning.iterations"] == 7
+    assert tuned.tuning.seed == NestedTuned((2, 8)).tuning.seed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("growht=3", r"setting: found 'growht=3', expected NAME=VALUE with one of damping, growth, .*"),
+        ("widths=2", "found 'widths=2'"),
+        ("growth", "setting growth: found '', expected one such as 2.25"),
+        ("sweeps=1.5", "setting sweeps: found '1.5', expected one such as 2"),
+    ],
+)
+def test_settings_that_are_none(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_settings(Nested((2, 8)), [setting])
+
+
+def test_rounding_to_nearest_has_no_settings_of_its_own() -> None:
+    assert [name for name, _ in settings_of(METHODS["rtn"]((2, 8)))] == ["damping"]

@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
-from vllm_matquant.checkpoint.errors import ConfigError, OutputError
+from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, WIDTHS
+from vllm_matquant.checkpoint.shard import read_header
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, WIDTHS, GroupSize
 from vllm_matquant.checkpoint.verify import verify
-from vllm_matquant.quantize import pipeline
+from vllm_matquant.quantize import nested
 from vllm_matquant.quantize.calibration import CalibrationError
-from vllm_matquant.quantize.evaluate import load_slice
-from vllm_matquant.quantize.methods import METHODS, Nested
+from vllm_matquant.quantize.evaluate import load_weights, slice_weights
+from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.plan import make_plan
+from vllm_matquant.quantize.probe import Cost
+from vllm_matquant.quantize.resume import WORK_FOLDER
 from vllm_matquant.quantize.source import SourceModel
 
 TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -45,7 +51,7 @@ def run(
     source, chosen = SourceModel(model), METHODS[method](tuple(widths))
     settings = CalibrationSettings(str(text), samples=samples, sequence_length=32, seed=1)
     planned = plan_format(source, chosen, group_size, ignore)
-    return quantize(source, output, chosen, planned, settings, command=["quantize.py"], overwrite=overwrite)
+    return quantize(source, output, chosen, planned, settings, command=["quantize.py"], overwrite=overwrite).errors
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def logits(model: Path, checkpoint: Checkpoint | None = None, width: int = 8) ->
     """What transformers computes with the source, or with a slice in its place."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     if checkpoint:
-        load_slice(loaded, checkpoint, width)
+        load_weights(loaded, slice_weights(checkpoint, width))
     return loaded(TOKENS).logits
 
 
@@ -156,6 +162,49 @@ def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.down_proj" in plan_format(source, Nested(WIDTHS), 64, ["down_proj"]).ignored_layers
 
 
+def test_group_sizes_of_single_layers(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, method = SourceModel(llama), Nested((2, 8))
+    rules: list[tuple[str, GroupSize]] = [(r"mlp\.", 32), (r"layers\.1\.mlp\.down", "channel"), ("k_proj", 8)]
+    format_ = plan_format(source, method, 64, [r"layers\.0\..*k_proj"], rules)
+    assert format_.layer_group_sizes == {
+        **{f"model.layers.0.mlp.{name}_proj": 32 for name in ("gate", "up", "down")},
+        "model.layers.1.self_attn.k_proj": 8,
+        **{f"model.layers.1.mlp.{name}_proj": 32 for name in ("gate", "up")},
+        "model.layers.1.mlp.down_proj": "channel",
+    }
+    settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
+    plan = make_plan(
+        source, tmp_path, method, format_, Cost([0.0] * 5, [0.0] * 3, [0.0] * 3), 0, activations_on_disk=False
+    )
+    quantize(source, tmp_path / "output", method, format_, settings)
+    checkpoint = open_checkpoint(tmp_path / "output")
+    assert checkpoint.format == format_
+    for layer, groups in (("0.mlp.down", 4), ("1.mlp.down", 1), ("1.self_attn.k", 8), ("1.self_attn.q", 1)):
+        assert checkpoint.decoder(f"model.layers.{layer}_proj", 2)[0].shape[1] == groups
+    assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
+    assert checkpoint.resident_bytes(2) == sum(
+        checkpoint.codes(name, 2).numel() // 4 + 4 * checkpoint.decoder(name, 2)[0].numel()
+        for name in checkpoint.layers
+    )
+    assert plan.output == sum(
+        spec.nbytes for file in (tmp_path / "output").glob("*.safetensors") for spec in read_header(file).values()
+    )
+    assert all(result.passed for result in verify(tmp_path / "output"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("(", 32), r"group-size-for: found '\(', expected a regular expression"),
+        (("nonesuch", 32), "group-size-for: 'nonesuch' matches none of the model's 15 linear layers"),
+        (("v_proj", 48), r"group_size for model\.layers\.0\.self_attn\.v_proj: found 48, expected a divisor of its 64"),
+    ],
+)
+def test_bad_group_size_for(llama: Path, rule: tuple[str, GroupSize], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_format(SourceModel(llama), Nested(WIDTHS), "auto", [], [rule])
+
+
 def test_ignore(llama: Path, text_file: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "output", text_file, ignore=[r"layers\.0\.mlp\.", "k_proj$", "lm_head"])
     checkpoint = open_checkpoint(tmp_path / "output")
@@ -204,6 +253,17 @@ def test_nothing_is_written_without_enough_text(llama: Path, text_file: Path, tm
     assert not (tmp_path / "output").exists()
 
 
+def test_nothing_is_written_of_a_source_with_nan(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "source"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    for method in ("nested", "rtn"):
+        with pytest.raises(TensorValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: found NaN"):
+            run(model, tmp_path / "output", text_file, method=method)
+        assert not (tmp_path / "output").exists()
+
+
 def test_a_folder_that_was_there_stays(llama: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine")
     with pytest.raises(CalibrationError):
@@ -219,12 +279,12 @@ def test_the_source_is_not_overwritten(llama: Path, text_file: Path, tmp_path: P
     assert content(model) == content(llama)
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_run_leaves_no_checkpoint(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "old", text_file, widths=(4,))
     before = content(tmp_path / "old")
-    relative_error = pipeline.relative_error
+    relative_error = nested.relative_error
     calls: list[Any] = []
 
     def interrupted(*arguments: Any) -> dict[int, float]:
@@ -233,10 +293,11 @@ def test_an_interrupted_run_leaves_nothing(
             raise KeyboardInterrupt
         return relative_error(*arguments)
 
-    monkeypatch.setattr(pipeline, "relative_error", interrupted)
+    monkeypatch.setattr(nested, "relative_error", interrupted)
     for folder, overwrite in ((tmp_path / "new", False), (tmp_path / "old", True)):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
             run(llama, folder, text_file, overwrite=overwrite)
-    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [WORK_FOLDER]  # a finished block
+    shutil.rmtree(tmp_path / "old" / WORK_FOLDER)
     assert content(tmp_path / "old") == before

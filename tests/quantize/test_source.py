@@ -20,6 +20,7 @@ from vllm_matquant.checkpoint.errors import (
     ShardError,
     TensorDtypeError,
     TensorShapeError,
+    TensorValueError,
     UnsafePathError,
 )
 from vllm_matquant.quantize.source import SourceModel, locate, run_block
@@ -49,11 +50,12 @@ def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
 def assert_blocks_match(folder: Path, model: torch.nn.Module, batch_tokens: int) -> None:
     expected = model.model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
     source = SourceModel(folder)
-    hidden, arguments = source.embed(TOKENS)
+    hidden = torch.empty(*TOKENS.shape, source.hidden_size)
+    arguments = source.embed(TOKENS, hidden)
     assert len(arguments) == source.block_count == len(expected) - 1
     for index in range(source.block_count):
         torch.testing.assert_close(hidden, expected[index], rtol=0, atol=1e-5)
-        run_block(source.load_block(index), hidden, arguments[index], batch_tokens)
+        run_block(source.load_block(index), hidden, hidden, arguments[index], batch_tokens)
     # transformers gives the last block's output after the final norm only.
     torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=0, atol=1e-5)
 
@@ -92,6 +94,8 @@ def test_names(llama: Path) -> None:
     assert list(source.linears) == [name for name in expected if name != "lm_head"]
     assert source.other_linears == ["lm_head"]
     assert source.linears["model.layers.0.mlp.down_proj"] == (64, 128)
+    embedding = model.get_input_embeddings()
+    assert source.skeleton.embeddings == {"model.embed_tokens": (embedding.num_embeddings, 64)}
     assert source.tensor_names == sorted(model.state_dict())
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(source.tensor(name), tensor, rtol=0, atol=0)
@@ -100,6 +104,7 @@ def test_names(llama: Path) -> None:
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     source = SourceModel(write_source(tmp_path / "source", "qwen3"))
     assert source.other_linears == ["lm_head"]
+    assert source.skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in source.tensor_names
 
 
@@ -130,7 +135,7 @@ def test_no_more_than_a_block_is_in_memory(llama: Path, monkeypatch: pytest.Monk
     assert real_parameters(block) == read == block_size
     assert real_parameters(source._model) == 0
     read = 0
-    source.embed(TOKENS)
+    source.embed(TOKENS, torch.empty(*TOKENS.shape, source.hidden_size))
     assert read == VOCABULARY * 64 + 64  # embedding and final norm
     assert real_parameters(source._model) == 0
 
@@ -208,6 +213,25 @@ def test_wrong_dtype(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
     with pytest.raises(TensorDtypeError, match=r"model\.norm\.weight: found torch\.int8"):
         SourceModel(spoiled)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(spoiled: Path, name: str, value: float) -> None:
+    SourceModel(spoiled).check_values()
+    tensor = load_file(spoiled / "model.safetensors")[name]
+    tensor.view(-1)[-1] = value
+    edit_tensors(spoiled, **{name: tensor})
+    message = rf"model\.safetensors: {name}: found NaN or infinity, expected finite weights"
+    with pytest.raises(TensorValueError, match=message):
+        SourceModel(spoiled).check_values()
+
+
+def test_every_value_is_checked(tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path / "source", shard_size="100KB"))
+    sizes: list[int] = []
+    source.check_values(sizes.append)
+    assert sum(sizes) == sum(4 * parameter.numel() for parameter in random_model("llama").parameters())
 
 
 def test_truncated_file(spoiled: Path) -> None:

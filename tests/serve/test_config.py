@@ -16,13 +16,15 @@ from tests.serve.tiny_models import write_checkpoint
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve.config import MatquantConfig, settle_precision
+from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def config_of(*ignored: str, bits: int = 4) -> MatquantConfig:
-    config = MatquantConfig.from_config(Format(ignored_layers=ignored).to_dict())
+def config_of(*ignored: str, bits: int = 4, embeddings: tuple[str, ...] = ()) -> MatquantConfig:
+    checkpoint_format = Format(ignored_layers=ignored, quantized_embeddings=embeddings)
+    config = MatquantConfig.from_config(checkpoint_format.to_dict())
     config.packed_modules_mapping = FUSED
     config.resolve_precision({"matquant": {"bits": bits}})
     return config
@@ -57,9 +59,13 @@ def test_a_fused_layer_cannot_be_ignored_in_part() -> None:
 
 
 def test_names_follow_the_models_mapper() -> None:
-    config = config_of("language_model.model.a.down_proj")
+    config = config_of("language_model.model.a.down_proj", embeddings=("language_model.model.embed_tokens",))
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
     assert isinstance(method_of(config, "model.a.down_proj"), UnquantizedLinearMethod)
+    assert method_of(config, "model.embed_tokens", VocabParallelEmbedding).parts == ["model.embed_tokens"]
+    config = MatquantConfig(Format(layer_group_sizes={"language_model.model.a.down_proj": 32}))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
+    assert config.format.layer_group_sizes == {"model.a.down_proj": 32}
 
 
 def test_a_draft_has_the_names_of_its_checkpoint() -> None:
@@ -69,8 +75,27 @@ def test_a_draft_has_the_names_of_its_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("layer_class", [VocabParallelEmbedding, ParallelLMHead])
-def test_embeddings_are_not_quantized(layer_class: type[torch.nn.Module]) -> None:
-    assert method_of(config_of(), "lm_head", layer_class) is None
+@pytest.mark.parametrize("prefix", ["", "lm_head", ".lm_head", "draft_model.lm_head"])
+def test_embeddings_that_are_not_quantized(layer_class: type[torch.nn.Module], prefix: str) -> None:
+    assert method_of(config_of("lm_head"), prefix, layer_class) is None
+
+
+def test_quantized_embeddings() -> None:
+    config = config_of("lm_head", embeddings=("model.embed_tokens",))
+    for prefix in ("model.embed_tokens", "draft_model.model.embed_tokens", ""):  # vLLM's Llama gives it no name
+        method = method_of(config, prefix, VocabParallelEmbedding)
+        assert isinstance(method, MatquantEmbeddingMethod)
+        assert method.parts == ["model.embed_tokens"]
+    assert method_of(config, "model.embed_tokens_per_layer", VocabParallelEmbedding) is None
+    assert method_of(config, "lm_head", ParallelLMHead) is None
+
+
+@pytest.mark.parametrize("prefix", ["lm_head", ".lm_head", "draft_model.lm_head"])
+def test_quantized_heads(prefix: str) -> None:
+    method = method_of(config_of(bits=3), prefix, ParallelLMHead)
+    assert isinstance(method, MatquantEmbeddingMethod)
+    assert method.parts == ["lm_head"]
+    assert method_of(config_of(), "lm_head", VocabParallelEmbedding) is None
 
 
 def test_mixtures_of_experts_are_refused() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.tiny_models import VOCABULARY, log_probabilities, reference_model, write_checkpoint
+from tests.serve.tiny_models import EMBEDDINGS, VOCABULARY, log_probabilities, reference_model, write_checkpoint
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format, shard_width
 
@@ -23,10 +23,10 @@ TOKENS = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_see
 TOLERANCE = 1e-4
 MODELS: dict[str, tuple[str, Format, dict[str, Any]]] = {
     # Untied and with biases in every linear layer, so that row-parallel ones have some too.
-    "llama": ("llama", Format(group_size=32), {"attention_bias": True, "mlp_bias": True}),
+    "llama": ("llama", Format(group_size=32, **EMBEDDINGS), {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("qwen3", Format(), {"tie_word_embeddings": True}),  # norms of q and k
     "qwen2": ("qwen2", Format(group_size="channel", ignored_layers=("lm_head", "model.layers.0.mlp.down_proj")), {}),
-    "rounded": ("llama", Format(group_size=64, slicing="round"), {}),
+    "rounded": ("llama", Format(group_size=64, slicing="round", **EMBEDDINGS), {"tie_word_embeddings": True}),
 }
 
 
@@ -65,8 +65,8 @@ def faults(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 EAGER = [("llama", 2), ("llama", 3), ("llama", 8), ("qwen3", 4), ("qwen3", None), ("qwen2", 5), ("rounded", 3)]
 FAULTY = [("garbage past 3", 3), ("no 4 to 8", None), ("no 4 to 8", 8)]
-THREE = {"q_proj": [3, 3, 3], "o_proj": [3], "gate_proj": [3, 3], "down_proj": [3]}
-MIXED = {"q_proj": [8, 3, 2], "o_proj": [3], "gate_proj": [2, 8], "down_proj": [8]}
+THREE = {"embed": [3], "q_proj": [3, 3, 3], "o_proj": [3], "gate_proj": [3, 3], "down_proj": [3], "lm_head": [3]}
+MIXED = {"embed": [2], "q_proj": [8, 3, 2], "o_proj": [3], "gate_proj": [2, 8], "down_proj": [8], "lm_head": [3]}
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +126,10 @@ def test_tensor_parallelism(models: Path, results: dict) -> None:
 
 
 def test_a_compiled_graph_serves_other_widths_without_a_reload(models: Path, results: dict) -> None:
-    by_layer = {"q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3, "gate_proj": 2, "up_proj": 8, "down_proj": 8}
+    attention, mlp = (
+        {"q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3},
+        {"gate_proj": 2, "up_proj": 8, "down_proj": 8},
+    )
+    by_layer = {"embed": 2, **attention, **mlp, "lm_head": 3}
     for switch, widths in enumerate([8, 3, by_layer]):
         assert_served(results["compiled"], models / "llama", widths, switch)

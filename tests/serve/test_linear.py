@@ -91,6 +91,26 @@ class Source:
                     param.weight_loader(param, self.tensors(part)[name], "qkv"[part])
 
 
+@pytest.mark.parametrize("group_size", [32, "channel"])
+def test_a_group_size_of_the_layers_own(group_size: Any) -> None:
+    expected = Source(Format(group_size=group_size))
+    own = Format(group_size=16, layer_group_sizes=dict.fromkeys(PARTS, group_size))
+    layers = [new_layer(checkpoint_format, Precision(4)) for checkpoint_format in (expected.format, own)]
+    for layer in layers:
+        expected.load(layer)
+        layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layers[0].decoders, layers[1].decoders)
+    assert layers[0].quant_method.predicted_bytes() == layers[1].quant_method.predicted_bytes()
+    x = torch.randn(3, COLUMNS)
+    assert torch.equal(*(layer.quant_method.apply(layer, x) for layer in layers))
+
+
+def test_layers_that_are_computed_as_one_have_one_group_size() -> None:
+    own = Format(group_size=16, layer_group_sizes={PARTS[1]: 32})
+    with pytest.raises(ConfigError, match=r"layer_group_sizes: found .*: 32.*, expected the same for layers that vLLM"):
+        new_layer(own, Precision(4))
+
+
 @pytest.mark.parametrize("slicing", ["truncate", "round"])
 @pytest.mark.parametrize("group_size", [32, 48, "auto", "channel"])
 @pytest.mark.parametrize("width", range(2, 9))

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from tests.serve.tiny_models import write_checkpoint
-from vllm_matquant.checkpoint.errors import CheckpointError
+from tests.serve.tiny_models import EMBEDDINGS, write_checkpoint
+from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format, shard_width
 from vllm_matquant.plugin import register
 from vllm_matquant.serve import loader as loader_module
@@ -123,6 +125,19 @@ def test_other_models_are_left_to_vllm(
     model_config = SimpleNamespace(quantization=quantization)
     assert loader.load_model(None, model_config) == "vLLM's model"
     assert list(loader.get_all_weights(model_config, torch.nn.Module())) == [("vLLM's", "weights")]
+
+
+def test_a_model_that_keeps_a_quantized_embedding_unquantized_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", "llama", Format(group_size=64, **EMBEDDINGS))
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.embed_tokens = VocabParallelEmbedding.__new__(VocabParallelEmbedding)
+    torch.nn.Module.__init__(model.model.embed_tokens)
+    model.model.embed_tokens.quant_method = UnquantizedEmbeddingMethod()
+    loader = MatquantModelLoader(LoadConfig())
+    loader._opened = open_checkpoint(folder, 3), 3
+    with pytest.raises(ConfigError, match=r"^model\.embed_tokens: quantized embedding: found vLLM's Module"):
+        next(loader.get_all_weights(SimpleNamespace(quantization="matquant"), model))
 
 
 def test_reloading_in_place_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +15,8 @@ from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.kernels import reference
 
 VOCABULARY = 128
+# Fields of a format that has the embedding and the output head quantized too.
+EMBEDDINGS: dict[str, Any] = {"ignored_layers": (), "quantized_embeddings": ("model.embed_tokens",)}
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -52,21 +55,22 @@ def quantize(
 def write_checkpoint(
     folder: Path, model_type: str, checkpoint_format: Format, seed: int = 0, **overrides: object
 ) -> Path:
-    """Quantize the linear layers of a random model, but for those that the format ignores, and write a checkpoint."""
+    """Quantize the layers of a random model that the format says are, and write a checkpoint."""
     model = random_model(model_type, seed, **overrides)
-    linears = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in checkpoint_format.ignored_layers
-    }
+    quantized = set(checkpoint_format.quantized_embeddings)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name not in checkpoint_format.ignored_layers:
+            quantized.add(name)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     with CheckpointWriter(folder, checkpoint_format) as writer:
         for name, tensor in model.state_dict().items():
             layer = name.removesuffix(".weight")
-            if layer in linears:
+            if name in tied:
+                continue
+            if layer in quantized:
                 group_size = checkpoint_format.group_size_of(tensor.shape[1], layer)
                 writer.add_layer(layer, *quantize(tensor, group_size, checkpoint_format))
-            elif name not in tied:
+            else:
                 writer.add_tensor(name, tensor)
         writer.finish(model.config.to_dict() | {"architectures": [type(model).__name__]})
     return folder

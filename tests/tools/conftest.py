@@ -20,5 +20,5 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nested(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a checkpoint of 2, 4 and 8 bits; not to be changed."""
     folder = tmp_path_factory.mktemp("tools") / "nested"
-    quantize.main([str(source), "--output", str(folder), "--bits", "2,4,8", "--method", "rtn"])
+    quantize.main([str(source), "--output", str(folder), "--bits", "2,4,8", "--method", "rtn", "--no-report"])
     return folder

@@ -64,6 +64,10 @@ class TensorShapeError(CheckpointError):
     """A tensor's shape contradicts the configuration."""
 
 
+class TensorValueError(CheckpointError):
+    """A weight of the model to quantize is not finite."""
+
+
 class DecoderValueError(CheckpointError):
     """A scale or an offset is not finite, or a scale is negative."""
 

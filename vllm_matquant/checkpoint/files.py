@@ -61,19 +61,29 @@ def read_json(path: Path, error: type[CheckpointError] = IndexFileError) -> dict
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` and wait until the file is on the disk; :func:`sync_folder` makes its name durable."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_to_json(content), encoding="utf-8")
     sync_file(path)
 
 
 def publish_json(path: Path, content: Any) -> None:
     """Write a JSON file of any content in one step: it is there whole or as it was before."""
+    publish_text(path, _to_json(content))
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Likewise, a text file in UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_json(temporary, content)
+        temporary.write_text(text, encoding="utf-8")
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.absolute().parent)
+
+
+def _to_json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def sync_file(path: Path) -> None:

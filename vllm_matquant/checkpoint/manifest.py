@@ -20,10 +20,16 @@ from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 
 
-def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """``{file name: {"sha256": hex digest, "bytes": size}}``, sorted by name."""
+def describe_files(
+    paths: Iterable[Path], progress: Callable[[int], object] = lambda size: None
+) -> dict[str, dict[str, Any]]:
+    """``{file name: {"sha256": hex digest, "bytes": size}}``, sorted by name.
+
+    Args:
+        progress: called with the bytes of each block read.
+    """
     ordered = sorted(paths, key=lambda path: path.name)
-    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in ordered}
+    return {path.name: {"sha256": sha256(path, progress), "bytes": path.stat().st_size} for path in ordered}
 
 
 def versions() -> dict[str, str]:

@@ -151,7 +151,7 @@ class Checkpoint:
 
     def resident_bytes(self, width: int) -> int:
         """Bytes of the codes and decoders of all quantized layers at ``width``."""
-        return sum(self.format.resident_bytes(*shape, width) for shape in self.layers.values())
+        return sum(self.format.resident_bytes(*shape, width, name) for name, shape in self.layers.items())
 
     def _read(self, name: str) -> torch.Tensor:
         file = self.weight_map[name]
@@ -189,7 +189,7 @@ def open_checkpoint(folder: Path | str, width: int | None = None, *, check_value
     expected = expected_tensors(format, skeleton, config_path)
     check_index(folder / INDEX_FILE, weight_map, expected)
 
-    checkpoint = Checkpoint(folder, config, format, skeleton.quantized_layers(format.ignored_layers), weight_map)
+    checkpoint = Checkpoint(folder, config, format, skeleton.quantized_layers(format, config_path), weight_map)
     paths = checkpoint.files_for(format.widths[0] if width is None else width)
     if width is None:
         paths = [folder / name for name in sorted(set(weight_map.values())) if (folder / name).is_file()]

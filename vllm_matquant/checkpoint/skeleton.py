@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.spec import CONFIG_FILE
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format
 
 
 @dataclass(frozen=True)
@@ -20,17 +19,43 @@ class Skeleton:
 
     Attributes:
         parameters: shape of every parameter and persistent buffer, as named in a checkpoint.
-        tied: the parameters that share the memory of an earlier one, so that a checkpoint may leave them out.
+        tied: the parameters that share the memory of an earlier one, which it names: a checkpoint may leave them out.
         linears: (out_features, in_features) of every ``torch.nn.Linear``, in the model's order.
+        embeddings: (tokens, hidden size) of the input embedding, by its name.
     """
 
     parameters: dict[str, tuple[int, ...]]
-    tied: frozenset[str]
+    tied: dict[str, str]
     linears: dict[str, tuple[int, int]]
+    embeddings: dict[str, tuple[int, int]]
 
-    def quantized_layers(self, ignored: Collection[str]) -> dict[str, tuple[int, int]]:
-        """The linear layers but for the ignored: what a checkpoint quantizes."""
-        return {name: shape for name, shape in self.linears.items() if name not in ignored}
+    def quantized_layers(self, format: Format, where: Path | str = CONFIG_FILE) -> dict[str, tuple[int, int]]:
+        """Shape of every layer that a checkpoint of this format has codes of, in the model's order.
+
+        These are the embeddings that the format names and the linear layers but for the ignored. A layer that is tied
+        to another one has no codes of its own.
+
+        Args:
+            format: the checkpoint's format.
+            where: the file to name in an error.
+
+        Raises:
+            ConfigError: an embedding is not the model's, or the format says different things of tied layers.
+        """
+        field = "quantization_config.quantized_embeddings"
+        unknown = sorted(set(format.quantized_embeddings) - self.embeddings.keys())
+        if unknown:
+            raise ConfigError(where, field, unknown, f"no names but {list(self.embeddings)}")
+        layers = {name: shape for name, shape in self.embeddings.items() if name in format.quantized_embeddings}
+        layers |= {name: shape for name, shape in self.linears.items() if name not in format.ignored_layers}
+        for pair in self.tied.items():
+            tied, first = (parameter.removesuffix(".weight") for parameter in pair)
+            if (tied in layers) != (first in layers):
+                one, other = (tied, first) if tied in layers else (first, tied)
+                found = f"{one} quantized and {other}, which shares its weight, not"
+                raise ConfigError(where, f"{field} and ignored_layers", found, "both quantized or neither")
+            layers.pop(tied, None)
+        return layers
 
 
 def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> Skeleton:
@@ -63,14 +88,22 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
         ) from cause
 
     first: dict[int, str] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    tied = frozenset(name for name, parameter in names if first.setdefault(id(parameter), name) != name)
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    embedding = model.get_input_embeddings()
     return Skeleton(
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        tied=tied,
+        tied={name: earlier for name, earlier in names.items() if earlier != name},
         linears={
             name: (module.out_features, module.in_features)
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear)
+        },
+        embeddings={
+            name: (module.num_embeddings, module.embedding_dim)
+            for name, module in model.named_modules()
+            if module is embedding and isinstance(module, torch.nn.Embedding)
         },
     )

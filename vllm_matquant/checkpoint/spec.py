@@ -1,6 +1,7 @@
 """The checkpoint format, version 1: the one place that knows its names, shapes, dtypes and limits.
 
-A quantized linear layer ``L`` with ``out_features`` rows and ``in_features`` columns is stored as
+A quantized linear layer ``L`` with ``out_features`` rows and ``in_features`` columns is stored as below; so is a
+quantized embedding, with a row for each token.
 
 =====================  =======  =====================================  ==========================================
 tensor                 dtype    shape                                  content
@@ -22,7 +23,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -41,6 +43,8 @@ CODE_DTYPE = torch.uint8
 DECODER_DTYPE = torch.float16
 UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_GROUP_SIZE_VALUES = 'a multiple of 8, "auto" or "channel"'
+
 Slicing = Literal["truncate", "round"]
 SLICINGS: tuple[Slicing, ...] = ("truncate", "round")
 GroupSize = int | Literal["auto", "channel"]
@@ -48,8 +52,17 @@ GroupSize = int | Literal["auto", "channel"]
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "MANIFEST.json"
+# What people read about a checkpoint. It lies next to the checkpoint but is no part of it: it comes after the rest is
+# published, a model card is edited on a hub, and a report holds seconds, so the manifest lists none of them.
+MODEL_CARD_FILE = "README.md"
+REPORT_FOLDER = "report"
+REPORT_DATA_FILE = f"{REPORT_FOLDER}/report.json"
+REPORT_PAGE_FILE = f"{REPORT_FOLDER}/index.html"
+DOCUMENT_FILES = (MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_PAGE_FILE)
 
 WEIGHT_BASE = "weight_base"
+_EMBEDDINGS_FIELD = "quantized_embeddings"
+_GROUP_SIZES_FIELD = "layer_group_sizes"
 _SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
@@ -116,12 +129,17 @@ class Format:
             that divides the layer's in_features.
         ignored_layers: full names of linear layers that are not quantized, as in the source checkpoint.
         slicing: "truncate" (native) or "round" (MatQuant's semantic).
+        quantized_embeddings: full name of the input embedding, if it is quantized. An output head that is tied to it is
+            quantized exactly if the embedding is, and has no tensors of its own.
+        layer_group_sizes: what takes the place of ``group_size`` in single layers, by their full names.
     """
 
     widths: tuple[int, ...] = WIDTHS
     group_size: GroupSize = "auto"
     ignored_layers: tuple[str, ...] = ("lm_head",)
     slicing: Slicing = "truncate"
+    quantized_embeddings: tuple[str, ...] = ()
+    layer_group_sizes: Mapping[str, GroupSize] = field(default_factory=dict, hash=False)
 
     @property
     def max_width(self) -> int:
@@ -140,6 +158,10 @@ class Format:
         if width not in self.widths:
             raise WidthError(where, "bits", width, f"one of the offered widths {list(self.widths)}")
 
+    def group_size_setting(self, layer: str) -> GroupSize:
+        """``group_size``, or what takes its place in this layer."""
+        return self.layer_group_sizes.get(layer, self.group_size)
+
     def group_size_of(self, in_features: int, layer: str, where: Path | str = "group size") -> int:
         """Columns per group in a layer of ``in_features`` columns.
 
@@ -148,9 +170,10 @@ class Format:
         """
         if in_features % 8:
             raise ConfigError(where, f"in_features of {layer}", in_features, "a multiple of 8 (ignore the layer)")
-        if self.group_size == "channel":
+        setting = self.group_size_setting(layer)
+        if setting == "channel":
             return in_features
-        sizes = GROUP_SIZES if self.group_size == "auto" else (self.group_size,)
+        sizes = GROUP_SIZES if setting == "auto" else (setting,)
         for size in sizes:
             if in_features % size == 0:
                 return size
@@ -158,7 +181,7 @@ class Format:
         raise ConfigError(
             where,
             f"group_size for {layer}",
-            self.group_size,
+            setting,
             f"a divisor of its {in_features} input features: " + ", ".join(map(str, [*fitting, '"channel"'])),
         )
 
@@ -180,16 +203,16 @@ class Format:
             stored[width] |= {scale_name(width): decoder, offset_name(width): decoder}
         return stored
 
-    def resident_bytes(self, out_features: int, in_features: int, width: int) -> int:
+    def resident_bytes(self, out_features: int, in_features: int, width: int, layer: str = "") -> int:
         """Bytes of the ``width``-bit slice of one layer: its codes and its own decoder."""
-        groups = in_features // self.group_size_of(in_features, "layer")
+        groups = in_features // self.group_size_of(in_features, layer)
         planes = width - BASE_BITS
         codes = out_features * (in_features // 4 + planes * in_features // 8)
         return codes + 2 * out_features * groups * DECODER_DTYPE.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``quantization_config`` in config.json."""
-        return {
+        fields: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "parent_bits": PARENT_BITS,
@@ -198,6 +221,12 @@ class Format:
             "ignored_layers": list(self.ignored_layers),
             "slicing": self.slicing,
         }
+        # Only where there are some: releases without the field read every checkpoint that has none.
+        optional = {
+            _EMBEDDINGS_FIELD: list(self.quantized_embeddings),
+            _GROUP_SIZES_FIELD: dict(self.layer_group_sizes),
+        }
+        return fields | {name: value for name, value in optional.items() if value}
 
     @classmethod
     def from_dict(cls, config: Any, where: Path | str = CONFIG_FILE) -> Format:
@@ -227,9 +256,10 @@ class Format:
                 FORMAT_VERSION,
                 "A newer release of vllm_matquant may read it." if version > FORMAT_VERSION else "",
             )
-        unknown = sorted(set(config) - set(cls().to_dict()))
+        known = {*cls().to_dict(), _EMBEDDINGS_FIELD, _GROUP_SIZES_FIELD}
+        unknown = sorted(set(config) - known)
         if unknown:
-            raise ConfigError(where, "quantization_config", f"unknown fields {unknown}", sorted(cls().to_dict()))
+            raise ConfigError(where, "quantization_config", f"unknown fields {unknown}", sorted(known))
         if type(config.get("parent_bits")) is not int or config["parent_bits"] != PARENT_BITS:
             raise fail("parent_bits", str(PARENT_BITS))
         widths = config.get("widths")
@@ -237,13 +267,18 @@ class Format:
             raise fail("widths", f"ascending distinct integers in {WIDTHS[0]}..{WIDTHS[-1]}")
         group_size = config.get("group_size")
         if not is_group_size(group_size):
-            raise fail("group_size", 'a multiple of 8, "auto" or "channel"')
-        ignored = config.get("ignored_layers")
-        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+            raise fail("group_size", _GROUP_SIZE_VALUES)
+        layer_group_sizes = config.get(_GROUP_SIZES_FIELD, {})
+        if not isinstance(layer_group_sizes, dict) or not all(map(is_group_size, layer_group_sizes.values())):
+            raise fail(_GROUP_SIZES_FIELD, f"an object with {_GROUP_SIZE_VALUES} for each layer")
+        ignored, embeddings = config.get("ignored_layers"), config.get(_EMBEDDINGS_FIELD, [])
+        if not is_name_list(ignored):
             raise fail("ignored_layers", "a list of layer names")
+        if not is_name_list(embeddings):
+            raise fail(_EMBEDDINGS_FIELD, "a list of layer names")
         if config.get("slicing") not in SLICINGS:
             raise fail("slicing", f"one of {list(SLICINGS)}")
-        return cls(tuple(widths), group_size, tuple(ignored), config["slicing"])
+        return cls(tuple(widths), group_size, tuple(ignored), config["slicing"], tuple(embeddings), layer_group_sizes)
 
 
 def is_width_list(widths: Any) -> TypeGuard[list[int] | tuple[int, ...]]:
@@ -253,6 +288,10 @@ def is_width_list(widths: Any) -> TypeGuard[list[int] | tuple[int, ...]]:
         and all(type(width) is int and width in WIDTHS for width in widths)
         and list(widths) == sorted(set(widths))
     )
+
+
+def is_name_list(names: Any) -> TypeGuard[list[str]]:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def is_group_size(size: Any) -> TypeGuard[GroupSize]:

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.files import sync_file, sync_folder
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, shard_width
+from vllm_matquant.checkpoint.spec import (
+    CONFIG_FILE,
+    DOCUMENT_FILES,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    REPORT_FOLDER,
+    shard_width,
+)
 
 STAGING_FOLDER = ".matquant-unfinished"
 COPIED_FILES = (  # patterns: tokenizer, chat template, generation config and licence of the source model
@@ -55,7 +62,7 @@ class Staging:
     """
 
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
-        _check_output(folder, overwrite)
+        check_output(folder, overwrite)
         self.folder = folder
         self._made_folder = not folder.exists()
         self.path = folder / STAGING_FOLDER
@@ -72,14 +79,15 @@ class Staging:
     def copy_from(self, source: Path) -> None:
         """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
         for path in sorted(source.iterdir()):
-            if path.is_file() and _is_copied(path.name):
+            if path.is_file() and is_copied(path.name):
                 shutil.copyfile(path, self.path / path.name)
                 sync_file(self.path / path.name)
 
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
 
-        Manifest, index and config.json must be among them.
+        Manifest, index and config.json must be among them. An older checkpoint's model card and report go too: they
+        would tell of another checkpoint.
         """
         sync_folder(self.path)
         config = self.folder / CONFIG_FILE
@@ -89,6 +97,8 @@ class Staging:
         for path in list(self.folder.iterdir()):
             if is_checkpoint_file(path.name):
                 path.unlink()
+        for name in DOCUMENT_FILES:
+            (self.folder / name).unlink(missing_ok=True)
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.iterdir()):
             if path.name not in last:
@@ -107,24 +117,35 @@ class Staging:
                 self.folder.rmdir()
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Check that a checkpoint may be written to ``folder``, without touching it.
+
+    Raises:
+        OutputError: it holds files of a model, or it is no folder.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise OutputError(folder, "output folder", "a file", "a folder")
-    for path in sorted(folder.iterdir()):
-        if is_checkpoint_file(path.name):
-            if not overwrite:
-                raise OutputError(folder, "output folder", path.name, "no files of a checkpoint, or leave to overwrite")
-        elif path.suffix in _WEIGHT_SUFFIXES:
+    report = folder / REPORT_FOLDER
+    if report.exists() and not report.is_dir():
+        raise OutputError(folder, REPORT_FOLDER, "a file", "a folder, or nothing")
+    names = sorted(path.name for path in folder.iterdir())
+    own = [name for name in names if is_checkpoint_file(name)]
+    own += [name for name in DOCUMENT_FILES if (folder / name).exists()]
+    if own and not overwrite:
+        raise OutputError(folder, "output folder", own[0], "no files of a checkpoint, or leave to overwrite")
+    for name in names:
+        if name not in own and name.endswith(_WEIGHT_SUFFIXES):
             # An ordinary model, perhaps the very source: a loader would take its weights for part of the checkpoint.
-            raise OutputError(folder, "output folder", path.name, "no weights but those of a matquant checkpoint")
+            raise OutputError(folder, "output folder", name, "no weights but those of a matquant checkpoint")
 
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is the checkpoint's own."""
-    return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or _is_copied(name)
+    return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or is_copied(name)
 
 
-def _is_copied(name: str) -> bool:
+def is_copied(name: str) -> bool:
+    """Whether a file of this name in a source model's folder is copied to the checkpoint as it is."""
     return any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)

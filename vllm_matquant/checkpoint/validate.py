@@ -93,10 +93,10 @@ def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> d
     """Every tensor that a checkpoint of this format and model has, by name.
 
     Raises:
-        ConfigError: the group size does not fit a layer.
+        ConfigError: the group size does not fit a layer, or the format contradicts the model.
     """
     expected: dict[str, ExpectedTensor] = {}
-    layers = skeleton.quantized_layers(format.ignored_layers)
+    layers = skeleton.quantized_layers(format, config_path)
     for layer, (out_features, in_features) in layers.items():
         format.group_size_of(in_features, layer, config_path)
         for width, tensors in format.tensors_of_layer(out_features, in_features, layer).items():
@@ -104,7 +104,7 @@ def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> d
                 expected[f"{layer}.{name}"] = ExpectedTensor(width, spec.shape, (spec.dtype,))
     quantized = {f"{layer}.weight" for layer in layers}
     for name, shape in skeleton.parameters.items():
-        if name not in quantized:
+        if skeleton.tied.get(name, name) not in quantized:
             expected[name] = ExpectedTensor(BASE_BITS, shape, UNQUANTIZED_DTYPES, optional=name in skeleton.tied)
     return expected
 

@@ -117,6 +117,7 @@ def solve_columns(
     group_of_column: torch.Tensor,
     coupling: torch.Tensor,
     current: torch.Tensor | None,
+    fixed_bits: int,
     slices: torch.Tensor,
     lambdas: torch.Tensor,
     mean_error: bool,
@@ -128,15 +129,17 @@ def solve_columns(
     The inner loop of :mod:`vllm_matquant.quantize.columns`. A column's code is the parent q that minimises
     ``sum_r lambda_r (copies_r - (scale_r * slices[r, q] + offset_r))^2``; each width's error times the column's row of
     ``coupling`` is then subtracted from that width's later columns. The error is that of the decoded weight divided by
-    ``coupling[column, column]`` or, with ``current``, the change from the decoded weight of the current code.
+    the column's diagonal entry of ``coupling`` or, with ``current``, the change from the decoded weight of the current
+    code.
 
     Args:
         copies: float32 [columns, widths, rows], the value wanted for each weight at each width; rows is a multiple
             of 16.
         scales, offsets: float32 [widths, groups, rows].
         group_of_column: int32 [columns].
-        coupling: float32 [columns, columns].
+        coupling: float32 [1 or widths, end - begin, end - begin]; one for all widths, or one for each.
         current: uint8 [columns, rows], parent codes.
+        fixed_bits: leading bits of the current codes that the chosen ones must have too.
         slices: uint8 [widths, 256], the slice of each parent.
         lambdas: float32 [widths].
         mean_error: feed the widths' mean error back into every copy instead of each its own.
@@ -149,7 +152,7 @@ def solve_columns(
     """
     load_library()
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.matquant.solve_columns(
-        copies, scales, offsets, group_of_column, coupling, current, slices, lambdas, mean_error, begin, end
+        copies, scales, offsets, group_of_column, coupling, current, fixed_bits, slices, lambdas, mean_error, begin, end
     )
     return result
 

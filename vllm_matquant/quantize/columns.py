@@ -31,6 +31,15 @@ def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return damped
 
 
+def shared(make: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``make`` of each tensor, made once where several entries are the same tensor."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor)
+    return [made[id(tensor)] for tensor in tensors]
+
+
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse (GPTQ, arXiv 2210.17323, section 3.3).
 
@@ -44,6 +53,8 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class ColumnSolver:
     """Chooses parent codes column after column, for the decoders of all widths at once.
+
+    Weights and Hessians are given for each width; where widths share one, as the same tensor, work is shared too.
 
     Attributes:
         widths: ascending.
@@ -59,13 +70,18 @@ class ColumnSolver:
     mean_error: bool = False
 
     def gptq(
-        self, weight: torch.Tensor, factor: torch.Tensor, decoders: Sequence[Decoder], order: torch.Tensor | None = None
+        self,
+        weights: Sequence[torch.Tensor],
+        factors: Sequence[torch.Tensor],
+        decoders: Sequence[Decoder],
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass of GPTQ (arXiv 2210.17323, algorithm 1): what a column leaves of error, later columns make up for.
 
         Args:
-            weight: float32 [out_features, in_features].
-            factor: float32 [in_features, in_features] from :func:`inverse_factor`, of the Hessian in ``order``.
+            weights: for each width float32 [out_features, in_features], what the decoded weights shall come close to.
+            factors: for each width float32 [in_features, in_features] from :func:`inverse_factor`, of the Hessian in
+                ``order``.
             decoders: one for each width.
             order: int64 [in_features], the order in which columns are visited; left to right by default.
 
@@ -73,55 +89,55 @@ class ColumnSolver:
             uint8 [out_features, in_features]: parent codes.
         """
         if order is None:
-            order = torch.arange(weight.shape[1])
+            order = torch.arange(weights[0].shape[1])
 
-        def wanted(rows: slice) -> torch.Tensor:
-            return weight[rows].expand(len(self.widths), -1, -1)
+        def wanted(index: int, rows: slice) -> torch.Tensor:
+            return weights[index][rows]
 
-        return self._run(wanted, factor, decoders, order, None)
+        return self._run(wanted, factors, decoders, order, None)
 
     def descend(
         self,
-        weight: torch.Tensor,
-        hessian: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        hessians: Sequence[torch.Tensor],
         decoders: Sequence[Decoder],
         codes: torch.Tensor,
         order: torch.Tensor,
+        fixed_bits: int = 0,
     ) -> torch.Tensor:
-        """One sweep of coordinate descent on ``sum_r lambda_r tr(E_r H E_r^T)``, E_r the error of width r.
+        """One sweep of coordinate descent on ``sum_r lambda_r tr(E_r H_r E_r^T)``, E_r the error of width r.
 
         With all other weights fixed, the objective in one column is quadratic around a value that follows from the
-        gradient, so its exact minimum over the parents is the same choice that GPTQ makes.
+        gradient, so its minimum over the parents is the same choice that GPTQ makes; exactly so if the Hessians'
+        diagonals are the same for all widths.
 
         Args:
-            hessian: float32 [in_features, in_features] with a positive diagonal.
+            weights: as for :meth:`gptq`.
+            hessians: for each width float32 [in_features, in_features] with a positive diagonal.
             codes: uint8 [out_features, in_features], where to start from.
             order: as for :meth:`gptq`.
+            fixed_bits: leading bits of each code that stay as they are.
 
         Returns:
-            uint8 [out_features, in_features]: parent codes, no worse than ``codes``.
+            uint8 [out_features, in_features]: parent codes; with one Hessian for all widths no worse than ``codes``.
         """
-        diagonal = hessian.diagonal()
-        coupling = (hessian / diagonal)[order][:, order].fill_diagonal_(0)
+        couplings = shared(lambda hessian: (hessian / hessian.diagonal())[order][:, order].fill_diagonal_(0), hessians)
 
-        def wanted(rows: slice) -> torch.Tensor:
-            decoded = torch.stack(
-                [
-                    decoder[rows].decode(slice_codes(codes[rows], PARENT_BITS, width, self.slicing))
-                    for decoder, width in zip(decoders, self.widths, strict=True)
-                ]
-            )
-            return decoded + (weight[rows] - decoded) @ hessian / diagonal
+        def wanted(index: int, rows: slice) -> torch.Tensor:
+            sliced = slice_codes(codes[rows], PARENT_BITS, self.widths[index], self.slicing)
+            decoded, hessian = decoders[index][rows].decode(sliced), hessians[index]
+            return decoded + (weights[index][rows] - decoded) @ hessian / hessian.diagonal()
 
-        return self._run(wanted, coupling, decoders, order, codes)
+        return self._run(wanted, couplings, decoders, order, codes, fixed_bits)
 
     def _run(
         self,
-        wanted: Callable[[slice], torch.Tensor],
-        coupling: torch.Tensor,
+        wanted: Callable[[int, slice], torch.Tensor],
+        couplings: Sequence[torch.Tensor],
         decoders: Sequence[Decoder],
         order: torch.Tensor,
         current: torch.Tensor | None,
+        fixed_bits: int = 0,
     ) -> torch.Tensor:
         rows, groups = decoders[0].scale.shape
         columns = len(order)
@@ -129,16 +145,18 @@ class ColumnSolver:
         slices = slice_table(self.widths, self.slicing)
         lambdas = torch.tensor(self.lambdas, dtype=torch.float32)
         codes = torch.empty(rows, columns, dtype=torch.uint8)
+        one_for_all = all(coupling is couplings[0] for coupling in couplings)
         chunk = max(_LANES, _SCRATCH_BYTES // (len(self.widths) * columns * 4) // _LANES * _LANES)
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
-            # [columns, widths, rows]: one product updates all widths of a column.
-            copies = _rows_last(wanted(part)[..., order]).transpose(0, 1).contiguous()
+            # [columns, widths, rows]: where all widths share a coupling, one product updates them all.
+            copies = torch.stack([_rows_last(wanted(i, part)[:, order]) for i in range(len(self.widths))], dim=1)
             scales = _rows_last(torch.stack([decoder.scale[part] for decoder in decoders]))
             offsets = _rows_last(torch.stack([decoder.offset[part] for decoder in decoders]))
             old = None if current is None else _rows_last(current[part][:, order])
             for begin in range(0, columns, _BLOCK):
                 block = slice(begin, min(begin + _BLOCK, columns))
+                coupling = torch.stack([each[block, block] for each in couplings[: 1 if one_for_all else None]])
                 chosen, errors = ops.solve_columns(
                     copies,
                     scales,
@@ -146,6 +164,7 @@ class ColumnSolver:
                     group_of_column,
                     coupling,
                     old,
+                    fixed_bits,
                     slices,
                     lambdas,
                     self.mean_error,
@@ -154,7 +173,11 @@ class ColumnSolver:
                 )
                 codes[part, order[block]] = chosen[:, : part.stop - start].T
                 later = slice(block.stop, columns)
-                copies[later].flatten(1).addmm_(coupling[block, later].T, errors.flatten(1), alpha=-1)
+                if one_for_all:
+                    copies[later].flatten(1).addmm_(couplings[0][block, later].T, errors.flatten(1), alpha=-1)
+                else:
+                    for index, each in enumerate(couplings):
+                        copies[later, index].addmm_(each[block, later].T, errors[:, index], alpha=-1)
         return codes
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,9 @@ from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.kernels.reference import dequantize
 
 _BATCH_TOKENS = 2048
+
+LayerWeights = Iterator[tuple[str, torch.Tensor]]
+"""Names of layers, each with its weight [out_features, in_features]."""
 
 
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int) -> torch.Tensor:
@@ -36,32 +40,53 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int,
     return torch.stack([ids[start : start + sequence_length] for start in starts])
 
 
-@torch.no_grad()
 def evaluate(
     checkpoint: Checkpoint, reference: Path, tokens: torch.Tensor, widths: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Compare each width with the reference, both computed in float32 by transformers.
-
-    Args:
-        reference: folder of the source model.
-        tokens: int64 [samples, sequence_length]; a window's first token is not predicted.
+    """Compare each width of a nested checkpoint with the reference, see :func:`compare`.
 
     Yields:
-        For each width ``bits``, ``perplexity``, ``reference_perplexity``, ``kl`` (nats per token, from the reference to
-        the slice), ``tokens`` (how many were predicted) and ``bits_per_weight`` (codes and decoder).
+        For each width ``bits``, the figures of :func:`compare` and ``bits_per_weight`` (codes and decoder).
 
     Raises:
         ValueError: the reference does not have the checkpoint's layers.
     """
+    weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
+    slices = ((f"{width} bits", slice_weights(checkpoint, width)) for width in widths)
+    for width, quality in zip(widths, compare(reference, tokens, checkpoint.layers, slices), strict=True):
+        yield {"bits": width} | quality | {"bits_per_weight": 8 * checkpoint.resident_bytes(width) / weights}
+
+
+@torch.no_grad()
+def compare(
+    reference: Path,
+    tokens: torch.Tensor,
+    layers: Mapping[str, tuple[int, int]],
+    candidates: Iterable[tuple[str, LayerWeights]],
+) -> Iterator[dict[str, Any]]:
+    """Compare quantized models with the reference they were made from, all computed in float32 by transformers.
+
+    Args:
+        reference: folder of the source model.
+        tokens: int64 [samples, sequence_length]; a window's first token is not predicted.
+        layers: name and shape [out_features, in_features] of the quantized layers; all else is the reference's.
+        candidates: for each model what to call it and the weights of just these layers.
+
+    Yields:
+        For each candidate ``perplexity``, ``reference_perplexity``, ``kl`` (nats per token, from the reference to the
+        candidate) and ``tokens`` (how many were predicted).
+
+    Raises:
+        ValueError: the reference does not have the layers, or a candidate has others.
+    """
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-    parameters = dict(model.named_parameters())
-    for layer, shape in checkpoint.layers.items():
-        found = tuple(parameters[f"{layer}.weight"].shape) if f"{layer}.weight" in parameters else "no such layer"
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for layer, shape in layers.items():
+        found = shapes.get(f"{layer}.weight", "no such layer")
         if found != shape:
-            raise ValueError(f"{reference}: {layer}: found {found}, expected {shape} as in {checkpoint.folder}")
+            raise ValueError(f"{reference}: {layer}: found {found}, expected {shape} as in the quantized model")
     batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     with tempfile.TemporaryDirectory() as folder:
         # Log-probabilities of a whole vocabulary for each token: more than memory should hold.
         size = predicted * model.config.vocab_size
@@ -72,31 +97,55 @@ def evaluate(
             logs, loss = _log_probabilities(model, batch)
             reference_logs[start : start + len(logs)] = logs
             reference_loss, start = reference_loss + loss, start + len(logs)
-        for width in widths:
-            load_slice(model, checkpoint, width)
+        for name, weights in candidates:
+            load_weights(model, _checked(name, weights, layers))
             divergence, total, start = 0.0, 0.0, 0
-            for batch in tqdm(batches, desc=f"{width} bits", unit="batch"):
+            for batch in tqdm(batches, desc=name, unit="batch"):
                 logs, loss = _log_probabilities(model, batch)
                 expected = reference_logs[start : start + len(logs)]
                 divergence += float((expected.exp() * (expected - logs)).sum(dim=1).double().sum())
                 total, start = total + loss, start + len(logs)
             yield {
-                "bits": width,
                 "perplexity": math.exp(total / predicted),
                 "reference_perplexity": math.exp(reference_loss / predicted),
                 "kl": divergence / predicted,
                 "tokens": predicted,
-                "bits_per_weight": 8 * checkpoint.resident_bytes(width) / weights,
             }
 
 
-@torch.no_grad()
-def load_slice(model: PreTrainedModel, checkpoint: Checkpoint, width: int) -> None:
-    """Put the decoded ``width``-bit weights of ``checkpoint`` into a transformers model of the same architecture."""
-    parameters = dict(model.named_parameters())
+def slice_weights(checkpoint: Checkpoint, width: int) -> LayerWeights:
+    """The decoded ``width``-bit weights of a nested checkpoint, layer by layer."""
     for layer in checkpoint.layers:
         scale, offset = checkpoint.decoder(layer, width)
-        parameters[f"{layer}.weight"].copy_(dequantize(checkpoint.codes(layer, width), scale, offset))
+        yield layer, dequantize(checkpoint.codes(layer, width), scale, offset)
+
+
+def stored_weights(path: Path) -> LayerWeights:
+    """The weights of a safetensors file whose tensors bear the names of layers."""
+    with safe_open(path, framework="pt") as file:
+        for layer in sorted(file.keys()):
+            yield layer, file.get_tensor(layer)
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, weights: LayerWeights) -> None:
+    """Put the weights of layers into a transformers model that has these layers."""
+    parameters = dict(model.named_parameters())
+    for layer, weight in weights:
+        parameters[f"{layer}.weight"].copy_(weight)
+
+
+def _checked(name: str, weights: LayerWeights, layers: Mapping[str, tuple[int, int]]) -> LayerWeights:
+    """The weights, which must be of all ``layers`` and no other: one left out would keep another candidate's weight."""
+    absent = set(layers)
+    for layer, weight in weights:
+        if tuple(weight.shape) != layers.get(layer):
+            expected = layers.get(layer, "no such layer")
+            raise ValueError(f"{name}: {layer}: found {tuple(weight.shape)}, expected {expected}")
+        absent.discard(layer)
+        yield layer, weight
+    if absent:
+        raise ValueError(f"{name}: {min(absent)}: found no such layer, expected {layers[min(absent)]}")
 
 
 def _log_probabilities(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:

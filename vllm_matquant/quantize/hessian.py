@@ -39,19 +39,35 @@ class HessianCollector:
             for hook in hooks:
                 hook.remove()
 
+    def stages(self) -> list[list[str]]:
+        """The layers in the order of their calls; those that are called with the same tensor together.
+
+        Raises:
+            ValueError: a layer was never called.
+        """
+        stages: dict[str, list[str]] = {}
+        for name, owner in self._owner.items():
+            stages.setdefault(owner, []).append(name)
+        for name in self._layers:
+            self._check_called(name)
+        return list(stages.values())
+
     def hessian(self, name: str) -> torch.Tensor:
         """float32 [in_features, in_features], the mean over tokens.
 
         Raises:
             ValueError: the layer was never called, or its inputs were not finite.
         """
-        owner = self._owner.get(name)
-        if owner is None:
-            raise ValueError(f"{name}: the calibration text never reached this layer")
+        self._check_called(name)
+        owner = self._owner[name]
         total = self._sums[owner]
         if not torch.isfinite(total).all():
             raise ValueError(f"{name}: its inputs on the calibration text hold values that are not finite")
         return total / self._tokens[owner]
+
+    def _check_called(self, name: str) -> None:
+        if name not in self._owner:
+            raise ValueError(f"{name}: the calibration text never reached this layer")
 
     def _observe(self, name: str, inputs: torch.Tensor) -> None:
         if self._last is not None and self._last[1] is inputs:

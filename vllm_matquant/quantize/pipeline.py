@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
-from vllm_matquant.checkpoint.manifest import describe_files
-from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.checkpoint.manifest import describe_files, versions
+from vllm_matquant.checkpoint.spec import Format, GroupSize
+from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.quantize.activations import Activations
+from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
-from vllm_matquant.quantize.hessian import HessianCollector
-from vllm_matquant.quantize.methods import Method, relative_error
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, run_block
+from vllm_matquant.quantize.layer import QuantizedLayer
+from vllm_matquant.quantize.machine import describe_machine
+from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
+from vllm_matquant.quantize.probe import measure_cost
+from vllm_matquant.quantize.quality import HeldOut
+from vllm_matquant.quantize.resume import ResumeError, WorkFolder
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer
 
-_BATCH_TOKENS = 2048
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,40 +38,116 @@ class CalibrationSettings:
     """What to calibrate on; see :func:`vllm_matquant.quantize.calibration.load_calibration`."""
 
     source: str | None = None
-    samples: int = 32
+    samples: int = 64
     sequence_length: int = 512
     seed: int = 0
+    text_column: str = "text"
 
 
-def plan_format(source: SourceModel, method: Method, group_size: int | str, ignore: Sequence[str]) -> Format:
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured while a model was quantized.
+
+    Attributes:
+        errors: relative output error of each layer at each width, see
+            :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
+        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty
+            without one.
+        calibration: :attr:`Calibration.source`, None for a method without Hessians.
+        seconds: wall time of each step.
+    """
+
+    errors: dict[str, dict[int, float]]
+    quality: list[dict[str, Any]]
+    calibration: dict[str, Any] | None
+    seconds: dict[str, float]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step], self._last = now - self._last, now
+
+
+def plan_format(
+    source: SourceModel,
+    method: Method,
+    group_size: GroupSize,
+    ignore: Sequence[str],
+    group_size_for: Sequence[tuple[str, GroupSize]] = (),
+) -> Format:
     """The format of the checkpoint to be written, with the settings checked against every layer.
 
     Args:
         ignore: regular expressions; a layer whose full name one of them matches anywhere is not quantized.
+        group_size_for: regular expressions with the group size of the layers they match; the last match counts.
 
     Raises:
         ConfigError: the group size does not divide a layer's input features.
         ValueError: an expression is none, or matches no layer, or no layer is left.
     """
-    ignored = list(source.other_linears)
     linears = [*source.linears, *source.other_linears]
+    ignored = [*source.other_linears]
     for expression in ignore:
-        try:
-            matching = [name for name in linears if re.search(expression, name)]
-        except re.error as cause:
-            raise ValueError(f"ignore: found {expression!r}, expected a regular expression ({cause})") from cause
-        if not matching:
-            raise ValueError(f"ignore: {expression!r} matches none of the model's {len(linears)} linear layers")
-        ignored += matching
+        ignored += _matching(linears, expression, "ignore")
     if not set(linears) - set(ignored):
         raise ValueError(
             f"ignore: found {list(ignore)}, which match every linear layer, expected some layer to be left"
         )
-    format_ = Format(method.widths, group_size, tuple(dict.fromkeys(ignored)), method.slicing)  # type: ignore[arg-type]
+    group_sizes: dict[str, GroupSize] = {}
+    for expression, size in group_size_for:
+        group_sizes |= dict.fromkeys(_matching(linears, expression, "group-size-for"), size)
+    format_ = Format(
+        method.widths,
+        group_size,
+        tuple(dict.fromkeys(ignored)),
+        method.slicing,
+        layer_group_sizes={name: group_sizes[name] for name in linears if name in group_sizes and name not in ignored},
+    )
     for name, (_, in_features) in source.linears.items():
         if name not in format_.ignored_layers:
             format_.group_size_of(in_features, name, source.folder)
     return format_
+
+
+def _matching(names: Sequence[str], expression: str, option: str) -> list[str]:
+    try:
+        matching = [name for name in names if re.search(expression, name)]
+    except re.error as cause:
+        raise ValueError(f"{option}: found {expression!r}, expected a regular expression ({cause})") from cause
+    if not matching:
+        raise ValueError(f"{option}: {expression!r} matches none of the model's {len(names)} linear layers")
+    return matching
+
+
+def dry_run(
+    source: SourceModel,
+    output: Path,
+    method: Method,
+    format_: Format,
+    settings: CalibrationSettings,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    activations_on_disk: bool = False,
+    held_out: torch.Tensor | None = None,
+) -> Plan:
+    """Check what :func:`quantize` checks, but for the values of the source's weights, and plan it; writes nothing.
+
+    Raises:
+        As :func:`quantize`.
+    """
+    _check_output(source, output, overwrite=overwrite, resume=resume)
+    if method.needs_calibration:
+        _calibrate(source, settings)
+    cost = measure_cost(method, format_.group_size, settings.sequence_length)
+    tokens = settings.samples * settings.sequence_length if method.needs_calibration else 0
+    windows = (0, 0) if held_out is None else (held_out.shape[0], held_out.shape[1])
+    return make_plan(source, output, method, format_, cost, tokens, windows, activations_on_disk=activations_on_disk)
 
 
 def quantize(
@@ -71,29 +159,74 @@ def quantize(
     *,
     command: Sequence[str] = (),
     overwrite: bool = False,
-) -> dict[str, dict[int, float]]:
+    resume: bool = False,
+    activations_on_disk: bool = False,
+    held_out: torch.Tensor | None = None,
+) -> Outcome:
     """Quantize ``source`` into the folder ``output``.
 
-    Every block is run on the outputs of the blocks before it in the source's own precision.
+    Every block is run on the outputs of the blocks before it in the source's own precision. Finished blocks are kept in
+    a work folder inside ``output`` until the checkpoint is published, also if an error or an interrupt ends the work;
+    memory holds one block and the activations.
 
-    Returns:
-        The relative output error of each layer at each width, see
-        :func:`vllm_matquant.quantize.methods.relative_error`; empty for a method without Hessians.
+    Args:
+        command: the command line, for the manifest.
+        overwrite: replace the matquant checkpoint in ``output``; without ``resume`` also unfinished work there.
+        resume: go on from unfinished work in ``output``, if there is any. The files will be the very same that an
+            uninterrupted run writes.
+        activations_on_disk: keep activations in files on the disk of ``output`` instead of in memory.
+        held_out: int64 [windows, length], tokens that calibration does not see, to measure each width's quality on.
+
+    Raises:
+        CheckpointError: the source holds values that are not finite, or ``output`` cannot be used, see
+            :class:`CheckpointWriter`.
+        ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
+            another model, text, setting or version.
+        CalibrationError: the calibration text cannot be used.
+        OSError: the disk is full, or the folder cannot be written to.
     """
-    with CheckpointWriter(output, format_, overwrite=overwrite) as writer:
-        calibration = _calibrate(source, settings) if method.needs_hessian else None
-        errors = _quantize_blocks(source, method, format_, calibration, writer)
-        quantized = {f"{name}.weight" for name in source.linears if name not in format_.ignored_layers}
-        for name in source.tensor_names:
-            if name not in quantized:
-                writer.add_tensor(name, source.tensor(name))
-        origin = {
-            "command": list(command),
-            "source": describe_files(source.files),
-            "calibration": calibration.source if calibration else None,
-        }
-        writer.finish(source.config, copy_from=source.folder, manifest=origin)
-    return errors
+    work = WorkFolder(output)
+    blocks = [source.block_name(index) for index in range(source.block_count)]
+    clock = _Clock()
+    _check_output(source, output, overwrite=overwrite, resume=resume)
+    replace = overwrite or work.publishing
+    with CheckpointWriter(output, format_, shard_bytes=shard_bytes(source), overwrite=replace) as writer:
+        calibration = _calibrate(source, settings) if method.needs_calibration else None
+        origin = _read_source(source) | {"calibration": calibration.source if calibration else None}
+        depends_on = _dependencies(source, method, format_, calibration) | origin
+        if resume and work.exists:
+            work.check_settings(depends_on)
+        else:
+            work.begin(depends_on)
+        clock.lap("prepare")
+        try:
+            folder = work.path if activations_on_disk else None
+            measured = HeldOut(source, held_out, format_, folder) if held_out is not None else None
+            _quantize_blocks(source, method, format_, calibration, work, measured, folder)
+            clock.lap("quantize")
+            quality = measured.rows() if measured else []
+            clock.lap("evaluate")
+            errors = _add_layers(source, format_, work, writer)
+            work.begin_publishing()
+            writer.finish(source.config, copy_from=source.folder, manifest={"command": list(command), **origin})
+        except BaseException:
+            if finished := work.finished(blocks):
+                _LOGGER.warning("%d of %d blocks are finished and kept, for --resume", finished, len(blocks))
+            else:
+                work.remove()
+            raise
+        work.remove()
+        clock.lap("write")
+    return Outcome(errors, quality, origin["calibration"], clock.seconds)
+
+
+def _check_output(source: SourceModel, output: Path, *, overwrite: bool, resume: bool) -> None:
+    work = WorkFolder(output)
+    if work.exists and not (resume or overwrite):
+        blocks = [source.block_name(index) for index in range(source.block_count)]
+        found = f"unfinished work, {work.finished(blocks)} of {len(blocks)} blocks"
+        raise ResumeError(work.path, "work folder", found, "none, or leave to resume, or to overwrite")
+    check_output(output, overwrite or work.publishing)
 
 
 def _calibrate(source: SourceModel, settings: CalibrationSettings) -> Calibration:
@@ -103,7 +236,32 @@ def _calibrate(source: SourceModel, settings: CalibrationSettings) -> Calibratio
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
+        text_column=settings.text_column,
     )
+
+
+def _read_source(source: SourceModel) -> dict[str, Any]:
+    """Read all of the source once, before the long work: SHA-256 of its files, and whether its values are finite."""
+    total = 2 * sum(path.stat().st_size for path in source.files)
+    with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
+        files = describe_files(source.files, progress.update)
+        source.check_values(progress.update)
+    return {"source": files}
+
+
+def _dependencies(
+    source: SourceModel, method: Method, format_: Format, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What the checkpoint's bytes depend on besides the source's weights and the calibration text."""
+    copied = [path for path in source.folder.iterdir() if path.is_file() and is_copied(path.name)]
+    return {
+        "copied": describe_files(copied),
+        "tokens": hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest() if calibration else None,
+        "method": {"name": method.name, **asdict(method)},
+        "format": format_.to_dict(),
+        "versions": versions(),
+        "machine": describe_machine(),
+    }
 
 
 @torch.no_grad()
@@ -112,30 +270,78 @@ def _quantize_blocks(
     method: Method,
     format_: Format,
     calibration: Calibration | None,
-    writer: CheckpointWriter,
+    work: WorkFolder,
+    held_out: HeldOut | None,
+    folder: Path | None,
+) -> None:
+    """Quantize the blocks that are not finished; what they are given is made anew from the finished ones."""
+    names = [source.block_name(index) for index in range(source.block_count)]
+    finished = work.finished(names)
+    if finished == len(names) and not held_out:
+        return
+    activations = Activations(source, calibration.tokens, method.followed_widths, folder) if calibration else None
+    if activations or held_out:
+        for index in tqdm(range(finished), desc="resuming", unit="block", disable=not finished):
+            _replay_block(_block_task(source, index, format_, activations), method, work, held_out)
+    tasks = [_group_sizes(source, index, format_) for index in range(len(names))]
+    done, total = sum(map(len, tasks[:finished])), sum(map(len, tasks))
+    with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0) as progress:
+        for index in range(finished, len(names)):
+            _quantize_block(_block_task(source, index, format_, activations), method, work, held_out, progress)
+
+
+# A block is an argument and nothing else, so that it is gone before the next one is loaded.
+def _quantize_block(
+    task: BlockTask, method: Method, work: WorkFolder, held_out: HeldOut | None, progress: tqdm[NoReturn]
+) -> None:
+    layers = {}
+    for name, layer in method.quantize_block(task):
+        layers[name] = layer
+        progress.update()
+    work.save(task.name, layers)
+    _advance(task, method, layers, held_out)
+
+
+def _replay_block(task: BlockTask, method: Method, work: WorkFolder, held_out: HeldOut | None) -> None:
+    _advance(task, method, work.load(task.name, method.widths), held_out)
+
+
+def _advance(task: BlockTask, method: Method, layers: Mapping[str, QuantizedLayer], held_out: HeldOut | None) -> None:
+    if task.activations:
+        task.activations.advance(task.block, lambda width: task.decoded(layers, width, method.slicing))
+    if held_out:
+        held_out.advance(task, layers)
+
+
+def _block_task(source: SourceModel, index: int, format_: Format, activations: Activations | None) -> BlockTask:
+    group_sizes = _group_sizes(source, index, format_)
+    return BlockTask(source.block_name(index), source.load_block(index), group_sizes, activations)
+
+
+def _group_sizes(source: SourceModel, index: int, format_: Format) -> dict[str, int]:
+    """Group size of the layers of a block that are quantized."""
+    return {
+        layer: format_.group_size_of(in_features, layer)
+        for layer, (_, in_features) in source.block_linears(index).items()
+        if layer not in format_.ignored_layers
+    }
+
+
+def _add_layers(
+    source: SourceModel, format_: Format, work: WorkFolder, writer: CheckpointWriter
 ) -> dict[str, dict[int, float]]:
+    """Add the layers of the finished blocks, then every other tensor; returns the layers' errors."""
     errors: dict[str, dict[int, float]] = {}
-    hidden, arguments = source.embed(calibration.tokens) if calibration else (None, [])
-    count = len(source.linears.keys() - set(format_.ignored_layers))
-    with tqdm(total=count, desc="quantizing", unit="layer", smoothing=0) as progress:
-        for index in range(source.block_count):
-            prefix = source.block_name(index)
-            block = source.load_block(index)
-            linears = {
-                f"{prefix}.{name}": module
-                for name, module in block.named_modules()
-                if isinstance(module, torch.nn.Linear) and f"{prefix}.{name}" not in format_.ignored_layers
-            }
-            hessians = HessianCollector(linears)
-            if hidden is not None:
-                with hessians.collecting():
-                    run_block(block, hidden, arguments[index], _BATCH_TOKENS)
-            for name, linear in linears.items():
-                weight = linear.weight
-                hessian = hessians.hessian(name) if hidden is not None else torch.eye(weight.shape[1])
-                layer = method.quantize(weight, hessian, format_.group_size_of(weight.shape[1], name))
-                writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
-                if hidden is not None:
-                    errors[name] = relative_error(weight, layer, method.slices(layer.codes), hessian)
-                progress.update()
+    quantized = set()
+    for index in tqdm(range(source.block_count), desc="writing", unit="block"):
+        layers = work.load(source.block_name(index), format_.widths)
+        for name in _group_sizes(source, index, format_):
+            layer = layers[name]
+            writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
+            quantized.add(f"{name}.weight")
+            if layer.errors:
+                errors[name] = layer.errors
+    for name in source.tensor_names:
+        if name not in quantized:
+            writer.add_tensor(name, source.tensor(name))
     return errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_matquant.checkpoint.errors import (
@@ -21,14 +23,18 @@ from vllm_matquant.checkpoint.errors import (
     MissingTensorError,
     TensorDtypeError,
     TensorShapeError,
+    TensorValueError,
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, UNQUANTIZED_DTYPES, is_plain_name
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, UNQUANTIZED_DTYPES, TensorSpec, is_plain_name
 
 _SINGLE_FILE = "model.safetensors"
+_CHECKED_VALUES = 2**24  # at a time
+# What to fetch of a model on a hub: weights, configuration, tokenizer, and what states the licence.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
 def locate(model: str) -> Path:
@@ -40,7 +46,7 @@ def locate(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"
@@ -68,6 +74,7 @@ class SourceModel:
 
     Attributes:
         config: the content of config.json.
+        skeleton: names and shapes of its parameters, linear layers and input embedding, and which are tied.
         linears: (out_features, in_features) of the linear layers inside decoder blocks, by full name, in order.
         other_linears: full names of the linear layers outside of them, such as ``lm_head``.
 
@@ -84,14 +91,14 @@ class SourceModel:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
         self._file_of = self._locate_tensors()
-        skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
-        self._check_tensors(skeleton)
-        self._parameters = skeleton.parameters
+        self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
+        self._check_tensors(self.skeleton)
         self._model = self._build_empty_model()
         self._decoder = self._model.get_decoder()
         self._prefix = next(name for name, module in self._model.named_modules() if module is self._decoder)
-        self.linears = {name: shape for name, shape in skeleton.linears.items() if name.startswith(self._layers_prefix)}
-        self.other_linears = [name for name in skeleton.linears if name not in self.linears]
+        linears = self.skeleton.linears
+        self.linears = {name: shape for name, shape in linears.items() if name.startswith(self._layers_prefix)}
+        self.other_linears = [name for name in linears if name not in self.linears]
 
     @property
     def files(self) -> list[Path]:
@@ -102,19 +109,44 @@ class SourceModel:
     @property
     def tensor_names(self) -> list[str]:
         """The model's parameters that have a tensor in the files; anything else in them is no part of the model."""
-        return sorted(name for name in self._parameters if name in self._file_of)
+        return sorted(name for name in self.skeleton.parameters if name in self._file_of)
 
     @property
     def block_count(self) -> int:
         return len(self._decoder.layers)
 
+    @property
+    def hidden_size(self) -> int:
+        return self._decoder.config.hidden_size
+
     def block_name(self, index: int) -> str:
         return f"{self._layers_prefix}{index}"
+
+    def block_linears(self, index: int) -> dict[str, tuple[int, int]]:
+        """The linear layers of a decoder block, as in :attr:`linears`."""
+        prefix = self.block_name(index) + "."
+        return {name: shape for name, shape in self.linears.items() if name.startswith(prefix)}
+
+    def tensor_spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor as it is stored."""
+        return self._specs[name]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""
         with safe_open(self.folder / self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def check_values(self, progress: Callable[[int], object] = lambda size: None) -> None:
+        """Read every tensor once; ``progress`` is called with the bytes of each.
+
+        Raises:
+            TensorValueError: a tensor holds NaN or infinity.
+        """
+        for name in self.tensor_names:
+            tensor = self.tensor(name)
+            if not all(part.isfinite().all() for part in tensor.flatten().split(_CHECKED_VALUES)):
+                raise TensorValueError(self.folder / self._file_of[name], name, "NaN or infinity", "finite weights")
+            progress(tensor.nbytes)
 
     def load_block(self, index: int) -> torch.nn.Module:
         """Decoder block ``index`` with its weights in float32."""
@@ -122,19 +154,20 @@ class SourceModel:
         self._load_into(block, self.block_name(index) + ".")
         return block.eval()
 
-    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> list[dict[str, Any]]:
         """What the first decoder block is given.
 
         Args:
             tokens: int64 [sequences, length].
+            hidden: float32 [sequences, length, hidden_size], to be filled.
 
         Returns:
-            The hidden states, float32 [sequences, length, hidden_size], and for each block the keyword arguments that
-            the model calls it with (attention mask, position embeddings), made for one sequence: they broadcast.
+            For each block the keyword arguments that the model calls it with (attention mask, position embeddings),
+            made for one sequence: they broadcast.
         """
         decoder = copy.deepcopy(self._decoder)
         blocks, decoder.layers = decoder.layers, torch.nn.ModuleList()
-        self._load_into(decoder, self._prefix + ".")
+        self._load_into(decoder, self._prefix + ".", tokens.unique())
         decoder.layers = blocks
         arguments: list[dict[str, Any]] = [{} for _ in blocks]
         first_input: list[torch.Tensor] = []
@@ -153,16 +186,52 @@ class SourceModel:
         for index, block in enumerate(decoder.layers):
             record(index, block)
         with torch.no_grad():
-            for sequence in tokens:
+            for sequence, filled in zip(tokens, hidden, strict=True):
                 decoder(input_ids=sequence[None], use_cache=False)
-        return torch.cat(first_input), arguments
+                filled.copy_(first_input.pop()[0])
+        return arguments
+
+    def load_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the model does after its last block, with weights in float32.
+
+        Returns:
+            A function from the last block's outputs, float32 [sequences, length, hidden_size], to the logits, float32
+            [sequences, length, vocabulary].
+        """
+        model = copy.deepcopy(self._model)
+        decoder = model.get_decoder()
+        last, decoder.layers = decoder.layers[-1], torch.nn.ModuleList()
+        # The embedding is not asked, for its outputs are given.
+        wanted = [name for name in model.state_dict() if name.removesuffix(".weight") not in self.skeleton.embeddings]
+        stored = {name: self.skeleton.tied.get(name, name) for name in wanted}
+        state = {name: self.tensor(name if name in self._file_of else stored[name]).float() for name in wanted}
+        model.load_state_dict(state, strict=False, assign=True)
+        decoder.layers = torch.nn.ModuleList([last])
+        model.eval()
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            last.forward = lambda *_, **__: hidden
+            return model(inputs_embeds=hidden, use_cache=False).logits
+
+        return head
 
     @property
     def _layers_prefix(self) -> str:
         return f"{self._prefix}.layers."
 
-    def _load_into(self, module: torch.nn.Module, prefix: str) -> None:
-        module.load_state_dict({name: self.tensor(prefix + name).float() for name in module.state_dict()}, assign=True)
+    def _load_into(self, module: torch.nn.Module, prefix: str, tokens: torch.Tensor | None = None) -> None:
+        """Load the parameters of ``module`` in float32; of an input embedding only the rows of ``tokens``."""
+
+        def load(name: str) -> torch.Tensor:
+            stored = self.tensor(prefix + name)
+            if tokens is None or (prefix + name).removesuffix(".weight") not in self.skeleton.embeddings:
+                return stored.float()
+            # Rows that are never touched take no memory: a vocabulary can be larger than many blocks.
+            table = torch.empty(stored.shape)
+            table[tokens] = stored[tokens].float()
+            return table
+
+        module.load_state_dict({name: load(name) for name in module.state_dict()}, assign=True)
 
     def _build_empty_model(self) -> PreTrainedModel:
         fields = {name: value for name, value in self.config.items() if name != "model_type"}
@@ -190,6 +259,7 @@ class SourceModel:
 
     def _check_tensors(self, skeleton: Skeleton) -> None:
         headers = {file: read_header(self.folder / file) for file in sorted(set(self._file_of.values()))}
+        self._specs = {name: headers[file][name] for name, file in self._file_of.items() if name in headers[file]}
         for name, shape in skeleton.parameters.items():
             if name not in self._file_of:
                 if name in skeleton.tied:
@@ -205,14 +275,23 @@ class SourceModel:
                 raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)))
 
 
-def run_block(block: torch.nn.Module, hidden: torch.Tensor, arguments: dict[str, Any], batch_tokens: int) -> None:
-    """Run ``block`` over ``hidden`` in place, batch by batch.
+def run_block(
+    block: torch.nn.Module,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    arguments: dict[str, Any],
+    batch_tokens: int,
+    replacing: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Run ``block`` batch by batch.
 
     Args:
-        hidden: float32 [sequences, length, hidden_size]; holds the block's outputs afterwards.
+        inputs: float32 [sequences, length, hidden_size].
+        outputs: of the same shape, to be filled; may be ``inputs`` itself.
         batch_tokens: tokens to run at a time.
+        replacing: tensors to use in the place of the block's own, by name.
     """
-    sequences = max(1, batch_tokens // hidden.shape[1])
-    for batch in hidden.split(sequences):
-        output = block(batch, **arguments)
-        batch.copy_(output[0] if isinstance(output, tuple) else output)
+    sequences = max(1, batch_tokens // inputs.shape[1])
+    for batch, filled in zip(inputs.split(sequences), outputs.split(sequences), strict=True):
+        output = functional_call(block, dict(replacing or {}), (batch,), arguments)
+        filled.copy_(output[0] if isinstance(output, tuple) else output)

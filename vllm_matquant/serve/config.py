@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.spec import CONFIG_FILE, QUANT_METHOD, Format
 from vllm_matquant.serve import precision
+from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 
@@ -40,6 +43,7 @@ class MatquantConfig(QuantizationConfig):
         self.folder: Path | None = None
         self.precision: precision.Precision | None = None
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
+        self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
 
     @classmethod
     def get_name(cls) -> str:
@@ -68,6 +72,9 @@ class MatquantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignored_layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.ignored_layers)))
+        self.quantized_embeddings = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.quantized_embeddings)))
+        group_sizes = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_group_sizes))
+        self.format = replace(self.format, layer_group_sizes=group_sizes)
 
     def resolve_precision(self, additional_config: Any) -> precision.Precision:
         """The widths to serve; the first call checks them against the checkpoint.
@@ -89,7 +96,9 @@ class MatquantConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            raise ConfigError(prefix, "layer", "a mixture of experts", "linear layers only")
+            raise ConfigError(prefix, "layer", "a mixture of experts", "linear layers and embeddings only")
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._embedding_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = self._parts(prefix)
@@ -103,9 +112,20 @@ class MatquantConfig(QuantizationConfig):
                 ignored,
                 f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
             )
-        return MatquantLinearMethod(
-            self.format, self.resolve_precision(get_current_vllm_config().additional_config), parts
-        )
+        return MatquantLinearMethod(self.format, self._current_precision(), parts)
+
+    def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
+        name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")
+        if isinstance(layer, ParallelLMHead):
+            # A head without a name is taken for an ignored one; where it is not, the loader finds out.
+            quantized = name != "" and name not in self.ignored_layers
+        else:
+            name = name or next(iter(self.quantized_embeddings), "")  # vLLM's Llama gives its embedding no name
+            quantized = name in self.quantized_embeddings
+        return MatquantEmbeddingMethod(self.format, self._current_precision(), [name]) if quantized else None
+
+    def _current_precision(self) -> precision.Precision:
+        return self.resolve_precision(get_current_vllm_config().additional_config)
 
     def _parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the layers that vLLM fuses into the layer ``prefix``."""

@@ -15,6 +15,7 @@ from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes, unpack_codes
 from vllm_matquant.checkpoint.spec import (
     BASE_BITS,
+    CONFIG_FILE,
     DECODER_DTYPE,
     PARENT_BITS,
     WEIGHT_BASE,
@@ -77,7 +78,7 @@ class MatquantLinearMethod(LinearMethodBase):
         self.arrived: dict[str, set[int]] = {}
 
         # The rank's cut of the layer is a layer of this format, save that its group size follows from the whole layer.
-        self.shard_format = dataclasses.replace(self.format, group_size=self.group_size)
+        self.shard_format = dataclasses.replace(self.format, group_size=self.group_size, layer_group_sizes={})
         stored = self.shard_format.tensors_of_layer(sum(self.output_sizes), self.in_features, self.parts[0])
         specs = {name: spec for tensors in stored.values() for name, spec in tensors.items()}
         for name in self._tensor_names():
@@ -127,8 +128,16 @@ class MatquantLinearMethod(LinearMethodBase):
 
     def _group_size(self, input_size: int) -> int:
         """Columns per group in the rank's cut of a layer of ``input_size`` columns."""
+        settings = {part: self.format.group_size_setting(part) for part in self.parts}
+        if len(set(settings.values())) > 1:
+            raise ConfigError(
+                CONFIG_FILE,
+                "quantization_config.layer_group_sizes",
+                settings,
+                "the same for layers that vLLM computes as one",
+            )
         group_size = self.format.group_size_of(input_size, self.parts[0])
-        if self.format.group_size == "channel":
+        if self._is_per_channel():
             group_size, unit, hint = self.in_features, 8, "so that it starts on a byte of every plane"
         else:
             unit, hint = group_size, "the group size"
@@ -141,6 +150,9 @@ class MatquantLinearMethod(LinearMethodBase):
             )
         return group_size
 
+    def _is_per_channel(self) -> bool:
+        return self.format.group_size_setting(self.parts[0]) == "channel"
+
     def _tensor_names(self) -> list[str]:
         """The tensors that the layer keeps of each of its parts."""
         stored_width = self.format.stored_width(self.precision.resident_width)
@@ -152,7 +164,7 @@ class MatquantLinearMethod(LinearMethodBase):
         """A parameter of vLLM's that cuts ``data``'s tensor for tensor parallelism."""
         if data.dtype != DECODER_DTYPE:
             return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
-        if self.format.group_size == "channel":
+        if self._is_per_channel():
             return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=weight_loader)
         return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
 
@@ -202,7 +214,7 @@ def quantized_layers(model: Module) -> Iterator[tuple[Module, MatquantLinearMeth
 
 
 def resident_bytes(model: Module) -> int:
-    """Bytes of codes and decoders in the quantized linear layers of this rank (usable with ``LLM.apply_model``)."""
+    """Bytes of codes and decoders in the quantized layers of this rank (usable with ``LLM.apply_model``)."""
     return sum(
         layer.get_parameter(name).nbytes for layer, _ in quantized_layers(model) for name in ("planes", "decoders")
     )

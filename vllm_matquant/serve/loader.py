@@ -17,6 +17,7 @@ from vllm.transformers_utils.repo_utils import hf_api
 
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, shard_pattern
+from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
 
 logger = init_logger(f"vllm.{__name__}")
@@ -60,6 +61,7 @@ class MatquantModelLoader(DefaultModelLoader):
             raise RuntimeError(f"{model_config.model}: a matquant model cannot be reloaded in place")
         self.counter_before_loading_weights = time.perf_counter()
         checkpoint, bits = self._opened
+        check_embeddings(model, checkpoint.layers)
         yield from checkpoint.tensors(bits)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)

@@ -1,0 +1,45 @@
+"""Quality measured block by block, against a whole model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.quantize.evaluate import evaluate
+from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.source import SourceModel
+
+TOKENS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_head(model_type: str, tmp_path: Path) -> None:
+    folder = write_source(tmp_path, model_type)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs: list[torch.Tensor] = []
+    last = model.get_decoder().layers[-1]
+    last.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    logits = model(TOKENS).logits
+    torch.testing.assert_close(SourceModel(folder).load_head()(outputs[0]), logits)
+
+
+@pytest.mark.parametrize("method", ["nested", "matgptq", "rtn"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+def test_same_figures_as_of_the_whole_model(model_type: str, method: str, text_file: Path, tmp_path: Path) -> None:
+    model, widths = write_source(tmp_path / "source", model_type), (2, 3, 8)
+    source, chosen = SourceModel(model), METHODS[method](widths)
+    settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
+    format_ = plan_format(source, chosen, 32, [])
+    outcome = quantize(source, tmp_path / "output", chosen, format_, settings, held_out=TOKENS)
+    expected = list(evaluate(open_checkpoint(tmp_path / "output"), model, TOKENS, widths))
+    assert [row["bits"] for row in outcome.quality] == list(widths)
+    for found, row in zip(outcome.quality, expected, strict=True):
+        assert found == pytest.approx(row, rel=1e-3, abs=1e-6)
+    assert set(outcome.seconds) == {"prepare", "quantize", "evaluate", "write"}

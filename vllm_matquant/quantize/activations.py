@@ -1,0 +1,94 @@
+"""Hidden states on their way through the model: the source's own, and those of its slices."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vllm_matquant.quantize.source import run_block
+
+BATCH_TOKENS = 2048  # that run through a block at a time
+
+
+class Embedder(Protocol):
+    """What gives the first block its inputs: :class:`vllm_matquant.quantize.source.SourceModel`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> list[dict[str, Any]]: ...
+
+
+class Activations:
+    """What the next decoder block is given, for every window of a text.
+
+    Args:
+        source: whose blocks these are the inputs of.
+        tokens: int64 [sequences, length].
+        widths: slices to follow besides the source; each sees the outputs of its own blocks only.
+        folder: keep the states in files on its disk, mapped into memory, instead of in memory. The files have no names,
+            so that they go with the process, however it ends.
+
+    Attributes:
+        reference: float32 [sequences, length, hidden_size], what the source's next block is given.
+        slices: likewise for each of ``widths``.
+
+    Raises:
+        OSError: the disk has no room for the files.
+    """
+
+    def __init__(
+        self, source: Embedder, tokens: torch.Tensor, widths: Sequence[int] = (), folder: Path | None = None
+    ) -> None:
+        shape = (*tokens.shape, source.hidden_size)
+        self.reference = _allocate(shape, folder)
+        self._outputs = _allocate(shape, folder)
+        self.slices = {width: _allocate(shape, folder) for width in widths}
+        self._arguments = source.embed(tokens, self.reference)
+        for hidden in self.slices.values():
+            hidden.copy_(self.reference)
+        self._outputs_known = False
+        self._index = 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the next block; they broadcast over sequences."""
+        return self._arguments[self._index]
+
+    def outputs(self, block: torch.nn.Module) -> torch.Tensor:
+        """What ``block``, the source's, makes of :attr:`reference`; it is run only once."""
+        if not self._outputs_known:
+            run_block(block, self.reference, self._outputs, self.arguments, BATCH_TOKENS)
+            self._outputs_known = True
+        return self._outputs
+
+    def advance(self, block: torch.nn.Module, decoded: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+        """Go on to the next block.
+
+        Args:
+            block: the source's.
+            decoded: gives for a followed width the block's parameters to replace, by their names within the block. It
+                is called for one width after the other, so that no two need be in memory.
+        """
+        self.reference, self._outputs = self.outputs(block), self.reference
+        for width, hidden in self.slices.items():
+            run_block(block, hidden, hidden, self.arguments, BATCH_TOKENS, decoded(width))
+        self._outputs_known = False
+        self._index += 1
+
+
+def _allocate(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
+    """A float32 tensor, in a file on the disk of ``folder`` if given."""
+    if folder is None:
+        return torch.empty(shape)
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        # All of it now: a disk that turns out full while the mapping is written to would kill the process.
+        os.posix_fallocate(file.fileno(), 0, size * torch.float32.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(*shape)

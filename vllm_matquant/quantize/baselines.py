@@ -1,0 +1,69 @@
+"""Methods to compare with: MatGPTQ, GPTQ for one width, and rounding to the nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor
+from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, rounded_levels
+from vllm_matquant.quantize.layer import QuantizedLayer
+from vllm_matquant.quantize.method import LayerMethod
+
+
+@dataclass(frozen=True)
+class MatGPTQ(LayerMethod):
+    """MatGPTQ (arXiv 2602.03537, algorithm 1): rounded slices on the parent's grid, one weight compensated for the mean
+    of the widths' errors; here on the asymmetric min-max grid of each group, as every other method."""
+
+    name: ClassVar[str] = "matgptq"
+    slicing: ClassVar[Slicing] = "round"
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+        grid = parent_grid(weight, group_size)
+        decoders = [rounded_levels(grid, width).stored() for width in self.widths]
+        factor = inverse_factor(damp(hessian, self.damping))
+        lambdas = [1.0] * len(self.widths)
+        solver = ColumnSolver(self.widths, lambdas, self.slicing, mean_error=True)
+        count = len(self.widths)
+        codes = solver.gptq([weight] * count, [factor] * count, decoders)
+        return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
+
+
+@dataclass(frozen=True)
+class GPTQ(LayerMethod):
+    """GPTQ (arXiv 2210.17323) for one width alone on its own min-max grid: what a slice is measured against."""
+
+    name: ClassVar[str] = "gptq"
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != 1:
+            raise ValueError(f"method gptq: found widths {list(self.widths)}, expected one width")
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+        (width,) = self.widths
+        parent = parent_grid(weight, group_size)
+        levels = 2**width - 1
+        grid = Decoder(parent.scale * (2**PARENT_BITS - 1) / levels, parent.offset).stored()
+        factor = inverse_factor(damp(hessian, self.damping))
+        codes = ColumnSolver(self.widths, [1.0]).gptq([weight], [factor], [grid])
+        return QuantizedLayer(codes, {width: grid})
+
+
+@dataclass(frozen=True)
+class RoundToNearest(LayerMethod):
+    """Each weight to the nearest parent on the min-max grid; slices decode to the centres of their cells."""
+
+    name: ClassVar[str] = "rtn"
+    needs_calibration: ClassVar[bool] = False
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+        grid = parent_grid(weight, group_size)
+        scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
+        # A group of equal weights has scale 0: any code will do.
+        steps = torch.where(scale > 0, (weight - offset) / scale, 0)
+        codes = steps.round().clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
+        return QuantizedLayer(codes, {width: cell_centres(grid, width).stored() for width in self.widths})

@@ -1,0 +1,54 @@
+"""What a method is given to quantize: one decoder block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_matquant.checkpoint.spec import Slicing
+from vllm_matquant.quantize.activations import Activations
+from vllm_matquant.quantize.layer import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A decoder block to quantize.
+
+    Attributes:
+        name: full name, such as "model.layers.3".
+        block: the source's, in float32.
+        group_sizes: of the layers to quantize, by their full names.
+        activations: what the block is given on the calibration text; None for a method that needs none.
+    """
+
+    name: str
+    block: torch.nn.Module
+    group_sizes: Mapping[str, int]
+    activations: Activations | None
+
+    @property
+    def calibration(self) -> Activations:
+        """The activations of a task that has some.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.activations is None:
+            raise ValueError(f"{self.name}: found no calibration text, expected one for this method")
+        return self.activations
+
+    @property
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        """The layers to quantize, by their full names, in the model's order."""
+        modules = {f"{self.name}.{name}": module for name, module in self.block.named_modules()}
+        return {name: module for name in self.group_sizes if isinstance(module := modules[name], torch.nn.Linear)}
+
+    def decoded(self, layers: Mapping[str, QuantizedLayer], width: int, slicing: Slicing) -> dict[str, torch.Tensor]:
+        """The weights of ``layers``' slices, by their names within the block."""
+        return self.local_names({name: layer.decode(width, slicing) for name, layer in layers.items()})
+
+    def local_names(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of layers, given by full names, by their names within the block."""
+        return {f"{name.removeprefix(f'{self.name}.')}.weight": weight for name, weight in weights.items()}

@@ -1,0 +1,83 @@
+"""What a quantization method is: from a decoder block to parent codes and a decoder for each width."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.hessian import HessianCollector
+from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to quantize the linear layers of a decoder block to all ``widths`` at once.
+
+    Attributes:
+        widths: ascending, each in 2..8.
+    """
+
+    widths: tuple[int, ...]
+
+    name: ClassVar[str]
+    slicing: ClassVar[Slicing] = "truncate"
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def followed_widths(self) -> tuple[int, ...]:
+        """Widths whose slices' own activations the method wants to see."""
+        return ()
+
+    @abstractmethod
+    def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
+        """Quantize the layers of a block; yields each with its full name."""
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A method that takes one layer at a time and knows its Hessian only.
+
+    Attributes:
+        damping: added to the Hessian's diagonal, relative to its mean.
+    """
+
+    damping: float = 0.01
+
+    def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
+        hessians = self.collect(task) if task.activations else None
+        count = len(self.widths)
+        for name, linear in task.linears.items():
+            weight = linear.weight
+            hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
+            layer = self.quantize(weight, hessian, task.group_sizes[name])
+            if hessians:
+                errors = relative_error([weight] * count, layer, self.slices(layer.codes), [hessian] * count)
+                layer = replace(layer, errors=errors)
+            yield name, layer
+
+    def collect(self, task: BlockTask) -> HessianCollector:
+        """Run the source's block and collect its layers' Hessians."""
+        hessians = HessianCollector(task.linears)
+        with hessians.collecting():
+            task.calibration.outputs(task.block)
+        return hessians
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+        """Quantize a layer.
+
+        Args:
+            weight: float32 [out_features, in_features].
+            hessian: float32 [in_features, in_features], mean of x^T x over the calibration tokens.
+            group_size: columns that share a decoder; divides in_features.
+        """
+
+    def slices(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        return [slice_codes(codes, PARENT_BITS, width, self.slicing) for width in self.widths]

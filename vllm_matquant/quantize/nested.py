@@ -1,0 +1,112 @@
+"""The default method: nested codes with error feedback of its own for each width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor, shared
+from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, refit
+from vllm_matquant.quantize.hessian import HessianCollector
+from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
+from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.sequential import measure_drift
+
+
+@dataclass(frozen=True)
+class Nested(LayerMethod):
+    """Truncated slices, error feedback of its own for each width, decoders refitted to their codes.
+
+    A pass of GPTQ over all widths at once gives the first codes; the decoders are refitted to them; then sweeps of
+    coordinate descent on the true objective, each followed by a refit, mend what the greedy pass could not foresee.
+    The narrowest slices, whose errors pile up from layer to layer, are fitted on their own activations.
+
+    Attributes:
+        growth: lambda_r, the weight of width r in the choice of codes, is ``growth ** (r - 2)``: errors shrink fourfold
+            or more with each bit, so equal weights would leave the wide slices to chance.
+        widest_factor: on top of that, for the widest width, which must stay next to lossless.
+        sweeps: of coordinate descent.
+        sequential_up_to: widths up to this one make up for what the quantized layers before did to their inputs, see
+            :mod:`vllm_matquant.quantize.sequential`; 0 for none.
+        drift_tokens: calibration tokens to measure that on.
+    """
+
+    growth: float = 2.25
+    widest_factor: float = 3.0
+    sweeps: int = 2
+    sequential_up_to: int = 3
+    drift_tokens: int = 16384
+
+    name: ClassVar[str] = "nested"
+
+    @property
+    def followed_widths(self) -> tuple[int, ...]:
+        return tuple(width for width in self.widths if width <= self.sequential_up_to)
+
+    def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
+        yield from self.solve_stages(task, self.collect(task))
+
+    def solve_stages(self, task: BlockTask, hessians: HessianCollector) -> Iterator[tuple[str, QuantizedLayer]]:
+        """Quantize the layers in the order of their calls, each with those before it quantized."""
+        linears = task.linears
+        finished: dict[str, QuantizedLayer] = {}
+        for stage in hessians.stages():
+            hessian = hessians.hessian(stage[0])
+            decoded = {width: task.decoded(finished, width, self.slicing) for width in self.followed_widths}
+            drifts = measure_drift(task, stage[0], decoded, self.drift_tokens)
+            of_width = [drifts[width].hessian if width in drifts else hessian for width in self.widths]
+            for name in stage:
+                weight = linears[name].weight
+                targets = [
+                    drifts[width].target(weight, self.damping) if width in drifts else weight for width in self.widths
+                ]
+                layer = self.solve(targets, of_width, task.group_sizes[name])
+                errors = relative_error(targets, layer, self.slices(layer.codes), of_width)
+                finished[name] = replace(layer, errors=errors)
+                yield name, finished[name]
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+        return self.solve([weight] * len(self.widths), [hessian] * len(self.widths), group_size)
+
+    def solve(
+        self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], group_size: int
+    ) -> QuantizedLayer:
+        """Quantize a layer of which each width shall come close to a weight of its own.
+
+        Args:
+            weights: for each width float32 [out_features, in_features].
+            hessians: for each width float32 [in_features, in_features].
+        """
+        # Columns that carry most of the error first, while all others are still free to make up for it.
+        order = hessians[-1].diagonal().argsort(descending=True, stable=True)
+        damped = shared(lambda hessian: damp(hessian, self.damping), hessians)
+        factors = shared(lambda hessian: inverse_factor(hessian[order][:, order]), damped)
+        solver = ColumnSolver(self.widths, self.lambdas())
+        grid = parent_grid(weights[-1], group_size)
+        decoders = [cell_centres(grid, width) for width in self.widths]
+        codes = solver.gptq(weights, factors, decoders, order)
+        decoders = self._refit(weights, codes, hessians, decoders)
+        for _ in range(self.sweeps):
+            codes = solver.descend(weights, damped, decoders, codes, order)
+            decoders = self._refit(weights, codes, hessians, decoders)
+        return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
+
+    def lambdas(self) -> list[float]:
+        """The weight of each width."""
+        weights = [self.growth ** (width - self.widths[0]) for width in self.widths]
+        weights[-1] *= self.widest_factor
+        return weights
+
+    def _refit(
+        self,
+        weights: Sequence[torch.Tensor],
+        codes: torch.Tensor,
+        hessians: Sequence[torch.Tensor],
+        decoders: Sequence[Decoder],
+    ) -> list[Decoder]:
+        problems = zip(weights, self.slices(codes), hessians, decoders, self.widths, strict=True)
+        return [refit(*problem) for problem in problems]

@@ -1,0 +1,80 @@
+"""The default method, and then each block trained as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.columns import ColumnSolver, damp
+from vllm_matquant.quantize.decoders import refit
+from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
+from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.tuning import TunedLayer, TuningSettings, tune_block
+
+
+@dataclass(frozen=True)
+class NestedTuned(Nested):
+    """:class:`Nested`, then codes and decoders of the narrow widths trained on the block's outputs.
+
+    The wide widths' bits are chosen anew below the narrow ones' that training has settled.
+
+    Attributes:
+        tuned_up_to: widest width to train; wider slices leave little to gain.
+        tuning: how.
+    """
+
+    sequential_up_to: int = 4
+    tuned_up_to: int = 4
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+
+    name: ClassVar[str] = "nested-tuned"
+
+    @property
+    def tuned_widths(self) -> tuple[int, ...]:
+        """The widths to train, at least one."""
+        return tuple(width for width in self.widths if width <= self.tuned_up_to) or self.widths[:1]
+
+    @property
+    def followed_widths(self) -> tuple[int, ...]:
+        teacher = self.widths[-1:] if self.tuning.distillation else ()
+        return tuple(sorted({*super().followed_widths, *self.tuned_widths, *teacher}))
+
+    def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
+        hessians = self.collect(task)
+        layers = dict(self.solve_stages(task, hessians))
+        if not layers:  # every one of the block's is ignored
+            return
+        tuned = tune_block(task, layers, self.tuned_widths, self.tuning)
+        for name, layer in layers.items():
+            weight = task.linears[name].weight
+            yield name, self._complete(weight, hessians.hessian(name), layer, tuned[name])
+
+    def _complete(
+        self, weight: torch.Tensor, hessian: torch.Tensor, layer: QuantizedLayer, tuned: TunedLayer
+    ) -> QuantizedLayer:
+        """The layer with what was trained, and the bits and decoders of the wider widths fitted to it."""
+        codes, decoders = tuned.finish()
+        decoders = layer.decoders | decoders
+        count, trained = len(self.widths), len(self.tuned_widths)
+        damped = damp(hessian, self.damping)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        solver = ColumnSolver(self.widths, self.lambdas())
+        for sweep in range(self.sweeps + 1 if trained < count else 0):
+            if sweep:
+                codes = solver.descend(
+                    [weight] * count,
+                    [damped] * count,
+                    [decoders[width] for width in self.widths],
+                    codes,
+                    order,
+                    fixed_bits=self.tuned_widths[-1],
+                )
+            for width, sliced in list(zip(self.widths, self.slices(codes), strict=True))[trained:]:
+                decoders[width] = refit(weight, sliced, hessian, decoders[width], width)
+        result = QuantizedLayer(codes, {width: decoders[width] for width in self.widths})
+        errors = relative_error([weight] * count, result, self.slices(codes), [hessian] * count)
+        return replace(result, errors=errors)

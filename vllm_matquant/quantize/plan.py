@@ -1,0 +1,165 @@
+"""What a quantization will write, need and take, known before it begins."""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_matquant.checkpoint.spec import BASE_BITS, DECODER_DTYPE, Format
+from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.probe import Cost
+from vllm_matquant.quantize.report.wording import duration, size
+from vllm_matquant.quantize.source import SourceModel
+
+_FLOAT = torch.float32.itemsize
+_SHARD_BYTES = (2**27, 2**31)  # the least and the most that the writer may hold in memory
+_LOGITS_BYTES = 20  # that the comparison of two widths takes for a token and word of the vocabulary
+_PACKING_BYTES = 8  # that a weight takes while its code is taken apart into bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Foreseen of a quantization.
+
+    Attributes:
+        files: bytes of the tensors in the files that serving each width needs.
+        output: bytes of all of them.
+        disk: bytes on the output's disk at the worst: output, finished blocks, and activations if kept there.
+        free: bytes free there now.
+        memory: bytes of memory at the worst, by what takes them.
+        seconds: to quantize, without reading and writing files.
+    """
+
+    files: dict[int, int]
+    output: int
+    disk: int
+    free: int
+    memory: dict[str, int]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [("files to serve", ", ".join(f"{width} bits {size(count)}" for width, count in self.files.items()))]
+        enough = "" if self.disk <= self.free else ": NOT ENOUGH"
+        lines.append(
+            ("disk", f"{size(self.disk)} until the end, then {size(self.output)}; {size(self.free)} free{enough}")
+        )
+        parts = ", ".join(f"{part} {size(count)}" for part, count in self.memory.items())
+        lines.append(("memory", f"about {size(sum(self.memory.values()))} ({parts})"))
+        lines.append(("time", f"about {duration(self.seconds)}, by trials on small layers; files not counted"))
+        return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def shard_bytes(source: SourceModel) -> int:
+    """What the checkpoint's writer may hold in memory: as much as a decoder block in float32, which must fit anyway."""
+    least, most = _SHARD_BYTES
+    return min(max(_largest_block(source) * _FLOAT, least), most)
+
+
+def make_plan(
+    source: SourceModel,
+    output: Path,
+    method: Method,
+    format_: Format,
+    cost: Cost,
+    tokens: int,
+    held_out: tuple[int, int] = (0, 0),
+    *,
+    activations_on_disk: bool,
+) -> Plan:
+    """Plan a quantization; reads no weights.
+
+    Args:
+        cost: of the method, see :func:`vllm_matquant.quantize.probe.measure_cost`.
+        tokens: of the calibration text; 0 for a method without calibration.
+        held_out: windows of the held-out text, and tokens in each.
+    """
+    shards = _shard_sizes(source, format_)
+    files = {
+        width: sum(size for stored, size in shards.items() if stored <= format_.stored_width(width))
+        for width in format_.widths
+    }
+    state = source.hidden_size * _FLOAT
+    activations = {
+        "activations": tokens * state * (2 + len(method.followed_widths)),
+        "activations of the held-out text": math.prod(held_out) * state * (2 + len(format_.widths)),
+    }
+    in_memory = {} if activations_on_disk else activations
+    shapes = source.skeleton.quantized_layers(format_)
+    finished = {name: _finished_bytes(format_, name, *shape) for name, shape in shapes.items()}
+    return Plan(
+        files=files,
+        output=shards.total(),
+        disk=shards.total() + sum(finished.values()) + sum(activations.values()) - sum(in_memory.values()),
+        free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
+        memory=_peak_memory(source, method, format_, cost, in_memory, held_out[1]),
+        seconds=sum(cost.seconds(*shape, tokens) for shape in shapes.values()),
+    )
+
+
+def _shard_sizes(source: SourceModel, format_: Format) -> Counter[int]:
+    """Bytes of the tensors in the shards of each width."""
+    sizes: Counter[int] = Counter()
+    shapes = source.skeleton.quantized_layers(format_)
+    for name, shape in shapes.items():
+        for width, tensors in format_.tensors_of_layer(*shape, name).items():
+            sizes[width] += sum(spec.nbytes for spec in tensors.values())
+    for name in source.tensor_names:
+        if name.removesuffix(".weight") not in shapes:
+            sizes[BASE_BITS] += source.tensor_spec(name).nbytes
+    return sizes
+
+
+def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
+    """Bytes of a layer in the work folder: codes, and the decoders of every width."""
+    groups = columns // format_.group_size_of(columns, name)
+    return rows * columns + 2 * len(format_.widths) * rows * groups * DECODER_DTYPE.itemsize
+
+
+def _peak_memory(
+    source: SourceModel, method: Method, format_: Format, cost: Cost, activations: dict[str, int], window: int
+) -> dict[str, int]:
+    """Bytes by what takes them, in the stage of the work that takes most."""
+    blocks = [_block_memory(source, index, method, format_, cost) for index in range(source.block_count)]
+    quantizing = max(blocks, key=lambda block: sum(block.values())) | activations
+    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
+    measuring = activations | {
+        "output head": _FLOAT * vocabulary * hidden_size,
+        "log-probabilities": _LOGITS_BYTES * vocabulary * window,
+    }
+    others = [spec.nbytes for spec in map(source.tensor_spec, source.tensor_names)]
+    writing = {
+        "shards to write": min(shard_bytes(source), _shard_sizes(source, format_).total()) + max(others),
+        "packing": _PACKING_BYTES * max(rows * columns for rows, columns in source.linears.values()),
+    }
+    stages = [quantizing, writing, *([measuring] if window else [])]
+    worst = max(stages, key=lambda stage: sum(stage.values()))
+    return {"program": _resident_bytes(), **{part: size for part, size in worst.items() if size}}
+
+
+def _block_memory(source: SourceModel, index: int, method: Method, format_: Format, cost: Cost) -> dict[str, int]:
+    shapes = source.block_linears(index)
+    quantized = [shape for name, shape in shapes.items() if name not in format_.ignored_layers]
+    running = BATCH_TOKENS * _FLOAT * sum(rows for rows, _ in shapes.values())
+    return {
+        "block": _FLOAT * sum(rows * columns for rows, columns in shapes.values()),
+        "work on its layers": cost.peak_bytes(quantized) if quantized else 0,
+        "a batch in the block": running if method.needs_calibration else 0,
+    }
+
+
+def _largest_block(source: SourceModel) -> int:
+    """Weights in the linear layers of the largest decoder block."""
+    blocks = (source.block_linears(index).values() for index in range(source.block_count))
+    return max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process now: mostly its libraries, which the quantization needs as well."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

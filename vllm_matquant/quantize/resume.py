@@ -1,0 +1,148 @@
+"""The work folder: blocks that are finished already, so that a run that was cut off can go on.
+
+It lies inside the output folder, thus on its disk and under its permissions, from the first moment of the work until
+the checkpoint is published:
+
+    settings.json           what the work depends on; a run with other settings must not go on from here
+    <block>.safetensors     parent codes, decoders and errors of the layers of one finished block
+    publishing              there once the checkpoint's own files may lie in the output folder
+
+Whoever writes to the output folder holds its lock (:mod:`vllm_matquant.checkpoint.staging`), and so that of this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_matquant.checkpoint.errors import CheckpointError
+from vllm_matquant.checkpoint.files import publish_json, read_json, sync_file, sync_folder
+from vllm_matquant.checkpoint.shard import read_header
+from vllm_matquant.checkpoint.spec import DECODER_DTYPE
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.layer import QuantizedLayer
+
+WORK_FOLDER = ".matquant-resume"
+_SETTINGS = "settings.json"
+_PUBLISHING = "publishing"
+_ERRORS = "errors"  # key in the metadata of a block's file
+
+
+class ResumeError(CheckpointError):
+    """There is unfinished work that this run cannot go on from, or was not asked to."""
+
+
+class WorkFolder:
+    """The work folder of a run.
+
+    Args:
+        output: the output folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.path = output / WORK_FOLDER
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / _SETTINGS).is_file()
+
+    @property
+    def publishing(self) -> bool:
+        """Whether the files of a checkpoint that lie in the output folder are those of this work."""
+        return self.exists and (self.path / _PUBLISHING).is_file()
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Start from nothing, in place of whatever was there."""
+        self.remove()
+        self.path.mkdir()
+        publish_json(self.path / _SETTINGS, settings)
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Check that the work that is there is the one to be done.
+
+        Raises:
+            ResumeError: a setting is another one; the message names the first.
+        """
+        path = self.path / _SETTINGS
+        before, now = _flat(read_json(path, ResumeError)), _flat(json.loads(json.dumps(settings)))
+        for field in sorted({*before, *now}):
+            if before.get(field) != now.get(field):
+                hint = "Run with what the unfinished work began with, or start again: --overwrite without --resume"
+                raise ResumeError(path, field, now.get(field), before.get(field), hint)
+
+    def finished(self, blocks: Iterable[str]) -> int:
+        """How many of ``blocks`` are finished, counted up to the first that is not."""
+        count = 0
+        for block in blocks:
+            if not self._file(block).is_file():
+                break
+            count += 1
+        return count
+
+    def save(self, block: str, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Keep a block's layers, given by their full names; they are there after a crash or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, layer in layers.items():
+            tensors[f"{name}.codes"] = layer.codes.contiguous()
+            for width, decoder in layer.decoders.items():
+                tensors[f"{name}.scale{width}"] = decoder.scale.to(DECODER_DTYPE).contiguous()
+                tensors[f"{name}.offset{width}"] = decoder.offset.to(DECODER_DTYPE).contiguous()
+        errors = {name: list(layer.errors.items()) for name, layer in layers.items()}
+        path = self._file(block)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={_ERRORS: json.dumps(errors)})
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_folder(self.path)
+
+    def load(self, block: str, widths: Iterable[int]) -> dict[str, QuantizedLayer]:
+        """The layers that :meth:`save` kept.
+
+        Raises:
+            ShardError: the block's file is damaged.
+        """
+        path = self._file(block)
+        read_header(path)
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: QuantizedLayer(
+                    file.get_tensor(f"{name}.codes"),
+                    {
+                        width: Decoder(
+                            *(file.get_tensor(f"{name}.{part}{width}").float() for part in ("scale", "offset"))
+                        )
+                        for width in widths
+                    },
+                    dict(errors),
+                )
+                for name, errors in json.loads(file.metadata()[_ERRORS]).items()
+            }
+
+    def begin_publishing(self) -> None:
+        """Note that the checkpoint's files are about to come to the output folder."""
+        (self.path / _PUBLISHING).touch()
+        sync_folder(self.path)
+
+    def remove(self) -> None:
+        """Remove the folder; from the first step on it counts as gone."""
+        (self.path / _SETTINGS).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{block}.safetensors"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,96 @@
+"""Calibration on the slices' own activations.
+
+A slice's layer is not given what the source's is: the quantized layers before it have changed its inputs. With x the
+source's input and x_r the slice's, the weight that makes up for it minimises ``|x W^T - x_r W_r^T|^2`` (asymmetric
+calibration, GPTAQ, arXiv 2504.02692), which is solved by W_r = W + W C (H_r + damping)^-1 with H_r the mean of
+x_r^T x_r and C that of (x - x_r)^T x_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+
+from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.columns import damp
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How a slice's inputs of a layer differ from the source's.
+
+    Attributes:
+        hessian: float32 [in_features, in_features], mean of x_r^T x_r over the calibration tokens.
+        cross: likewise of (x - x_r)^T x_r.
+    """
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+
+    def target(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
+        """The weight that brings the layer's outputs closest to the source's: float32 [out_features, in_features].
+
+        Args:
+            weight: the source's, of the same shape.
+            damping: added to the Hessian's diagonal, relative to its mean.
+        """
+        factor = torch.linalg.cholesky(damp(self.hessian, damping))
+        return weight + torch.cholesky_solve((weight @ self.cross).T, factor).T
+
+
+def measure_drift(
+    task: BlockTask, layer: str, decoded: Mapping[int, Mapping[str, torch.Tensor]], tokens: int
+) -> dict[int, Drift]:
+    """The drift of a layer's inputs for each followed width.
+
+    Args:
+        layer: full name.
+        decoded: for each width the weights of the block's layers before this one, by their names in the block.
+        tokens: how many of the calibration's to measure on, rounded up to whole windows.
+    """
+    if not decoded:
+        return {}
+    linear = task.linears[layer]
+    zeros = torch.zeros(linear.in_features, linear.in_features)
+    sums = {width: (zeros.clone(), zeros.clone()) for width in decoded}
+    calibration = task.calibration
+    windows, length, _ = calibration.reference.shape
+    windows, sequences = min(windows, -(-tokens // length)), max(1, BATCH_TOKENS // length)
+    for start in range(0, windows, sequences):
+        batch = slice(start, min(start + sequences, windows))
+        inputs = _inputs(task, linear, calibration.reference[batch], {})
+        for width, weights in decoded.items():
+            drifted = _inputs(task, linear, calibration.slices[width][batch], weights)
+            hessian, cross = sums[width]
+            hessian.addmm_(drifted.T, drifted)
+            cross.addmm_((inputs - drifted).T, drifted)
+    measured = windows * length
+    return {width: Drift(hessian / measured, cross / measured) for width, (hessian, cross) in sums.items()}
+
+
+class _ReachedError(Exception):
+    """Ends a run of the block at the layer whose inputs are wanted."""
+
+
+def _inputs(
+    task: BlockTask, linear: torch.nn.Linear, hidden: torch.Tensor, replacing: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What the block gives its layer ``linear``: float32 [tokens, in_features]."""
+    found: list[torch.Tensor] = []
+
+    def stop(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found.append(inputs[0].flatten(0, -2))
+        raise _ReachedError
+
+    hook = linear.register_forward_pre_hook(stop)
+    try:
+        functional_call(task.block, dict(replacing), (hidden,), task.calibration.arguments)
+    except _ReachedError:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
