@@ -1,0 +1,314 @@
+"""Compare this project's methods with dedicated quantizers of other projects, calibrated on the same tokens.
+
+Results stay in the output folder, one folder for each quantized model; another run makes only what is not there yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arguments import positive, width_list
+from peer_quantizers import PEERS
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json, sync_file, sync_folder, write_json
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.quantize.calibration import load_calibration, read_text
+from vllm_matquant.quantize.evaluate import LayerWeights, compare, slice_weights, stored_weights, text_windows
+from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
+
+if TYPE_CHECKING:
+    import torch  # elsewhere only after arguments, which tells its threads how to wait
+
+ONE_WIDTH = "-one-width"
+DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
+SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as tools/evaluate.py has them
+TOOLS = Path(__file__).parent
+TOKENS_FILE = "tokens.safetensors"
+SETTINGS_FILE = "settings.json"
+RECORD_FILE = "record.json"  # in a model's folder: how it was made
+WEIGHTS_FILE = "weights.safetensors"  # likewise, of a peer: its dequantized weights
+LOG_LINES = 15  # of a failed command's log, to be shown
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A quantized model: a nested parent of several widths, or a model made for one width.
+
+    Attributes:
+        widths: that it is made for.
+        judged: those of them to be evaluated.
+    """
+
+    method: str
+    widths: tuple[int, ...]
+    judged: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.method if len(self.widths) > 1 else f"{self.method}-{self.widths[0]}"
+
+    def command(self, folder: Path, options: argparse.Namespace, model: Path) -> list[str]:
+        """What writes the model into ``folder``."""
+        if self.method in PEERS:
+            script = [str(options.peer_python), str(TOOLS / "peer_quantizers.py"), self.method, "--model", str(model)]
+            script += ["--tokens", str(options.output / TOKENS_FILE), "--output", str(folder / WEIGHTS_FILE)]
+        else:
+            script = [sys.executable, str(TOOLS / "quantize.py"), "--no-report", str(model), "--output", str(folder)]
+            script += ["--method", self.method.removesuffix(ONE_WIDTH), "--samples", str(options.samples)]
+            script += ["--sequence-length", str(options.sequence_length), "--seed", str(options.seed)]
+            script += ["--calibration", options.calibration] if options.calibration else []
+        return [*script, "--bits", ",".join(map(str, self.widths)), "--group-size", str(options.group_size)]
+
+
+class CandidateError(Exception):
+    """A model could not be made."""
+
+
+def method_list(text: str) -> tuple[str, ...]:
+    """Parse names of methods: ours, ours for one width alone, and peers."""
+    known = [*METHODS, *(f"{name}{ONE_WIDTH}" for name in METHODS), *PEERS]
+    methods = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in methods if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected some of {', '.join(known)}")
+    return methods
+
+
+def interpreter(text: str) -> Path:
+    """The path of a Python interpreter."""
+    if not (Path(text).is_file() and os.access(text, os.X_OK)):
+        raise argparse.ArgumentTypeError(f"found no program {text}, expected a Python interpreter")
+    return Path(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="The peers need an environment of their own, made with python -m venv PEERS && PEERS/bin/pip install "
+        "auto-round gptqmodel, and named with --peer-python PEERS/bin/python.",
+    )
+    parser.add_argument("model", help="folder with config.json, safetensors files and tokenizer, or a name on the hub")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts that calibration never saw"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of all results")
+    parser.add_argument("--bits", type=width_list, default=(2, 3, 4, 8), help="widths to compare (default: 2,3,4,8)")
+    parser.add_argument("--group-size", type=positive, default=64, help="columns that share a scale (default: 64)")
+    parser.add_argument(
+        "--methods",
+        type=method_list,
+        default=DEFAULT_METHODS,
+        metavar="NAME,...",
+        help=f"methods of tools/quantize.py, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
+        f"width; and peers: {', '.join(PEERS)} (default: {','.join(DEFAULT_METHODS)})",
+    )
+    parser.add_argument("--calibration", metavar="hf:NAME|FILE.txt|FILE.jsonl", help="default: a built-in text")
+    parser.add_argument("--samples", type=positive, default=64, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the windows' places (default: %(default)s)")
+    parser.add_argument(
+        "--peer-python",
+        type=interpreter,
+        default=Path(sys.executable),
+        metavar="PATH",
+        help="interpreter that has the peers",
+    )
+    return parser
+
+
+def plan(methods: Sequence[str], widths: tuple[int, ...]) -> list[Candidate]:
+    """The models to make, in order."""
+    candidates = []
+    for method in methods:
+        if method in METHODS:
+            candidates.append(Candidate(method, WIDTHS, widths))
+        else:
+            judged = [width for width in widths if method not in PEERS or width in PEERS[method].widths]
+            candidates += [Candidate(method, (width,), (width,)) for width in judged]
+    return candidates
+
+
+def prepare(options: argparse.Namespace, model: Path) -> None:
+    """Write the calibration tokens, or check that the folder's models were made with the same ones.
+
+    Raises:
+        ValueError: they were made with other settings.
+        CalibrationError: the calibration text cannot be used.
+    """
+    tokens = load_calibration(
+        options.calibration,
+        load_tokenizer(model),
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    ).tokens
+    settings = {
+        "model": str(model.resolve()),
+        "group_size": options.group_size,
+        "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    }
+    file = options.output / SETTINGS_FILE
+    if not file.exists():
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_file({"tokens": tokens}, options.output / TOKENS_FILE)
+        publish_json(file, settings)
+    found = read_json(file)
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(f"{file}: {name}: found {found.get(name)}, expected {value}; give another --output")
+
+
+def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None:
+    """Make a model in a process of its own, unless it is there. Its folder appears once it is complete.
+
+    Raises:
+        CandidateError: the process failed.
+    """
+    finished, unfinished = options.output / candidate.name, options.output / f".{candidate.name}.unfinished"
+    if finished.exists():
+        print(f"{candidate.name}: there already", flush=True)
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir()
+    command = candidate.command(unfinished, options, model)
+    log = options.output / f"{candidate.name}.log"
+    print(f"{candidate.name}: started, see {log}", flush=True)
+    start = time.perf_counter()
+    with log.open("wb") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    seconds = time.perf_counter() - start
+    if status != 0:
+        shutil.rmtree(unfinished)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        end = "\n".join([line for line in lines if line.strip()][-LOG_LINES:])
+        raise CandidateError(f"{candidate.name}: {command[:3]} ended with status {status}; the end of {log}:\n{end}")
+    if candidate.method in PEERS:
+        sync_file(unfinished / WEIGHTS_FILE)
+    write_json(unfinished / RECORD_FILE, {"command": command, "seconds": seconds})
+    os.replace(unfinished, finished)
+    sync_folder(options.output)
+    print(f"{candidate.name}: {seconds:.0f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A width of a model, to be evaluated.
+
+    Attributes:
+        seconds: that quantizing took: for a peer from loading the source to its result, for ours the whole command.
+    """
+
+    method: str
+    bits: int
+    seconds: float
+    bits_per_weight: float
+    weights_of: Path
+
+    def weights(self) -> LayerWeights:
+        if self.weights_of.is_file():
+            return stored_weights(self.weights_of)
+        return slice_weights(open_checkpoint(self.weights_of, self.bits), self.bits)
+
+
+def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
+    """What is to be evaluated of a model that was made."""
+    folder = output / candidate.name
+    if candidate.method in PEERS:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            facts = file.metadata()
+        (width,) = candidate.judged
+        seconds, bits_per_weight = float(facts["seconds"]), float(facts["bits_per_weight"])
+        yield Entry(candidate.method, width, seconds, bits_per_weight, folder / WEIGHTS_FILE)
+        return
+    checkpoint = open_checkpoint(folder)
+    weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
+    seconds = read_json(folder / RECORD_FILE)["seconds"]
+    for width in candidate.judged:
+        bits_per_weight = 8 * checkpoint.resident_bytes(width) / weights
+        yield Entry(candidate.method, width, seconds, bits_per_weight, folder)
+
+
+def judge(
+    judged: Sequence[Entry], model: Path, layers: Mapping[str, tuple[int, int]], windows: Mapping[str, torch.Tensor]
+) -> list[Row]:
+    """The figures of each model at each width on each text."""
+    rows = []
+    for text, tokens in windows.items():
+        named = ((f"{entry.method}, {entry.bits} bits", entry.weights()) for entry in judged)
+        for entry, quality in zip(judged, compare(model, tokens, layers, named), strict=True):
+            gap = math.log(quality["perplexity"] / quality["reference_perplexity"])
+            row = {"method": entry.method, "bits": entry.bits, "text": text, "gap": gap} | quality
+            rows.append(row | {"seconds": entry.seconds, "bits_per_weight": entry.bits_per_weight})
+    return rows
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """For each text a table in Markdown: gap and, in parentheses, KL divergence by method and width."""
+    widths = sorted({row["bits"] for row in rows})
+    lines = []
+    for text in dict.fromkeys(row["text"] for row in rows):
+        of_text = {(row["method"], row["bits"]): row for row in rows if row["text"] == text}
+        loss = math.log(next(iter(of_text.values()))["reference_perplexity"])
+        lines += [f"{text}: log-perplexity above the source model's {loss:.4f} (KL divergence from it), in nats", ""]
+        lines += ["| method | " + " | ".join(f"{width} bits" for width in widths) + " | seconds, all widths |"]
+        lines += ["|---" * (len(widths) + 2) + "|"]
+        for method in dict.fromkeys(method for method, _ in of_text):
+            found = [of_text.get((method, width)) for width in widths]
+            cells = [f"{row['gap']:.4f} ({row['kl']:.4f})" if row else "" for row in found]
+            seconds = [row["seconds"] for row in found if row]
+            total = seconds[0] if method in METHODS else sum(seconds)  # one parent, or a model for each width
+            lines.append(f"| {method} | {' | '.join(cells)} | {total:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        model = locate(options.model)
+        layers = SourceModel(model).linears
+        tokenizer = load_tokenizer(model)
+        windows = {
+            text.name: text_windows(read_text(text), tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+            for text in options.text
+        }
+        prepare(options, model)
+        planned, made = plan(options.methods, options.bits), []
+        for candidate in planned:
+            try:
+                make(candidate, options, model)
+                made.append(candidate)
+            except CandidateError as error:
+                print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+        if not made:
+            parser.exit(1, f"{parser.prog}: no model could be made\n")
+        judged = [entry for candidate in made for entry in entries(candidate, options.output)]
+        rows = judge(judged, model, layers, windows)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    publish_json(options.output / "results.json", rows)
+    publish_text(options.output / "results.md", tables(rows))
+    print(tables(rows))
+    return 0 if made == planned else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
