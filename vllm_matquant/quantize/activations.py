@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_matquant.quantize.device import fast_products
 from vllm_matquant.quantize.source import run_block
 
 BATCH_TOKENS = 2048  # that run through a block at a time
@@ -34,6 +36,7 @@ class Activations:
         widths: slices to follow besides the source; each sees the outputs of its own blocks only.
         folder: keep the states in files on its disk, mapped into memory, instead of in memory. The files have no names,
             so that they go with the process, however it ends.
+        exact: run blocks in float32 even where bfloat16 is faster, as figures to be reported need it.
 
     Attributes:
         reference: float32 [sequences, length, hidden_size], what the source's next block is given.
@@ -44,7 +47,12 @@ class Activations:
     """
 
     def __init__(
-        self, source: Embedder, tokens: torch.Tensor, widths: Sequence[int] = (), folder: Path | None = None
+        self,
+        source: Embedder,
+        tokens: torch.Tensor,
+        widths: Sequence[int] = (),
+        folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
         shape = (*tokens.shape, source.hidden_size)
         self.reference = _allocate(shape, folder)
@@ -55,6 +63,7 @@ class Activations:
             hidden.copy_(self.reference)
         self._outputs_known = False
         self._index = 0
+        self._exact = exact
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -64,7 +73,7 @@ class Activations:
     def outputs(self, block: torch.nn.Module) -> torch.Tensor:
         """What ``block``, the source's, makes of :attr:`reference`; it is run only once."""
         if not self._outputs_known:
-            run_block(block, self.reference, self._outputs, self.arguments, BATCH_TOKENS)
+            self._run(block, self.reference, self._outputs, {})
             self._outputs_known = True
         return self._outputs
 
@@ -78,9 +87,19 @@ class Activations:
         """
         self.reference, self._outputs = self.outputs(block), self.reference
         for width, hidden in self.slices.items():
-            run_block(block, hidden, hidden, self.arguments, BATCH_TOKENS, decoded(width))
+            self._run(block, hidden, hidden, decoded(width))
         self._outputs_known = False
         self._index += 1
+
+    def products(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which the model's blocks are run."""
+        return contextlib.nullcontext() if self._exact else fast_products()
+
+    def _run(
+        self, block: torch.nn.Module, inputs: torch.Tensor, outputs: torch.Tensor, replacing: Mapping[str, torch.Tensor]
+    ) -> None:
+        with self.products():
+            run_block(block, inputs, outputs, self.arguments, BATCH_TOKENS, replacing)
 
 
 def _allocate(shape: Sequence[int], folder: Path | None) -> torch.Tensor:

@@ -51,6 +51,32 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class LayerInputs:
+    """What the solver needs of the inputs of a layer, or of several that are called with the same.
+
+    Attributes:
+        hessians: for each width float32 [in_features, in_features].
+        damped: with :func:`damp`.
+        order: int64 [in_features], in which columns are visited: those that carry most of the error first, while all
+            others are still free to make up for it.
+        factors: of ``damped`` in ``order``, see :func:`inverse_factor`.
+    """
+
+    hessians: Sequence[torch.Tensor]
+    damped: Sequence[torch.Tensor]
+    order: torch.Tensor
+    factors: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(cls, hessians: Sequence[torch.Tensor], damping: float) -> LayerInputs:
+        """From ``hessians``, one for each width; where widths share one, as the same tensor, work is shared too."""
+        order = hessians[-1].diagonal().argsort(descending=True, stable=True)
+        damped = shared(lambda hessian: damp(hessian, damping), hessians)
+        factors = shared(lambda hessian: inverse_factor(hessian[order][:, order]), damped)
+        return cls(hessians, damped, order, factors)
+
+
+@dataclass(frozen=True)
 class ColumnSolver:
     """Chooses parent codes column after column, for the decoders of all widths at once.
 

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.kernels import ops
 
+def fast_products(device: str = "cpu") -> torch.autocast:
+    """A context in which a block runs in bfloat16 if products of that are faster than float32's on the device.
 
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether products of bfloat16 are faster than float32's there: on a GPU, and on a CPU with AMX."""
-    return torch.device(device).type != "cpu" or "amx" in ops.cpu_isas()
+    They are on a GPU, and on a CPU that has instructions for them.
+    """
+    kind = torch.device(device).type
+    # Not mkldnn's own answer, which is yes for any AVX-512, where bfloat16 is emulated.
+    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    fast = kind != "cpu" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    return torch.autocast(kind, torch.bfloat16, fast)
 
 
 def to_device(value: Any, device: str) -> Any:

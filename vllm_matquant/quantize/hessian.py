@@ -75,7 +75,7 @@ class HessianCollector:
             return
         self._last = (name, inputs)
         self._owner[name] = name
-        flat = inputs.flatten(0, -2)
+        flat = inputs.flatten(0, -2).float()
         if name not in self._sums:
             self._sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
             self._tokens[name] = 0

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor, shared
+from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs
 from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, refit
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
@@ -58,41 +58,37 @@ class Nested(LayerMethod):
             hessian = hessians.hessian(stage[0])
             decoded = {width: task.decoded(finished, width, self.slicing) for width in self.followed_widths}
             drifts = measure_drift(task, stage[0], decoded, self.drift_tokens)
+            corrections = {width: drift.correction(self.damping) for width, drift in drifts.items()}
             of_width = [drifts[width].hessian if width in drifts else hessian for width in self.widths]
+            inputs = LayerInputs.of(of_width, self.damping)
             for name in stage:
                 weight = linears[name].weight
-                targets = [
-                    drifts[width].target(weight, self.damping) if width in drifts else weight for width in self.widths
-                ]
-                layer = self.solve(targets, of_width, task.group_sizes[name])
+                corrected = {width: weight + weight @ correction for width, correction in corrections.items()}
+                targets = [corrected.get(width, weight) for width in self.widths]
+                layer = self.solve(targets, inputs, task.group_sizes[name])
                 errors = relative_error(targets, layer, self.slices(layer.codes), of_width)
                 finished[name] = replace(layer, errors=errors)
                 yield name, finished[name]
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
-        return self.solve([weight] * len(self.widths), [hessian] * len(self.widths), group_size)
+        count = len(self.widths)
+        return self.solve([weight] * count, LayerInputs.of([hessian] * count, self.damping), group_size)
 
-    def solve(
-        self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], group_size: int
-    ) -> QuantizedLayer:
+    def solve(self, weights: Sequence[torch.Tensor], inputs: LayerInputs, group_size: int) -> QuantizedLayer:
         """Quantize a layer of which each width shall come close to a weight of its own.
 
         Args:
             weights: for each width float32 [out_features, in_features].
-            hessians: for each width float32 [in_features, in_features].
+            inputs: of the layer.
         """
-        # Columns that carry most of the error first, while all others are still free to make up for it.
-        order = hessians[-1].diagonal().argsort(descending=True, stable=True)
-        damped = shared(lambda hessian: damp(hessian, self.damping), hessians)
-        factors = shared(lambda hessian: inverse_factor(hessian[order][:, order]), damped)
         solver = ColumnSolver(self.widths, self.lambdas())
         grid = parent_grid(weights[-1], group_size)
         decoders = [cell_centres(grid, width) for width in self.widths]
-        codes = solver.gptq(weights, factors, decoders, order)
-        decoders = self._refit(weights, codes, hessians, decoders)
+        codes = solver.gptq(weights, inputs.factors, decoders, inputs.order)
+        decoders = self._refit(weights, codes, inputs.hessians, decoders)
         for _ in range(self.sweeps):
-            codes = solver.descend(weights, damped, decoders, codes, order)
-            decoders = self._refit(weights, codes, hessians, decoders)
+            codes = solver.descend(weights, inputs.damped, decoders, codes, inputs.order)
+            decoders = self._refit(weights, codes, inputs.hessians, decoders)
         return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
 
     def lambdas(self) -> list[float]:

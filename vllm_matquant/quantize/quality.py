@@ -32,7 +32,7 @@ class HeldOut:
 
     def __init__(self, source: SourceModel, tokens: torch.Tensor, format_: Format, folder: Path | None = None) -> None:
         self._source, self._tokens, self._format = source, tokens, format_
-        self._activations = Activations(source, tokens, format_.widths, folder)
+        self._activations = Activations(source, tokens, format_.widths, folder, exact=True)
         self._shapes: dict[str, tuple[int, int]] = {}
 
     def advance(self, task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> None:

@@ -31,15 +31,16 @@ class Drift:
     hessian: torch.Tensor
     cross: torch.Tensor
 
-    def target(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
-        """The weight that brings the layer's outputs closest to the source's: float32 [out_features, in_features].
+    def correction(self, damping: float) -> torch.Tensor:
+        """``C (H_r + damping)^-1``: float32 [in_features, in_features].
+
+        With it, ``W + W @ correction`` is the weight that brings a layer's outputs closest to the source's.
 
         Args:
-            weight: the source's, of the same shape.
             damping: added to the Hessian's diagonal, relative to its mean.
         """
         factor = torch.linalg.cholesky(damp(self.hessian, damping))
-        return weight + torch.cholesky_solve((weight @ self.cross).T, factor).T
+        return torch.cholesky_solve(self.cross.T, factor).T
 
 
 def measure_drift(
@@ -83,12 +84,13 @@ def _inputs(
     found: list[torch.Tensor] = []
 
     def stop(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        found.append(inputs[0].flatten(0, -2))
+        found.append(inputs[0].flatten(0, -2).float())
         raise _ReachedError
 
     hook = linear.register_forward_pre_hook(stop)
     try:
-        functional_call(task.block, dict(replacing), (hidden,), task.calibration.arguments)
+        with task.calibration.products():
+            functional_call(task.block, dict(replacing), (hidden,), task.calibration.arguments)
     except _ReachedError:
         pass
     finally:

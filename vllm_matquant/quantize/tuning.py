@@ -23,7 +23,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.decoders import Decoder
-from vllm_matquant.quantize.device import has_fast_bfloat16, to_device
+from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.source import run_block
 
@@ -198,7 +198,7 @@ def tune_block(
             leaves = {name: weight[place].requires_grad_() for name, weight in weights.items()}
             with torch.enable_grad():
                 hidden = activations.slices[width][batch].to(device)
-                with torch.autocast(torch.device(device).type, torch.bfloat16, has_fast_bfloat16(device)):
+                with fast_products(device):
                     outputs = functional_call(block, task.local_names(leaves), (hidden,), arguments)
                 outputs = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
                 loss = token_error(outputs, target).log()
@@ -233,5 +233,6 @@ def _teacher(task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> torch.Ten
     inputs = activations.slices[width]
     outputs = torch.empty_like(inputs)
     weights = task.decoded(layers, width, "truncate")
-    run_block(task.block, inputs, outputs, activations.arguments, BATCH_TOKENS, weights)
+    with activations.products():
+        run_block(task.block, inputs, outputs, activations.arguments, BATCH_TOKENS, weights)
     return outputs
