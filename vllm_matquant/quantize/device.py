@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def _has_bfloat16_instructions() -> bool:
+    # Not mkldnn's own answer, which is yes for any AVX-512, where bfloat16 is emulated.
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False))
 
 
 def fast_products(device: str = "cpu") -> torch.autocast:
@@ -13,10 +21,24 @@ def fast_products(device: str = "cpu") -> torch.autocast:
     They are on a GPU, and on a CPU that has instructions for them.
     """
     kind = torch.device(device).type
-    # Not mkldnn's own answer, which is yes for any AVX-512, where bfloat16 is emulated.
-    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    fast = kind != "cpu" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-    return torch.autocast(kind, torch.bfloat16, fast)
+    return torch.autocast(kind, torch.bfloat16, kind != "cpu" or _has_bfloat16_instructions())
+
+
+@contextmanager
+def fast_moments() -> Iterator[None]:
+    """A context in which float32 products on the CPU take factors rounded to bfloat16 where that is faster.
+
+    Sums are float32 still. Made for second moments of a layer's inputs: where :func:`fast_products` is on, the layer
+    itself sees them rounded so.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if _has_bfloat16_instructions():
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def to_device(value: Any, device: str) -> Any:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from vllm_matquant.quantize.device import fast_moments
+
 
 class HessianCollector:
     """Sums ``x^T x`` over the inputs of a block's linear layers while the block runs.
@@ -79,5 +81,6 @@ class HessianCollector:
         if name not in self._sums:
             self._sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
             self._tokens[name] = 0
-        self._sums[name].addmm_(flat.T, flat)
+        with fast_moments():
+            self._sums[name].addmm_(flat.T, flat)
         self._tokens[name] += flat.shape[0]

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import damp
+from vllm_matquant.quantize.device import fast_moments
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def measure_drift(
         for width, weights in decoded.items():
             drifted = _inputs(task, linear, calibration.slices[width][batch], weights)
             hessian, cross = sums[width]
-            hessian.addmm_(drifted.T, drifted)
-            cross.addmm_((inputs - drifted).T, drifted)
+            with fast_moments():
+                hessian.addmm_(drifted.T, drifted)
+                cross.addmm_((inputs - drifted).T, drifted)
     measured = windows * length
     return {width: Drift(hessian / measured, cross / measured) for width, (hessian, cross) in sums.items()}
 
