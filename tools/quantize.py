@@ -171,6 +171,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
+    outcome = None
     try:
         method = with_settings(METHODS[options.method](options.bits), options.setting)
         source = SourceModel(locate(options.model))
@@ -206,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; no checkpoint was written to {options.output}\n")
+        result = "no checkpoint was written to" if outcome is None else "the report is missing, the checkpoint whole in"
+        parser.exit(130, f"\n{parser.prog}: interrupted; {result} {options.output}\n")
     if options.errors:
         publish_json(options.errors, outcome.errors)
     offered = ", ".join(map(str, format_.widths))

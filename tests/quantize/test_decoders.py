@@ -11,7 +11,14 @@ import torch
 from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.quantize import decoders
-from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, refit, rounded_levels, slice_table
+from vllm_matquant.quantize.decoders import (
+    Decoder,
+    DecoderFit,
+    cell_centres,
+    parent_grid,
+    rounded_levels,
+    slice_table,
+)
 
 
 def rounded_to_nearest(weight: torch.Tensor, group_size: int, width: int) -> tuple[torch.Tensor, Decoder]:
@@ -20,6 +27,11 @@ def rounded_to_nearest(weight: torch.Tensor, group_size: int, width: int) -> tup
     scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
     codes = ((weight - offset) / scale.clamp(min=1e-20)).round().clamp(0, 255).to(torch.uint8)
     return slice_codes(codes, 8, width), cell_centres(grid, width)
+
+
+def refit(weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, previous: Decoder, width: int) -> Decoder:
+    """The best decoder of a width's codes, with groups as large as the previous one's."""
+    return DecoderFit(weight, hessian, weight.shape[1] // previous.scale.shape[1])(codes, previous, width)
 
 
 def objective(weight: torch.Tensor, hessian: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,20 @@ def test_text_column(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert quantize.main([*arguments, "--text-column", "content", "--bits", "4"]) == 0
 
 
+def test_interrupt_while_the_report_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "write_report", interrupted)
+    output = tmp_path / "nested"
+    status, said = refusal(capsys, source, *FEW[:-1], "--bits", "4", "--output", output)
+    assert status == 130
+    assert said.endswith(f": interrupted; the report is missing, the checkpoint whole in {output}")
+    assert open_checkpoint(output).format.widths == (4,)
+
+
 def test_resume(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,73 +69,83 @@ def slice_table(widths: Sequence[int], slicing: Slicing) -> torch.Tensor:
     return torch.stack([slice_codes(parents, PARENT_BITS, width, slicing) for width in widths])
 
 
-def refit(weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, previous: Decoder, width: int) -> Decoder:
-    """Least squares for all scales and offsets of each row under the full Hessian, codes fixed.
+class DecoderFit:
+    """Least squares for all scales and offsets of each row of a weight under the full Hessian, codes fixed.
 
     Minimises ``(w - d) H (w - d)^T`` for each row w over the decoded row d, which is linear in the row's 2 * groups
     parameters; then rounds the scales to float16 and solves for the offsets once more, so that they make up for the
-    rounding.
+    rounding. What depends on neither codes nor width is computed once.
 
     Args:
         weight: float32 [out_features, in_features].
-        codes: uint8 [out_features, in_features], the ``width``-bit codes.
         hessian: float32 [in_features, in_features].
-        previous: kept where the data does not determine a parameter, or where a scale would become negative.
-
-    Returns:
-        Decoder with values that float16 holds exactly.
+        group_size: columns that share a decoder; divides in_features.
     """
-    rows, columns = weight.shape
-    groups = previous.scale.shape[1]
-    chunk = max(1, _SCRATCH_BYTES // (columns * groups * 4))
-    parts = [
-        _refit_rows(weight[part], codes[part], hessian, previous[part], width, groups)
-        for part in (slice(start, start + chunk) for start in range(0, rows, chunk))
-    ]
-    return Decoder(torch.cat([part.scale for part in parts]), torch.cat([part.offset for part in parts]))
+
+    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> None:
+        self._rows, columns = weight.shape
+        self._groups, self._group_size = columns // group_size, group_size
+        self._by_group = hessian.unflatten(0, (self._groups, group_size))
+        column_sums = self._per_group(hessian)  # H 1_g: [columns, groups]
+        self._column_sums = column_sums.unflatten(0, (self._groups, group_size))
+        self._target = weight @ hessian
+        self._offsets_normal = self._per_group(column_sums.T).double()
+        self._ridge = _ridge(self._offsets_normal.diagonal())
+        factor, faulty = torch.linalg.cholesky_ex(self._offsets_normal + self._ridge.diag())
+        self._offsets_factor = factor if faulty == 0 else None
+
+    def __call__(self, codes: torch.Tensor, previous: Decoder, width: int) -> Decoder:
+        """The best decoder of ``codes``.
+
+        Args:
+            codes: uint8 [out_features, in_features], the ``width``-bit codes.
+            previous: kept where the data does not determine a parameter, or where a scale would become negative.
+
+        Returns:
+            Decoder with values that float16 holds exactly.
+        """
+        chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * self._groups * 4))
+        parts = [
+            self._fit(self._target[part], codes[part], previous[part], width)
+            for part in (slice(start, start + chunk) for start in range(0, self._rows, chunk))
+        ]
+        return Decoder(torch.cat([part.scale for part in parts]), torch.cat([part.offset for part in parts]))
+
+    def _fit(self, target: torch.Tensor, codes: torch.Tensor, previous: Decoder, width: int) -> Decoder:
+        rows, groups = len(codes), self._groups
+        # Centred codes decorrelate scale from offset; the offset is moved back at the end.
+        centre = (2**width - 1) / 2
+        centred = codes.float() - centre
+
+        # The normal equations of (scales, offsets); a Cholesky decomposition reads their lower triangle only.
+        normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64)
+        grouped = centred.unflatten(1, (groups, self._group_size)).transpose(0, 1)  # [groups, rows, group_size]
+        normal[:, :groups, :groups] = self._per_group((grouped @ self._by_group).mul_(centred)).permute(1, 2, 0)
+        normal[:, groups:, :groups] = (grouped @ self._column_sums).permute(1, 2, 0)
+        normal[:, groups:, groups:] = self._offsets_normal
+        right_scales, right_offsets = self._per_group(centred * target).double(), self._per_group(target).double()
+
+        guess = previous.scale.double(), (previous.offset + centre * previous.scale).double()
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        ridge_scales = _ridge(diagonal[:, :groups])
+        diagonal += torch.cat([ridge_scales, self._ridge.expand(rows, -1)], dim=1)
+        right_scales += ridge_scales * guess[0]
+        right_offsets += self._ridge * guess[1]
+        right = torch.cat([right_scales, right_offsets], dim=1)
+        # With few tokens for many columns, float32's rounding can leave a row's equations indefinite.
+        factor, faulty = torch.linalg.cholesky_ex(normal)
+        scale = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)[:, :groups]
+        solved = (scale > 0) & (faulty == 0).unsqueeze(1)
+        scale = torch.where(solved, scale, guess[0]).to(DECODER_DTYPE).double()
+        offset = guess[1]
+        if self._offsets_factor is not None:
+            residual = right_offsets - (normal[:, groups:, :groups] @ scale.unsqueeze(2)).squeeze(2)
+            offset = torch.cholesky_solve(residual.T, self._offsets_factor).T
+        return Decoder(scale.float(), (offset - centre * scale).float()).stored()
+
+    def _per_group(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(-1, (self._groups, self._group_size)).sum(-1)
 
 
-def _refit_rows(
-    weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, previous: Decoder, width: int, groups: int
-) -> Decoder:
-    rows, columns = weight.shape
-    group_size = columns // groups
-    # Centred codes decorrelate scale from offset; the offset is moved back at the end.
-    centre = (2**width - 1) / 2
-    centred = codes.float() - centre
-
-    def per_group(values: torch.Tensor) -> torch.Tensor:
-        return values.unflatten(-1, (groups, group_size)).sum(-1)
-
-    # The normal equations of (scales, offsets); a Cholesky decomposition reads their lower triangle only.
-    column_sums = per_group(hessian)  # H 1_g: [columns, groups]
-    offsets_normal = per_group(column_sums.T).double()
-    target = weight @ hessian
-    normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64)
-    grouped = centred.unflatten(1, (groups, group_size)).transpose(0, 1)  # [groups, rows, group_size]
-    by_group = hessian.unflatten(0, (groups, group_size))
-    normal[:, :groups, :groups] = per_group((grouped @ by_group).mul_(centred)).permute(1, 2, 0)
-    normal[:, groups:, :groups] = (grouped @ column_sums.unflatten(0, (groups, group_size))).permute(1, 2, 0)
-    normal[:, groups:, groups:] = offsets_normal
-    right_scales, right_offsets = per_group(centred * target).double(), per_group(target).double()
-
-    guess = previous.scale.double(), (previous.offset + centre * previous.scale).double()
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    ridge_scales, ridge_offsets = (
-        _RIDGE * (part + part.mean(dim=-1, keepdim=True)) + torch.finfo(torch.float32).tiny
-        for part in (diagonal[:, :groups], offsets_normal.diagonal())
-    )
-    diagonal += torch.cat([ridge_scales, ridge_offsets.expand(rows, -1)], dim=1)
-    right_scales += ridge_scales * guess[0]
-    right_offsets += ridge_offsets * guess[1]
-    right = torch.cat([right_scales, right_offsets], dim=1)
-    # With few tokens for many columns, float32's rounding can leave a row's equations indefinite.
-    factor, faulty = torch.linalg.cholesky_ex(normal)
-    scale = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)[:, :groups]
-    solved = (scale > 0) & (faulty == 0).unsqueeze(1)
-    scale = torch.where(solved, scale, guess[0]).to(DECODER_DTYPE).double()
-    residual = right_offsets - (normal[:, groups:, :groups] @ scale.unsqueeze(2)).squeeze(2)
-    factor, faulty = torch.linalg.cholesky_ex(offsets_normal + ridge_offsets.diag())
-    offset = torch.cholesky_solve(residual.T, factor).T
-    offset = torch.where(faulty == 0, offset, guess[1])
-    return Decoder(scale.float(), (offset - centre * scale).float()).stored()
+def _ridge(diagonal: torch.Tensor) -> torch.Tensor:
+    return _RIDGE * (diagonal + diagonal.mean(dim=-1, keepdim=True)) + torch.finfo(torch.float32).tiny

@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs
-from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, refit
+from vllm_matquant.quantize.decoders import Decoder, DecoderFit, cell_centres, parent_grid
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import LayerMethod
@@ -82,13 +82,14 @@ class Nested(LayerMethod):
             inputs: of the layer.
         """
         solver = ColumnSolver(self.widths, self.lambdas())
+        fits = self._fits(weights, inputs.hessians, group_size)
         grid = parent_grid(weights[-1], group_size)
         decoders = [cell_centres(grid, width) for width in self.widths]
         codes = solver.gptq(weights, inputs.factors, decoders, inputs.order)
-        decoders = self._refit(weights, codes, inputs.hessians, decoders)
+        decoders = self._refit(fits, codes, decoders)
         for _ in range(self.sweeps):
             codes = solver.descend(weights, inputs.damped, decoders, codes, inputs.order)
-            decoders = self._refit(weights, codes, inputs.hessians, decoders)
+            decoders = self._refit(fits, codes, decoders)
         return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
 
     def lambdas(self) -> list[float]:
@@ -97,12 +98,16 @@ class Nested(LayerMethod):
         weights[-1] *= self.widest_factor
         return weights
 
-    def _refit(
-        self,
-        weights: Sequence[torch.Tensor],
-        codes: torch.Tensor,
-        hessians: Sequence[torch.Tensor],
-        decoders: Sequence[Decoder],
-    ) -> list[Decoder]:
-        problems = zip(weights, self.slices(codes), hessians, decoders, self.widths, strict=True)
-        return [refit(*problem) for problem in problems]
+    def _fits(
+        self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], group_size: int
+    ) -> list[DecoderFit]:
+        """One for each width, the same where weight and Hessian are."""
+        made: dict[tuple[int, int], DecoderFit] = {}
+        for weight, hessian in zip(weights, hessians, strict=True):
+            if (id(weight), id(hessian)) not in made:
+                made[id(weight), id(hessian)] = DecoderFit(weight, hessian, group_size)
+        return [made[id(weight), id(hessian)] for weight, hessian in zip(weights, hessians, strict=True)]
+
+    def _refit(self, fits: Sequence[DecoderFit], codes: torch.Tensor, decoders: Sequence[Decoder]) -> list[Decoder]:
+        slices = zip(fits, self.slices(codes), decoders, self.widths, strict=True)
+        return [fit(sliced, decoder, width) for fit, sliced, decoder, width in slices]

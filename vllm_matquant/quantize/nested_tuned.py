@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, damp
-from vllm_matquant.quantize.decoders import refit
+from vllm_matquant.quantize.decoders import DecoderFit
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.tuning import TunedLayer, TuningSettings, tune_block
@@ -63,6 +63,7 @@ class NestedTuned(Nested):
         damped = damp(hessian, self.damping)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         solver = ColumnSolver(self.widths, self.lambdas())
+        fit = DecoderFit(weight, hessian, weight.shape[1] // decoders[self.widths[0]].scale.shape[1])
         for sweep in range(self.sweeps + 1 if trained < count else 0):
             if sweep:
                 codes = solver.descend(
@@ -74,7 +75,7 @@ class NestedTuned(Nested):
                     fixed_bits=self.tuned_widths[-1],
                 )
             for width, sliced in list(zip(self.widths, self.slices(codes), strict=True))[trained:]:
-                decoders[width] = refit(weight, sliced, hessian, decoders[width], width)
+                decoders[width] = fit(sliced, decoders[width], width)
         result = QuantizedLayer(codes, {width: decoders[width] for width in self.widths})
         errors = relative_error([weight] * count, result, self.slices(codes), [hessian] * count)
         return replace(result, errors=errors)

@@ -51,6 +51,13 @@ def test_every_width_can_be_served() -> None:
     assert '"bits": 8' in body
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_checkpoint_of_one_width_has_no_files_to_leave_out(width: int) -> None:
+    _, body = split(render_card(make_report(widths=(width,))))
+    assert "vLLM downloads no more than the width needs.\n\n## How it was made" in body
+    assert "--exclude" not in body
+
+
 def test_table_of_widths() -> None:
     _, body = split(render_card(make_report()))
     rendered = html(body)
