@@ -31,6 +31,7 @@ from vllm_matquant.checkpoint.spec import (
     DOCUMENT_FILES,
     INDEX_FILE,
     MANIFEST_FILE,
+    MODEL_CARD_FILE,
     REPORT_FOLDER,
     Format,
     shard_name,
@@ -214,6 +215,16 @@ def test_folder_without_a_place_for_the_report_is_refused(tmp_path: Path, overwr
     with pytest.raises(OutputError, match=f"{tmp_path}: report: found a file, expected a folder"):
         CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
     assert contents(tmp_path) == {REPORT_FOLDER: b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["LICENSES", CONFIG_FILE, MODEL_CARD_FILE, shard_name(3, 1, 1)])
+def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=f"{tmp_path}: {name}: found a folder, expected a file, or nothing"):
+        CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name / "notes.txt"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

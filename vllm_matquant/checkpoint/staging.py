@@ -131,6 +131,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if report.exists() and not report.is_dir():
         raise OutputError(folder, REPORT_FOLDER, "a file", "a folder, or nothing")
     names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if (is_checkpoint_file(name) or name in DOCUMENT_FILES) and (folder / name).is_dir():
+            # A file cannot take its place, and that would show only when the old checkpoint is half gone.
+            raise OutputError(folder, name, "a folder", "a file, or nothing")
     own = [name for name in names if is_checkpoint_file(name)]
     own += [name for name in DOCUMENT_FILES if (folder / name).exists()]
     if own and not overwrite:
