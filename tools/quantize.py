@@ -106,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="leave the layers that match unquantized; may be given several times",
     )
+    parser.add_argument(
+        "--quantize-embeddings",
+        action="store_true",
+        help="quantize the input embedding and the output head too (default: leave them as they are); their columns "
+        "must be a multiple of the group size; --ignore leaves one of them out, or both if they are tied",
+    )
     _add_calibration(parser)
     _add_report(parser)
     return parser
@@ -175,7 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         method = with_settings(METHODS[options.method](options.bits), options.setting)
         source = SourceModel(locate(options.model))
-        format_ = plan_format(source, method, options.group_size, options.ignore, options.group_size_for)
+        format_ = plan_format(
+            source,
+            method,
+            options.group_size,
+            options.ignore,
+            options.group_size_for,
+            quantize_embeddings=options.quantize_embeddings,
+        )
         settings = CalibrationSettings(
             options.calibration, options.samples, options.sequence_length, options.seed, options.text_column
         )

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from vllm_matquant.checkpoint import packing
 from vllm_matquant.checkpoint.packing import pack_codes, pack_field, slice_codes, unpack_codes, unpack_field
 from vllm_matquant.checkpoint.spec import WIDTHS
 
@@ -38,6 +39,17 @@ def test_planes_and_base_on_disk(values: np.ndarray) -> None:
     for width, plane in zip(WIDTHS[1:], planes, strict=True):
         bit = 2 ** (8 - width)
         assert plane.tolist() == [packed_row([code // bit % 2 for code in row], 1) for row in values.tolist()]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 40, 100])
+def test_parts_of_the_rows_make_the_whole(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(256, (7, 19), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    base, planes = pack_codes(codes)
+    monkeypatch.setattr(packing, "PACKED_CODES", at_a_time)
+    found_base, found_planes = pack_codes(codes)
+    assert torch.equal(found_base, base)
+    assert all(torch.equal(found, plane) for found, plane in zip(found_planes, planes, strict=True))
+    assert torch.equal(unpack_codes(found_base, found_planes, 19), codes)
 
 
 @given(CODES, st.sampled_from(WIDTHS))

@@ -30,13 +30,29 @@ def test_head(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(SourceModel(folder).load_head()(outputs[0]), logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_inputs_of_the_head(model_type: str, tmp_path: Path) -> None:
+    folder = write_source(tmp_path, model_type)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    last = model.get_decoder().layers[-1]
+    last.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(TOKENS)
+    torch.testing.assert_close(SourceModel(folder).load_final()(seen[0]), seen[1])
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("method", ["nested", "matgptq", "rtn"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
-def test_same_figures_as_of_the_whole_model(model_type: str, method: str, text_file: Path, tmp_path: Path) -> None:
+def test_same_figures_as_of_the_whole_model(
+    model_type: str, method: str, embeddings: bool, text_file: Path, tmp_path: Path
+) -> None:
     model, widths = write_source(tmp_path / "source", model_type), (2, 3, 8)
     source, chosen = SourceModel(model), METHODS[method](widths)
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
-    format_ = plan_format(source, chosen, 32, [])
+    format_ = plan_format(source, chosen, 32, [], quantize_embeddings=embeddings)
     outcome = quantize(source, tmp_path / "output", chosen, format_, settings, held_out=TOKENS)
     expected = list(evaluate(open_checkpoint(tmp_path / "output"), model, TOKENS, widths))
     assert [row["bits"] for row in outcome.quality] == list(widths)

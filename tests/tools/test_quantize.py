@@ -115,6 +115,38 @@ def test_held_out_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not refused.exists()
 
 
+def test_quantize_embeddings(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "nested"
+    arguments = [str(source), "--output", str(output), "--bits", "2,8", "--samples", "4", "--sequence-length", "32"]
+    arguments.append("--quantize-embeddings")
+    for refused, message in (
+        (["--group-size-for", "lm_head=48"], "group_size for lm_head: found 48, expected a divisor of its 64"),
+        (["--ignore", "embed", "--ignore", "lm_head"], "quantize-embeddings: found model.embed_tokens and lm_head, of"),
+        (["--ignore", "nonesuch"], "matches none of the model's 16 linear layers and embeddings"),
+    ):
+        status, said = refusal(capsys, *arguments, *refused)
+        assert status == 1
+        assert message in said
+        assert not output.exists()
+    assert quantize.main([*arguments, "--dry-run"]) == 0
+    assert not output.exists()
+    assert quantize.main(arguments) == 0
+    assert "640/640" in capsys.readouterr().err  # rows on the progress bar
+    checkpoint = open_checkpoint(output)
+    assert checkpoint.format.quantized_embeddings == ("model.embed_tokens",)
+    assert checkpoint.format.ignored_layers == ()
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == list(checkpoint.layers)
+    assert all(set(layer["errors"]) == {"2", "8"} for layer in report["layers"])
+    card = (output / "README.md").read_text()
+    assert "no linear layer is left out" in card
+    assert "embeddings: `model.embed_tokens`" in card
+    assert quantize.main([*arguments, "--overwrite", "--ignore", "lm_head", "--no-report"]) == 0
+    assert open_checkpoint(output).format.ignored_layers == ("lm_head",)
+    assert "lm_head" not in open_checkpoint(output).layers
+    assert "model.embed_tokens" in open_checkpoint(output).layers
+
+
 def test_text_column(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"content": f"The {number} cats sat there."}) + "\n" for number in range(200)))

@@ -9,6 +9,8 @@ import torch
 
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Slicing
 
+PACKED_CODES = 2**24  # at a time: while they are taken apart into bits, they take several times their bytes
+
 
 def pack_field(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack small integers along the last dimension, first value in the least significant bits.
@@ -45,9 +47,14 @@ def pack_codes(codes: torch.Tensor, stored_width: int = PARENT_BITS) -> tuple[to
     Returns:
         (base, planes) as in :mod:`vllm_matquant.checkpoint.spec`.
     """
-    base = pack_field(codes >> (PARENT_BITS - BASE_BITS), BASE_BITS)
-    planes = [pack_field((codes >> (PARENT_BITS - width)) & 1, 1) for width in range(BASE_BITS + 1, stored_width + 1)]
-    return base, planes
+    parts = codes.split(max(1, PACKED_CODES // max(1, codes.shape[1])))
+
+    def packed(bits: int, width: int) -> torch.Tensor:
+        """The last ``bits`` bits of the ``width``-bit codes."""
+        fields = [pack_field((part >> (PARENT_BITS - width)) & (2**bits - 1), bits) for part in parts]
+        return torch.cat(fields)
+
+    return packed(BASE_BITS, BASE_BITS), [packed(1, width) for width in range(BASE_BITS + 1, stored_width + 1)]
 
 
 def unpack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], in_features: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Decoder:
     scale: torch.Tensor
     offset: torch.Tensor
 
-    def __getitem__(self, rows: slice) -> Decoder:
+    def __getitem__(self, rows: slice | torch.Tensor) -> Decoder:
         return Decoder(self.scale[rows], self.offset[rows])
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

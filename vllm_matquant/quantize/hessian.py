@@ -10,6 +10,38 @@ import torch
 from vllm_matquant.quantize.device import fast_moments
 
 
+class Moments:
+    """The second moments of a layer's inputs, which come batch by batch."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Count ``inputs``, floating point [..., in_features]."""
+        flat = inputs.flatten(0, -2).float()
+        if self._sum is None:
+            self._sum = torch.zeros(flat.shape[1], flat.shape[1])
+        with fast_moments():
+            self._sum.addmm_(flat.T, flat)
+        self._tokens += flat.shape[0]
+
+    def mean(self, name: str) -> torch.Tensor:
+        """float32 [in_features, in_features], the mean over tokens.
+
+        Args:
+            name: of the layer, for errors.
+
+        Raises:
+            ValueError: there were no inputs, or they were not finite.
+        """
+        if self._sum is None:
+            raise ValueError(f"{name}: the calibration text never reached this layer")
+        if not torch.isfinite(self._sum).all():
+            raise ValueError(f"{name}: its inputs on the calibration text hold values that are not finite")
+        return self._sum / self._tokens
+
+
 class HessianCollector:
     """Sums ``x^T x`` over the inputs of a block's linear layers while the block runs.
 
@@ -23,8 +55,7 @@ class HessianCollector:
     def __init__(self, layers: dict[str, torch.nn.Linear]) -> None:
         self._layers = layers
         self._owner: dict[str, str] = {}  # layer -> the layer whose sum it shares
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self._moments = {name: Moments() for name in layers}
         self._last: tuple[str, torch.Tensor] | None = None
 
     @contextmanager
@@ -61,11 +92,7 @@ class HessianCollector:
             ValueError: the layer was never called, or its inputs were not finite.
         """
         self._check_called(name)
-        owner = self._owner[name]
-        total = self._sums[owner]
-        if not torch.isfinite(total).all():
-            raise ValueError(f"{name}: its inputs on the calibration text hold values that are not finite")
-        return total / self._tokens[owner]
+        return self._moments[self._owner[name]].mean(name)
 
     def _check_called(self, name: str) -> None:
         if name not in self._owner:
@@ -77,10 +104,4 @@ class HessianCollector:
             return
         self._last = (name, inputs)
         self._owner[name] = name
-        flat = inputs.flatten(0, -2).float()
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
-            self._tokens[name] = 0
-        with fast_moments():
-            self._sums[name].addmm_(flat.T, flat)
-        self._tokens[name] += flat.shape[0]
+        self._moments[name].add(inputs)

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from vllm_matquant.checkpoint.manifest import describe_files, versions
-from vllm_matquant.checkpoint.spec import Format, GroupSize
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format, GroupSize
 from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
+from vllm_matquant.quantize.embeddings import head_hessian, layer_method, quantize_rows
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.machine import describe_machine
 from vllm_matquant.quantize.method import Method
@@ -79,48 +80,79 @@ def plan_format(
     group_size: GroupSize,
     ignore: Sequence[str],
     group_size_for: Sequence[tuple[str, GroupSize]] = (),
+    *,
+    quantize_embeddings: bool = False,
 ) -> Format:
     """The format of the checkpoint to be written, with the settings checked against every layer.
 
     Args:
         ignore: regular expressions; a layer whose full name one of them matches anywhere is not quantized.
         group_size_for: regular expressions with the group size of the layers they match; the last match counts.
+        quantize_embeddings: quantize the input embedding and the output head too, but for those that are ignored. Where
+            they are tied, one cannot be without the other.
 
     Raises:
         ConfigError: the group size does not divide a layer's input features.
-        ValueError: an expression is none, or matches no layer, or no layer is left.
+        ValueError: an expression is none, or matches no layer, or no layer is left; or embeddings shall be quantized
+            and none is left, or the method cannot.
     """
-    linears = [*source.linears, *source.other_linears]
-    ignored = [*source.other_linears]
+    embeddings = list(source.skeleton.embeddings) if quantize_embeddings else []
+    layers = [*embeddings, *source.linears, *source.other_linears]
+    kind = "linear layers and embeddings" if embeddings else "linear layers"
+    ignored: list[str] = []
     for expression in ignore:
-        ignored += _matching(linears, expression, "ignore")
-    if not set(linears) - set(ignored):
+        ignored += _matching(layers, expression, "ignore", kind)
+    outer = _outer_layers_but(source, ignored, method) if quantize_embeddings else []
+    ignored = [name for name in (*source.other_linears, *ignored) if name not in (*embeddings, *outer)]
+    if not set(source.linears) - set(ignored):
         raise ValueError(
             f"ignore: found {list(ignore)}, which match every linear layer, expected some layer to be left"
         )
     group_sizes: dict[str, GroupSize] = {}
     for expression, size in group_size_for:
-        group_sizes |= dict.fromkeys(_matching(linears, expression, "group-size-for"), size)
+        # Tied layers are one, which bears the first's name.
+        owners = map(source.owner, _matching(layers, expression, "group-size-for", kind))
+        group_sizes |= dict.fromkeys(owners, size)
     format_ = Format(
         method.widths,
         group_size,
         tuple(dict.fromkeys(ignored)),
         method.slicing,
-        layer_group_sizes={name: group_sizes[name] for name in linears if name in group_sizes and name not in ignored},
+        quantized_embeddings=tuple(name for name in embeddings if name in outer),
     )
-    for name, (_, in_features) in source.linears.items():
-        if name not in format_.ignored_layers:
-            format_.group_size_of(in_features, name, source.folder)
+    shapes = source.skeleton.quantized_layers(format_, source.folder / CONFIG_FILE)
+    sizes = {name: group_sizes[name] for name in shapes if name in group_sizes}
+    format_ = replace(format_, layer_group_sizes=sizes)
+    for name, (_, in_features) in shapes.items():
+        format_.group_size_of(in_features, name, source.folder)
     return format_
 
 
-def _matching(names: Sequence[str], expression: str, option: str) -> list[str]:
+def _outer_layers_but(source: SourceModel, ignored: Sequence[str], method: Method) -> list[str]:
+    """Input embedding and output head, without those that share their weight with one of ``ignored``.
+
+    Raises:
+        ValueError: none is left, or ``method`` cannot quantize them.
+    """
+    layer_method(method)
+    left_out = set(map(source.owner, ignored))
+    found = [name for name in (source.embedding, source.output_head) if name is not None]
+    layers = [name for name in found if source.owner(name) not in left_out]
+    if not layers:
+        raise ValueError(
+            f"quantize-embeddings: found {' and '.join(found) or 'no embedding'}, of which ignore leaves none, "
+            "expected an embedding or output head to quantize (tied ones are both ignored if one is)"
+        )
+    return layers
+
+
+def _matching(names: Sequence[str], expression: str, option: str, kind: str) -> list[str]:
     try:
         matching = [name for name in names if re.search(expression, name)]
     except re.error as cause:
         raise ValueError(f"{option}: found {expression!r}, expected a regular expression ({cause})") from cause
     if not matching:
-        raise ValueError(f"{option}: {expression!r} matches none of the model's {len(names)} linear layers")
+        raise ValueError(f"{option}: {expression!r} matches none of the model's {len(names)} {kind}")
     return matching
 
 
@@ -165,9 +197,10 @@ def quantize(
 ) -> Outcome:
     """Quantize ``source`` into the folder ``output``.
 
-    Every block is run on the outputs of the blocks before it in the source's own precision. Finished blocks are kept in
-    a work folder inside ``output`` until the checkpoint is published, also if an error or an interrupt ends the work;
-    memory holds one block and the activations.
+    Every block is run on the outputs of the blocks before it in the source's own precision; what ``format_`` quantizes
+    of embedding and output head comes after the last one. Finished blocks are kept in a work folder inside ``output``
+    until the checkpoint is published, also if an error or an interrupt ends the work; memory holds one block and the
+    activations.
 
     Args:
         command: the command line, for the manifest.
@@ -201,10 +234,9 @@ def quantize(
         clock.lap("prepare")
         try:
             folder = work.path if activations_on_disk else None
-            measured = HeldOut(source, held_out, format_, folder) if held_out is not None else None
-            _quantize_blocks(source, method, format_, calibration, work, measured, folder)
+            _quantize_layers(source, method, format_, calibration, work, folder)
             clock.lap("quantize")
-            quality = measured.rows() if measured else []
+            quality = [] if held_out is None else _measure(source, held_out, format_, work, folder)
             clock.lap("evaluate")
             errors = _add_layers(source, format_, work, writer)
             work.begin_publishing()
@@ -265,52 +297,101 @@ def _dependencies(
 
 
 @torch.no_grad()
+def _quantize_layers(
+    source: SourceModel,
+    method: Method,
+    format_: Format,
+    calibration: Calibration | None,
+    work: WorkFolder,
+    folder: Path | None,
+) -> None:
+    """Quantize the blocks that are not finished, and then embedding and output head."""
+    blocks = [source.block_name(index) for index in range(source.block_count)]
+    outer = source.outer_layers(format_)
+    finished = work.finished([*blocks, *outer])
+    if finished == len(blocks) + len(outer):
+        return
+    # The activations are gone before the rows of a vocabulary come.
+    head = source.owner(source.output_head) if source.output_head else None
+    hessian = _quantize_blocks(source, method, format_, calibration, work, folder, needs_hessian=head in outer)
+    left = list(outer)[max(0, finished - len(blocks)) :]
+    total = sum(outer[name][0] for name in left)
+    with tqdm(total=total, desc="embeddings", unit="row", smoothing=0, disable=not left) as progress:
+        for name in left:
+            group_size = format_.group_size_of(outer[name][1], name)
+            moments = hessian if name == head else None
+            work.save(
+                name, {name: quantize_rows(source, name, layer_method(method), group_size, moments, progress.update)}
+            )
+
+
 def _quantize_blocks(
     source: SourceModel,
     method: Method,
     format_: Format,
     calibration: Calibration | None,
     work: WorkFolder,
-    held_out: HeldOut | None,
     folder: Path | None,
-) -> None:
-    """Quantize the blocks that are not finished; what they are given is made anew from the finished ones."""
+    *,
+    needs_hessian: bool,
+) -> torch.Tensor | None:
+    """Quantize the blocks that are not finished; what they are given is made anew from the finished ones.
+
+    Returns:
+        The Hessian of the output head, float32 [in_features, in_features], if it is needed and there is a calibration.
+    """
     names = [source.block_name(index) for index in range(source.block_count)]
     finished = work.finished(names)
-    if finished == len(names) and not held_out:
-        return
     activations = Activations(source, calibration.tokens, method.followed_widths, folder) if calibration else None
-    if activations or held_out:
+    if activations:
         for index in tqdm(range(finished), desc="resuming", unit="block", disable=not finished):
-            _replay_block(_block_task(source, index, format_, activations), method, work, held_out)
+            _replay_block(_block_task(source, index, format_, activations), method, work)
     tasks = [_group_sizes(source, index, format_) for index in range(len(names))]
     done, total = sum(map(len, tasks[:finished])), sum(map(len, tasks))
     with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0) as progress:
         for index in range(finished, len(names)):
-            _quantize_block(_block_task(source, index, format_, activations), method, work, held_out, progress)
+            _quantize_block(_block_task(source, index, format_, activations), method, work, progress)
+    return head_hessian(source, activations.reference) if activations and needs_hessian else None
 
 
 # A block is an argument and nothing else, so that it is gone before the next one is loaded.
-def _quantize_block(
-    task: BlockTask, method: Method, work: WorkFolder, held_out: HeldOut | None, progress: tqdm[NoReturn]
-) -> None:
+def _quantize_block(task: BlockTask, method: Method, work: WorkFolder, progress: tqdm[NoReturn]) -> None:
     layers = {}
     for name, layer in method.quantize_block(task):
         layers[name] = layer
         progress.update()
     work.save(task.name, layers)
-    _advance(task, method, layers, held_out)
+    _advance(task, method, layers)
 
 
-def _replay_block(task: BlockTask, method: Method, work: WorkFolder, held_out: HeldOut | None) -> None:
-    _advance(task, method, work.load(task.name, method.widths), held_out)
+def _replay_block(task: BlockTask, method: Method, work: WorkFolder) -> None:
+    _advance(task, method, work.load(task.name, method.widths))
 
 
-def _advance(task: BlockTask, method: Method, layers: Mapping[str, QuantizedLayer], held_out: HeldOut | None) -> None:
+def _advance(task: BlockTask, method: Method, layers: Mapping[str, QuantizedLayer]) -> None:
     if task.activations:
         task.activations.advance(task.block, lambda width: task.decoded(layers, width, method.slicing))
-    if held_out:
-        held_out.advance(task, layers)
+
+
+@torch.no_grad()
+def _measure(
+    source: SourceModel, tokens: torch.Tensor, format_: Format, work: WorkFolder, folder: Path | None
+) -> list[dict[str, Any]]:
+    """The quality of every width on the held-out ``tokens``, from the finished layers."""
+    outer = source.outer_layers(format_)
+
+    def finished(name: str | None) -> QuantizedLayer | None:
+        owner = source.owner(name) if name else None
+        return work.load(owner, format_.widths)[owner] if owner in outer else None
+
+    held_out = HeldOut(source, tokens, format_, finished(source.embedding), folder)
+    for index in tqdm(range(source.block_count), desc="measuring", unit="block"):
+        _measure_block(_block_task(source, index, format_, None), format_, work, held_out)
+    return held_out.rows(finished(source.output_head))
+
+
+def _measure_block(task: BlockTask, format_: Format, work: WorkFolder, held_out: HeldOut) -> None:
+    held_out.advance(task, work.load(task.name, format_.widths))
 
 
 def _block_task(source: SourceModel, index: int, format_: Format, activations: Activations | None) -> BlockTask:
@@ -330,18 +411,14 @@ def _group_sizes(source: SourceModel, index: int, format_: Format) -> dict[str, 
 def _add_layers(
     source: SourceModel, format_: Format, work: WorkFolder, writer: CheckpointWriter
 ) -> dict[str, dict[int, float]]:
-    """Add the layers of the finished blocks, then every other tensor; returns the layers' errors."""
+    """Add the finished layers, then every other tensor; returns the layers' errors in the model's order."""
     errors: dict[str, dict[int, float]] = {}
-    quantized = set()
-    for index in tqdm(range(source.block_count), desc="writing", unit="block"):
-        layers = work.load(source.block_name(index), format_.widths)
-        for name in _group_sizes(source, index, format_):
-            layer = layers[name]
+    blocks = [source.block_name(index) for index in range(source.block_count)]
+    for finished in tqdm([*blocks, *source.outer_layers(format_)], desc="writing", unit="block"):
+        for name, layer in work.load(finished, format_.widths).items():
             writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
-            quantized.add(f"{name}.weight")
             if layer.errors:
                 errors[name] = layer.errors
-    for name in source.tensor_names:
-        if name not in quantized:
-            writer.add_tensor(name, source.tensor(name))
-    return errors
+    for name in source.unquantized_names(format_):
+        writer.add_tensor(name, source.tensor(name))
+    return {name: errors[name] for name in source.skeleton.quantized_layers(format_) if name in errors}

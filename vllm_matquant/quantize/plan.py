@@ -6,13 +6,16 @@ import math
 import resource
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from vllm_matquant.checkpoint.packing import PACKED_CODES
 from vllm_matquant.checkpoint.spec import BASE_BITS, DECODER_DTYPE, Format
 from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.embeddings import part_rows
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.probe import Cost
 from vllm_matquant.quantize.report.wording import duration, size
@@ -22,6 +25,7 @@ _FLOAT = torch.float32.itemsize
 _SHARD_BYTES = (2**27, 2**31)  # the least and the most that the writer may hold in memory
 _LOGITS_BYTES = 20  # that the comparison of two widths takes for a token and word of the vocabulary
 _PACKING_BYTES = 8  # that a weight takes while its code is taken apart into bits
+_DECODING_BYTES = 3 * _FLOAT  # that a weight takes while it is decoded
 
 
 @dataclass(frozen=True)
@@ -86,20 +90,30 @@ def make_plan(
         for width in format_.widths
     }
     state = source.hidden_size * _FLOAT
-    activations = {
-        "activations": tokens * state * (2 + len(method.followed_widths)),
-        "activations of the held-out text": math.prod(held_out) * state * (2 + len(format_.widths)),
-    }
-    in_memory = {} if activations_on_disk else activations
+    calibrating = {"activations": tokens * state * (2 + len(method.followed_widths))}
+    measuring = {"activations of the held-out text": math.prod(held_out) * state * (2 + len(format_.widths))}
+    # One is gone before the other is made.
+    activations = max(calibrating["activations"], *measuring.values())
     shapes = source.skeleton.quantized_layers(format_)
     finished = {name: _finished_bytes(format_, name, *shape) for name, shape in shapes.items()}
+    outer = source.outer_layers(format_).values()
+    seconds = sum(cost.seconds(*shape, tokens) for shape in source.quantized_linears(format_).values())
+    seconds += sum(_outer_seconds(source, cost, *shape, tokens) for shape in outer)
     return Plan(
         files=files,
         output=shards.total(),
-        disk=shards.total() + sum(finished.values()) + sum(activations.values()) - sum(in_memory.values()),
+        disk=shards.total() + sum(finished.values()) + (activations if activations_on_disk else 0),
         free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
-        memory=_peak_memory(source, method, format_, cost, in_memory, held_out[1]),
-        seconds=sum(cost.seconds(*shape, tokens) for shape in shapes.values()),
+        memory=_peak_memory(
+            source,
+            method,
+            format_,
+            cost,
+            {} if activations_on_disk else calibrating,
+            {} if activations_on_disk else measuring,
+            held_out[1],
+        ),
+        seconds=seconds,
     )
 
 
@@ -110,10 +124,15 @@ def _shard_sizes(source: SourceModel, format_: Format) -> Counter[int]:
     for name, shape in shapes.items():
         for width, tensors in format_.tensors_of_layer(*shape, name).items():
             sizes[width] += sum(spec.nbytes for spec in tensors.values())
-    for name in source.tensor_names:
-        if name.removesuffix(".weight") not in shapes:
-            sizes[BASE_BITS] += source.tensor_spec(name).nbytes
+    for name in source.unquantized_names(format_):
+        sizes[BASE_BITS] += source.tensor_spec(name).nbytes
     return sizes
+
+
+def _outer_seconds(source: SourceModel, cost: Cost, rows: int, columns: int, tokens: int) -> float:
+    """To quantize an embedding or output head, part by part; no block is run for it."""
+    part = part_rows(source, rows, columns)
+    return math.ceil(rows / part) * cost.seconds(part, columns, 0) + cost.seconds(0, columns, tokens)
 
 
 def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
@@ -123,22 +142,36 @@ def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
 
 
 def _peak_memory(
-    source: SourceModel, method: Method, format_: Format, cost: Cost, activations: dict[str, int], window: int
+    source: SourceModel,
+    method: Method,
+    format_: Format,
+    cost: Cost,
+    calibrating: dict[str, int],
+    measuring: dict[str, int],
+    window: int,
 ) -> dict[str, int]:
-    """Bytes by what takes them, in the stage of the work that takes most."""
-    blocks = [_block_memory(source, index, method, format_, cost) for index in range(source.block_count)]
-    quantizing = max(blocks, key=lambda block: sum(block.values())) | activations
-    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
-    measuring = activations | {
-        "output head": _FLOAT * vocabulary * hidden_size,
-        "log-probabilities": _LOGITS_BYTES * vocabulary * window,
-    }
-    others = [spec.nbytes for spec in map(source.tensor_spec, source.tensor_names)]
-    writing = {
-        "shards to write": min(shard_bytes(source), _shard_sizes(source, format_).total()) + max(others),
-        "packing": _PACKING_BYTES * max(rows * columns for rows, columns in source.linears.values()),
-    }
-    stages = [quantizing, writing, *([measuring] if window else [])]
+    """Bytes by what takes them, in the stage of the work that takes most.
+
+    Args:
+        calibrating: activations in memory while blocks are quantized.
+        measuring: likewise, while the quality is measured.
+        window: tokens in a window of the held-out text; 0 without one.
+    """
+    blocks = range(source.block_count)
+    outer = source.outer_layers(format_)
+    stages = [_block_memory(source, index, method, format_, cost) | calibrating for index in blocks]
+    stages += [_outer_memory(source, format_, cost, name, *shape) for name, shape in outer.items()]
+    if window:
+        stages += [_decoded_block_memory(source, index, format_) | measuring for index in blocks]
+        stages.append(_logits_memory(source, outer, window) | measuring)
+    others = [source.tensor_spec(name).nbytes for name in source.unquantized_names(format_)]
+    weights = max(rows * columns for rows, columns in (*source.linears.values(), *outer.values()))
+    stages.append(
+        {
+            "shards to write": min(shard_bytes(source), _shard_sizes(source, format_).total()) + max(others),
+            "packing": 2 * weights + _PACKING_BYTES * min(weights, PACKED_CODES),
+        }
+    )
     worst = max(stages, key=lambda stage: sum(stage.values()))
     return {"program": _resident_bytes(), **{part: size for part, size in worst.items() if size}}
 
@@ -151,6 +184,40 @@ def _block_memory(source: SourceModel, index: int, method: Method, format_: Form
         "block": _FLOAT * sum(rows * columns for rows, columns in shapes.values()),
         "work on its layers": cost.peak_bytes(quantized) if quantized else 0,
         "a batch in the block": running if method.needs_calibration else 0,
+    }
+
+
+def _outer_memory(
+    source: SourceModel, format_: Format, cost: Cost, name: str, rows: int, columns: int
+) -> dict[str, int]:
+    part = part_rows(source, rows, columns)
+    return {
+        # Of all rows twice: while the parts are joined.
+        f"codes of {name}": 2 * _finished_bytes(format_, name, rows, columns),
+        "work on some of its rows": _FLOAT * part * columns + cost.peak_bytes([(part, columns)]),
+    }
+
+
+def _decoded_block_memory(source: SourceModel, index: int, format_: Format) -> dict[str, int]:
+    """Of a block that a slice of it is run beside."""
+    shapes = source.block_linears(index)
+    quantized = {name: shape for name, shape in shapes.items() if name not in format_.ignored_layers}
+    weights = [rows * columns for rows, columns in quantized.values()]
+    return {
+        "block": _FLOAT * sum(rows * columns for rows, columns in shapes.values()),
+        "its codes": sum(_finished_bytes(format_, name, *shape) for name, shape in quantized.items()),
+        "its slice": _FLOAT * sum(weights) + _DECODING_BYTES * max(weights, default=0),
+        "a batch in the block": BATCH_TOKENS * _FLOAT * sum(rows for rows, _ in shapes.values()),
+    }
+
+
+def _logits_memory(source: SourceModel, outer: Mapping[str, tuple[int, int]], window: int) -> dict[str, int]:
+    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
+    quantized = source.output_head is not None and source.owner(source.output_head) in outer
+    copies = 2 * _FLOAT + 1 if quantized else _FLOAT  # the source's, and a slice's with its codes
+    return {
+        "output head": copies * vocabulary * hidden_size,
+        "log-probabilities": _LOGITS_BYTES * vocabulary * window,
     }
 
 

@@ -1,13 +1,14 @@
-"""Perplexity and KL divergence of every width, measured block by block while the model is quantized.
+"""Perplexity and KL divergence of every width, measured block by block.
 
-A held-out text goes through the source's blocks and those of every slice along with the calibration text. Thus the
+When all is quantized, a held-out text goes through the source and every slice. It could not go along with the
+calibration text: a slice begins with its embedding, and a quantized one is known only after the last block. Thus the
 figures of :func:`vllm_matquant.quantize.evaluate.evaluate` are there at the end without a whole model in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.source import Head, SourceModel
+
+_DECODED_WEIGHTS = 2**22  # at a time
 
 
 class HeldOut:
@@ -27,13 +30,28 @@ class HeldOut:
         source: the model.
         tokens: int64 [windows, length]; a window's first token is not predicted.
         format_: of the checkpoint in the making.
+        embedding: the input embedding, None if it is not quantized.
         folder: see :class:`Activations`.
     """
 
-    def __init__(self, source: SourceModel, tokens: torch.Tensor, format_: Format, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: SourceModel,
+        tokens: torch.Tensor,
+        format_: Format,
+        embedding: QuantizedLayer | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self._source, self._tokens, self._format = source, tokens, format_
         self._activations = Activations(source, tokens, format_.widths, folder, exact=True)
-        self._shapes: dict[str, tuple[int, int]] = {}
+        if embedding is None:
+            return
+        for width, hidden in self._activations.slices.items():
+
+            def rows(ids: torch.Tensor, width: int = width) -> torch.Tensor:
+                return embedding[ids].decode(width, format_.slicing)
+
+            source.embed(tokens, hidden, rows)
 
     def advance(self, task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> None:
         """Go through a block.
@@ -42,29 +60,35 @@ class HeldOut:
             layers: its quantized layers.
         """
         self._activations.advance(task.block, lambda width: task.decoded(layers, width, self._format.slicing))
-        for name, layer in layers.items():
-            out_features, in_features = layer.codes.shape
-            self._shapes[name] = out_features, in_features
 
     @torch.no_grad()
-    def rows(self) -> list[dict[str, Any]]:
-        """The figures of each width, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`."""
+    def rows(self, quantized_head: QuantizedLayer | None = None) -> list[dict[str, Any]]:
+        """The figures of each width, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`.
+
+        Args:
+            quantized_head: the output head, or the embedding that it is tied to; None if it is not quantized.
+        """
         head = self._source.load_head()
+        weight = None if quantized_head is None else torch.empty(quantized_head.codes.shape)
         windows, length = self._tokens.shape
         predicted = windows * (length - 1)
         losses = dict.fromkeys([None, *self._format.widths], 0.0)
         divergence = dict.fromkeys(self._format.widths, 0.0)
-        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far.
+        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. Likewise
+        # one width's head, decoded for each window anew, which takes less time than the product with it.
         for window, following in enumerate(self._tokens[:, 1:, None]):
             expected = _log_probabilities(head, self._activations.reference[window])
             losses[None] -= float(expected.gather(1, following).double().sum())
             for width, hidden in self._activations.slices.items():
-                found = _log_probabilities(head, hidden[window])
+                if quantized_head is not None and weight is not None:
+                    self._decode(quantized_head, width, weight)
+                found = _log_probabilities(head, hidden[window], weight)
                 losses[width] -= float(found.gather(1, following).double().sum())
                 divergence[width] += float((expected.exp() * (expected - found)).sum(dim=1).double().sum())
-        weights = sum(rows * columns for rows, columns in self._shapes.values())
+        shapes = self._source.skeleton.quantized_layers(self._format)
+        weights = sum(rows * columns for rows, columns in shapes.values())
         resident = {
-            width: sum(self._format.resident_bytes(*shape, width, name) for name, shape in self._shapes.items())
+            width: sum(self._format.resident_bytes(*shape, width, name) for name, shape in shapes.items())
             for width in self._format.widths
         }
         return [
@@ -79,7 +103,14 @@ class HeldOut:
             for width in self._format.widths
         ]
 
+    def _decode(self, layer: QuantizedLayer, width: int, weight: torch.Tensor) -> None:
+        """Decode the slice of a large layer into ``weight``, some rows at a time."""
+        count = max(1, _DECODED_WEIGHTS // weight.shape[1])
+        for start in range(0, len(weight), count):
+            rows = slice(start, start + count)
+            weight[rows] = layer[rows].decode(width, self._format.slicing)
 
-def _log_probabilities(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+
+def _log_probabilities(head: Head, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """What the model says of each following token of a window: float32 [length - 1, vocabulary]."""
-    return head(hidden[None])[0, :-1].float().log_softmax(dim=-1)
+    return head(hidden[None], weight)[0, :-1].float().log_softmax(dim=-1)

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -29,7 +29,14 @@ from vllm_matquant.checkpoint.errors import (
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, UNQUANTIZED_DTYPES, TensorSpec, is_plain_name
+from vllm_matquant.checkpoint.spec import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    UNQUANTIZED_DTYPES,
+    Format,
+    TensorSpec,
+    is_plain_name,
+)
 
 _SINGLE_FILE = "model.safetensors"
 _CHECKED_VALUES = 2**24  # at a time
@@ -66,6 +73,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
 
 
+class Head(Protocol):
+    """What the model does after its last block."""
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits, float32 [sequences, length, vocabulary].
+
+        Args:
+            hidden: the last block's outputs, float32 [sequences, length, hidden_size].
+            weight: what to use in the place of the output head's own, float32 [vocabulary, hidden_size].
+        """
+
+
 class SourceModel:
     """A Hugging Face checkpoint in safetensors files.
 
@@ -77,6 +96,7 @@ class SourceModel:
         skeleton: names and shapes of its parameters, linear layers and input embedding, and which are tied.
         linears: (out_features, in_features) of the linear layers inside decoder blocks, by full name, in order.
         other_linears: full names of the linear layers outside of them, such as ``lm_head``.
+        output_head: the one of these that gives the logits, None if the model has none.
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is quantized already, its architecture is not a
@@ -99,6 +119,9 @@ class SourceModel:
         linears = self.skeleton.linears
         self.linears = {name: shape for name, shape in linears.items() if name.startswith(self._layers_prefix)}
         self.other_linears = [name for name in linears if name not in self.linears]
+        head = self._model.get_output_embeddings()
+        modules = dict(self._model.named_modules())
+        self.output_head = next((name for name in self.other_linears if modules[name] is head), None)
 
     @property
     def files(self) -> list[Path]:
@@ -127,6 +150,30 @@ class SourceModel:
         prefix = self.block_name(index) + "."
         return {name: shape for name, shape in self.linears.items() if name.startswith(prefix)}
 
+    @property
+    def embedding(self) -> str | None:
+        """Full name of the input embedding, None if the model has none that is a table."""
+        return next(iter(self.skeleton.embeddings), None)
+
+    def owner(self, layer: str) -> str:
+        """The layer whose weight ``layer`` uses: itself, or the one that it is tied to."""
+        weight = f"{layer}.weight"
+        return self.skeleton.tied.get(weight, weight).removesuffix(".weight")
+
+    def outer_layers(self, format_: Format) -> dict[str, tuple[int, int]]:
+        """Shape of the layers outside of decoder blocks that ``format_`` quantizes: input embedding and output head."""
+        layers = self.skeleton.quantized_layers(format_, self.folder / CONFIG_FILE)
+        return {name: shape for name, shape in layers.items() if name not in self.linears}
+
+    def quantized_linears(self, format_: Format) -> dict[str, tuple[int, int]]:
+        """Those of :attr:`linears` that ``format_`` quantizes."""
+        return {name: shape for name, shape in self.linears.items() if name not in format_.ignored_layers}
+
+    def unquantized_names(self, format_: Format) -> list[str]:
+        """Those of :attr:`tensor_names` that a checkpoint of ``format_`` keeps as they are."""
+        quantized = {f"{name}.weight" for name in self.skeleton.quantized_layers(format_)}
+        return [name for name in self.tensor_names if self.skeleton.tied.get(name, name) not in quantized]
+
     def tensor_spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor as it is stored."""
         return self._specs[name]
@@ -135,6 +182,11 @@ class SourceModel:
         """A tensor as it is stored."""
         with safe_open(self.folder / self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def tensor_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a tensor as it is stored; the others are not read."""
+        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+            return file.get_slice(name)[rows]
 
     def check_values(self, progress: Callable[[int], object] = lambda size: None) -> None:
         """Read every tensor once; ``progress`` is called with the bytes of each.
@@ -154,12 +206,19 @@ class SourceModel:
         self._load_into(block, self.block_name(index) + ".")
         return block.eval()
 
-    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> list[dict[str, Any]]:
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> list[dict[str, Any]]:
         """What the first decoder block is given.
 
         Args:
             tokens: int64 [sequences, length].
             hidden: float32 [sequences, length, hidden_size], to be filled.
+            embedding: gives the rows, float32 [n, columns], that shall stand in the place of the input embedding's own,
+                for tokens, int64 [n].
 
         Returns:
             For each block the keyword arguments that the model calls it with (attention mask, position embeddings),
@@ -167,7 +226,7 @@ class SourceModel:
         """
         decoder = copy.deepcopy(self._decoder)
         blocks, decoder.layers = decoder.layers, torch.nn.ModuleList()
-        self._load_into(decoder, self._prefix + ".", tokens.unique())
+        self._load_into(decoder, self._prefix + ".", tokens.unique(), embedding)
         decoder.layers = blocks
         arguments: list[dict[str, Any]] = [{} for _ in blocks]
         first_input: list[torch.Tensor] = []
@@ -191,36 +250,68 @@ class SourceModel:
                 filled.copy_(first_input.pop()[0])
         return arguments
 
-    def load_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What the model does after its last block, with weights in float32.
+    def load_final(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the model does between its last block and its output head, with weights in float32.
 
         Returns:
-            A function from the last block's outputs, float32 [sequences, length, hidden_size], to the logits, float32
-            [sequences, length, vocabulary].
+            A function from the last block's outputs, float32 [sequences, length, hidden_size], to the head's inputs,
+            float32 [sequences, length, in_features]; where a model scales these, without the constant factor.
+        """
+        model, last = self._load_last(lambda name: name.startswith(f"{self._prefix}."))
+        decoder = model.get_decoder()
+
+        def final(hidden: torch.Tensor) -> torch.Tensor:
+            last.forward = lambda *_, **__: hidden
+            return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+        return final
+
+    def load_head(self) -> Head:
+        """What the model does after its last block, with weights in float32."""
+        model, last = self._load_last(lambda name: True)
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+            last.forward = lambda *_, **__: hidden
+            replacing = {} if weight is None else {f"{self.output_head}.weight": weight}
+            asked = {"inputs_embeds": hidden, "use_cache": False}
+            return functional_call(model, replacing, kwargs=asked).logits
+
+        return head
+
+    def _load_last(self, wanted: Callable[[str], bool]) -> tuple[PreTrainedModel, torch.nn.Module]:
+        """The model with its last block alone, and that block, which has no weights.
+
+        Args:
+            wanted: which of the other parameters to load in float32, by their names.
         """
         model = copy.deepcopy(self._model)
         decoder = model.get_decoder()
         last, decoder.layers = decoder.layers[-1], torch.nn.ModuleList()
         # The embedding is not asked, for its outputs are given.
-        wanted = [name for name in model.state_dict() if name.removesuffix(".weight") not in self.skeleton.embeddings]
-        stored = {name: self.skeleton.tied.get(name, name) for name in wanted}
-        state = {name: self.tensor(name if name in self._file_of else stored[name]).float() for name in wanted}
+        asked = [name for name in model.state_dict() if name.removesuffix(".weight") not in self.skeleton.embeddings]
+        names = [name for name in asked if wanted(name)]
+        stored = {name: self.skeleton.tied.get(name, name) for name in names}
+        state = {name: self.tensor(name if name in self._file_of else stored[name]).float() for name in names}
         model.load_state_dict(state, strict=False, assign=True)
         decoder.layers = torch.nn.ModuleList([last])
-        model.eval()
-
-        def head(hidden: torch.Tensor) -> torch.Tensor:
-            last.forward = lambda *_, **__: hidden
-            return model(inputs_embeds=hidden, use_cache=False).logits
-
-        return head
+        return model.eval(), last
 
     @property
     def _layers_prefix(self) -> str:
         return f"{self._prefix}.layers."
 
-    def _load_into(self, module: torch.nn.Module, prefix: str, tokens: torch.Tensor | None = None) -> None:
-        """Load the parameters of ``module`` in float32; of an input embedding only the rows of ``tokens``."""
+    def _load_into(
+        self,
+        module: torch.nn.Module,
+        prefix: str,
+        tokens: torch.Tensor | None = None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Load the parameters of ``module`` in float32; of an input embedding only the rows of ``tokens``.
+
+        Args:
+            embedding: see :meth:`embed`.
+        """
 
         def load(name: str) -> torch.Tensor:
             stored = self.tensor(prefix + name)
@@ -228,7 +319,7 @@ class SourceModel:
                 return stored.float()
             # Rows that are never touched take no memory: a vocabulary can be larger than many blocks.
             table = torch.empty(stored.shape)
-            table[tokens] = stored[tokens].float()
+            table[tokens] = embedding(tokens) if embedding else stored[tokens].float()
             return table
 
         module.load_state_dict({name: load(name) for name in module.state_dict()}, assign=True)

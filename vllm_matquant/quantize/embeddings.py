@@ -1,0 +1,90 @@
+"""The input embedding and the output head, with a row for each token of the vocabulary, quantized after the blocks.
+
+After the last block, the inputs of the head on the calibration text are known, and with them its Hessian. An embedding
+only looks rows up, so that no column weighs more than another: its Hessian is the identity. Where the two are tied,
+their one weight is quantized with the Hessian of the head, whose every output depends on all columns of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.hessian import Moments
+from vllm_matquant.quantize.layer import QuantizedLayer, join_rows, output_energies
+from vllm_matquant.quantize.method import LayerMethod, Method
+from vllm_matquant.quantize.source import SourceModel
+
+
+def layer_method(method: Method) -> LayerMethod:
+    """The method as one that can quantize a layer outside of blocks.
+
+    Raises:
+        ValueError: it quantizes whole blocks only.
+    """
+    if not isinstance(method, LayerMethod):
+        raise ValueError(f"quantize-embeddings: found method {method.name}, expected one that quantizes single layers")
+    return method
+
+
+def head_hessian(source: SourceModel, outputs: torch.Tensor) -> torch.Tensor:
+    """Second moments of the output head's inputs: float32 [in_features, in_features].
+
+    Args:
+        outputs: of the last block on the calibration text, float32 [sequences, length, hidden_size].
+
+    Raises:
+        ValueError: the inputs are not finite.
+    """
+    final = source.load_final()
+    moments = Moments()
+    for batch in outputs.split(max(1, BATCH_TOKENS // outputs.shape[1])):
+        moments.add(final(batch))
+    return moments.mean(source.output_head or "output head")
+
+
+def part_rows(source: SourceModel, rows: int, columns: int) -> int:
+    """Rows of a layer outside of blocks to quantize at a time: as many weights as the largest layer in a block has."""
+    most = max(rows * columns for rows, columns in source.linears.values())
+    return min(rows, max(1, most // columns))
+
+
+def quantize_rows(
+    source: SourceModel,
+    name: str,
+    method: LayerMethod,
+    group_size: int,
+    hessian: torch.Tensor | None,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> QuantizedLayer:
+    """Quantize an embedding or output head part by part: a row does not depend on any other.
+
+    Args:
+        name: of the layer.
+        hessian: float32 [in_features, in_features]; None for the identity.
+        progress: called with the rows of each part.
+    """
+    weight_name = f"{name}.weight"
+    rows, columns = source.tensor_spec(weight_name).shape
+    count, size = len(method.widths), part_rows(source, rows, columns)
+    if hessian is None:
+        hessian = torch.eye(columns)
+    parts: list[QuantizedLayer] = []
+    errors, wholes = (dict.fromkeys(method.widths, 0.0) for _ in range(2))
+    for start in range(0, rows, size):
+        weight = source.tensor_rows(weight_name, slice(start, start + size)).float()
+        part = method.quantize(weight, hessian, group_size)
+        if method.needs_calibration:
+            energies = output_energies([weight] * count, part, method.slices(part.codes), [hessian] * count)
+            for width, (error, whole) in energies.items():
+                errors[width] += error
+                wholes[width] += whole
+        parts.append(part)
+        progress(len(weight))
+    layer = join_rows(parts)
+    if not method.needs_calibration:
+        return layer
+    return replace(layer, errors={width: errors[width] / (wholes[width] or 1.0) for width in method.widths})
