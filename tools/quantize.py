@@ -14,6 +14,7 @@ from arguments import output_file, positive, width_list
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, GroupSize, is_group_size
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.calibration import held_out_text, read_text
 from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.methods import METHODS, with_settings
@@ -56,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,  # the manifest's command line leaves out --resume, which must thus be spelled so
-        epilog="example: python tools/quantize.py SmolLM2-135M-Instruct --output nested --group-size 64",
+        epilog="example: python tools/quantize.py SmolLM2-135M-Instruct --output nested --group-size 64; on several "
+        "processes, which share the work: torchrun --nproc-per-node N tools/quantize.py ...",
     )
     parser.add_argument("model", help="folder with config.json, safetensors files and tokenizer, or a name on the hub")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; made if absent")
@@ -176,6 +178,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
+    if ranks.launched_rank():
+        parser.prog += f" (rank {ranks.launched_rank()})"
     options = parser.parse_args(arguments)
     outcome = None
     try:
@@ -205,11 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sequence_length=settings.sequence_length,
             )
         if options.dry_run:
-            print(dry_run(*work, **how, held_out=tokens))
+            if ranks.launched_rank() == 0:
+                print(dry_run(*work, **how, held_out=tokens))
             return 0
         command = command_line(sys.argv if arguments is None else ["quantize.py", *arguments])
         command = [argument for argument in command if argument != "--resume"]
-        outcome = quantize(*work, **how, command=command, held_out=tokens)
+        with ranks.started():
+            outcome = quantize(*work, **how, command=command, held_out=tokens)
+        if ranks.launched_rank():
+            return 0
         if tokens is not None:
             described = describe_text(options.held_out, text, tokens)
             model = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model

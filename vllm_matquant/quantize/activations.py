@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import fast_products
 from vllm_matquant.quantize.source import run_block
 
@@ -28,17 +29,18 @@ class Embedder(Protocol):
 
 
 class Activations:
-    """What the next decoder block is given, for every window of a text.
+    """What the next decoder block is given, for every window of a text that is this rank's.
 
     Args:
         source: whose blocks these are the inputs of.
-        tokens: int64 [sequences, length].
+        tokens: int64 [windows, length], the whole text.
         widths: slices to follow besides the source; each sees the outputs of its own blocks only.
         folder: keep the states in files on its disk, mapped into memory, instead of in memory. The files have no names,
             so that they go with the process, however it ends.
         exact: run blocks in float32 even where bfloat16 is faster, as figures to be reported need it.
 
     Attributes:
+        windows: of the whole text.
         reference: float32 [sequences, length, hidden_size], what the source's next block is given.
         slices: likewise for each of ``widths``.
 
@@ -54,6 +56,8 @@ class Activations:
         folder: Path | None = None,
         exact: bool = False,
     ) -> None:
+        self.windows = len(tokens)
+        tokens = ranks.spread(tokens)
         shape = (*tokens.shape, source.hidden_size)
         self.reference = _allocate(shape, folder)
         self._outputs = _allocate(shape, folder)

@@ -107,7 +107,7 @@ class DecoderFit:
         chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * self._groups * 4))
         parts = [
             self._fit(self._target[part], codes[part], previous[part], width)
-            for part in (slice(start, start + chunk) for start in range(0, self._rows, chunk))
+            for part in (slice(start, start + chunk) for start in range(0, max(1, self._rows), chunk))
         ]
         return Decoder(torch.cat([part.scale for part in parts]), torch.cat([part.offset for part in parts]))
 

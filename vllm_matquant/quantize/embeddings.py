@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.hessian import Moments
 from vllm_matquant.quantize.layer import QuantizedLayer, join_rows, output_energies
@@ -43,6 +44,7 @@ def head_hessian(source: SourceModel, outputs: torch.Tensor) -> torch.Tensor:
     moments = Moments()
     for batch in outputs.split(max(1, BATCH_TOKENS // outputs.shape[1])):
         moments.add(final(batch))
+    moments.add_up()
     return moments.mean(source.output_head or "output head")
 
 
@@ -62,6 +64,8 @@ def quantize_rows(
 ) -> QuantizedLayer:
     """Quantize an embedding or output head part by part: a row does not depend on any other.
 
+    Of each part every rank solves some rows.
+
     Args:
         name: of the layer.
         hessian: float32 [in_features, in_features]; None for the identity.
@@ -73,18 +77,19 @@ def quantize_rows(
     if hessian is None:
         hessian = torch.eye(columns)
     parts: list[QuantizedLayer] = []
-    errors, wholes = (dict.fromkeys(method.widths, 0.0) for _ in range(2))
+    errors, energies_of_weight = (dict.fromkeys(method.widths, 0.0) for _ in range(2))
     for start in range(0, rows, size):
-        weight = source.tensor_rows(weight_name, slice(start, start + size)).float()
+        whole = source.tensor_rows(weight_name, slice(start, start + size))
+        weight = whole[ranks.own_rows(len(whole))].float()
         part = method.quantize(weight, hessian, group_size)
         if method.needs_calibration:
             energies = output_energies([weight] * count, part, method.slices(part.codes), [hessian] * count)
-            for width, (error, whole) in energies.items():
+            for width, (error, energy) in energies.items():
                 errors[width] += error
-                wholes[width] += whole
-        parts.append(part)
-        progress(len(weight))
+                energies_of_weight[width] += energy
+        parts.append(part.gathered(len(whole)))
+        progress(len(whole))
     layer = join_rows(parts)
     if not method.needs_calibration:
         return layer
-    return replace(layer, errors={width: errors[width] / (wholes[width] or 1.0) for width in method.widths})
+    return replace(layer, errors={width: errors[width] / (energies_of_weight[width] or 1.0) for width in method.widths})

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import fast_moments
 
 
@@ -25,6 +26,12 @@ class Moments:
         with fast_moments():
             self._sum.addmm_(flat.T, flat)
         self._tokens += flat.shape[0]
+
+    def add_up(self) -> None:
+        """Add what the other ranks have counted, each of which must have come here."""
+        if self._sum is not None:
+            ranks.sum_(self._sum)
+        self._tokens = int(ranks.totals([self._tokens])[0])
 
     def mean(self, name: str) -> torch.Tensor:
         """float32 [in_features, in_features], the mean over tokens.
@@ -60,7 +67,11 @@ class HessianCollector:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect from the layers' calls inside the ``with`` statement."""
+        """Collect from the layers' calls inside the ``with`` statement, then add up what all ranks have collected.
+
+        Raises:
+            ValueError: the windows of one rank reached other layers than those of another.
+        """
         hooks = [
             layer.register_forward_pre_hook(lambda _, inputs, name=name: self._observe(name, inputs[0]))
             for name, layer in self._layers.items()
@@ -71,6 +82,7 @@ class HessianCollector:
             self._last = None
             for hook in hooks:
                 hook.remove()
+        self._add_up()
 
     def stages(self) -> list[list[str]]:
         """The layers in the order of their calls; those that are called with the same tensor together.
@@ -93,6 +105,12 @@ class HessianCollector:
         """
         self._check_called(name)
         return self._moments[self._owner[name]].mean(name)
+
+    def _add_up(self) -> None:
+        message = "the calibration text of one rank reached other layers than that of another; quantize with one rank"
+        ranks.check_same(list(self._owner.items()), message)
+        for owner in dict.fromkeys(self._owner.values()):
+            self._moments[owner].add_up()
 
     def _check_called(self, name: str) -> None:
         if name not in self._owner:

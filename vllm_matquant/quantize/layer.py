@@ -9,6 +9,7 @@ import torch
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.decoders import Decoder
 
 
@@ -35,6 +36,14 @@ class QuantizedLayer:
         """The weight of a slice: float32 [out_features, in_features]."""
         return self.decoders[width].decode(slice_codes(self.codes, PARENT_BITS, width, slicing))
 
+    def gathered(self, rows: int) -> QuantizedLayer:
+        """The whole layer, of ``rows`` rows, where each rank has its :func:`vllm_matquant.quantize.ranks.own_rows`."""
+        decoders = {
+            width: Decoder(ranks.gather_rows(each.scale, rows), ranks.gather_rows(each.offset, rows))
+            for width, each in self.decoders.items()
+        }
+        return QuantizedLayer(ranks.gather_rows(self.codes, rows), decoders, self.errors)
+
 
 def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
     """The layer whose rows are those of ``parts``, one after the other; without errors."""
@@ -56,6 +65,8 @@ def relative_error(
 ) -> dict[int, float]:
     """The layer's output error at each width, ``tr(E H E^T) / tr(W H W^T)`` with E the error of the decoded weight.
 
+    Where there are several ranks, each gives its own rows, and both sums are over all of them.
+
     Args:
         weights: for each width float32 [out_features, in_features], what its slice was to come close to.
         sliced: for each width its codes.
@@ -71,14 +82,12 @@ def output_energies(
     sliced: Sequence[torch.Tensor],
     hessians: Sequence[torch.Tensor],
 ) -> dict[int, tuple[float, float]]:
-    """``tr(E H E^T)`` and ``tr(W H W^T)`` of :func:`relative_error` at each width: sums over the rows."""
+    """``tr(E H E^T)`` and ``tr(W H W^T)`` of :func:`relative_error` at each width: sums over the rows of all ranks."""
 
     def energy(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
         return float(((matrix @ hessian) * matrix).sum())
 
-    return {
-        width: (energy(weight - decoder.decode(codes), hessian), energy(weight, hessian))
-        for (width, decoder), weight, codes, hessian in zip(
-            layer.decoders.items(), weights, sliced, hessians, strict=True
-        )
-    }
+    given = list(zip(layer.decoders.values(), weights, sliced, hessians, strict=True))
+    lost = ranks.totals([energy(weight - decoder.decode(codes), hessian) for decoder, weight, codes, hessian in given])
+    whole = ranks.totals([energy(weight, hessian) for _, weight, _, hessian in given])
+    return dict(zip(layer.decoders, zip(lost, whole, strict=True), strict=True))

@@ -11,6 +11,7 @@ import torch
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
@@ -42,7 +43,7 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class LayerMethod(Method):
-    """A method that takes one layer at a time and knows its Hessian only.
+    """A method that takes one layer at a time and knows its Hessian only; each rank solves some of its rows.
 
     Attributes:
         damping: added to the Hessian's diagonal, relative to its mean.
@@ -54,13 +55,14 @@ class LayerMethod(Method):
         hessians = self.collect(task) if task.activations else None
         count = len(self.widths)
         for name, linear in task.linears.items():
-            weight = linear.weight
+            rows = len(linear.weight)
+            weight = linear.weight[ranks.own_rows(rows)]
             hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
             layer = self.quantize(weight, hessian, task.group_sizes[name])
             if hessians:
                 errors = relative_error([weight] * count, layer, self.slices(layer.codes), [hessian] * count)
                 layer = replace(layer, errors=errors)
-            yield name, layer
+            yield name, layer.gathered(rows)
 
     def collect(self, task: BlockTask) -> HessianCollector:
         """Run the source's block and collect its layers' Hessians."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs
 from vllm_matquant.quantize.decoders import Decoder, DecoderFit, cell_centres, parent_grid
@@ -51,7 +52,10 @@ class Nested(LayerMethod):
         yield from self.solve_stages(task, self.collect(task))
 
     def solve_stages(self, task: BlockTask, hessians: HessianCollector) -> Iterator[tuple[str, QuantizedLayer]]:
-        """Quantize the layers in the order of their calls, each with those before it quantized."""
+        """Quantize the layers in the order of their calls, each with those before it quantized.
+
+        A layer's rows do not depend on each other: each rank solves some of them.
+        """
         linears = task.linears
         finished: dict[str, QuantizedLayer] = {}
         for stage in hessians.stages():
@@ -62,12 +66,13 @@ class Nested(LayerMethod):
             of_width = [drifts[width].hessian if width in drifts else hessian for width in self.widths]
             inputs = LayerInputs.of(of_width, self.damping)
             for name in stage:
-                weight = linears[name].weight
+                rows = len(linears[name].weight)
+                weight = linears[name].weight[ranks.own_rows(rows)]
                 corrected = {width: weight + weight @ correction for width, correction in corrections.items()}
                 targets = [corrected.get(width, weight) for width in self.widths]
                 layer = self.solve(targets, inputs, task.group_sizes[name])
                 errors = relative_error(targets, layer, self.slices(layer.codes), of_width)
-                finished[name] = replace(layer, errors=errors)
+                finished[name] = replace(layer, errors=errors).gathered(rows)
                 yield name, finished[name]
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:

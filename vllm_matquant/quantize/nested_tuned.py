@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, damp
 from vllm_matquant.quantize.decoders import DecoderFit
@@ -57,8 +58,11 @@ class NestedTuned(Nested):
         self, weight: torch.Tensor, hessian: torch.Tensor, layer: QuantizedLayer, tuned: TunedLayer
     ) -> QuantizedLayer:
         """The layer with what was trained, and the bits and decoders of the wider widths fitted to it."""
-        codes, decoders = tuned.finish()
-        decoders = layer.decoders | decoders
+        rows = len(weight)
+        own = ranks.own_rows(rows)
+        codes, trained_decoders = tuned.finish()
+        start = QuantizedLayer(codes, layer.decoders | trained_decoders)[own]
+        weight, codes, decoders = weight[own], start.codes, start.decoders
         count, trained = len(self.widths), len(self.tuned_widths)
         damped = damp(hessian, self.damping)
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -78,4 +82,4 @@ class NestedTuned(Nested):
                 decoders[width] = fit(sliced, decoders[width], width)
         result = QuantizedLayer(codes, {width: decoders[width] for width in self.widths})
         errors = relative_error([weight] * count, result, self.slices(codes), [hessian] * count)
-        return replace(result, errors=errors)
+        return replace(result, errors=errors).gathered(rows)

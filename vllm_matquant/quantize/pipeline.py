@@ -18,6 +18,7 @@ from vllm_matquant.checkpoint.manifest import describe_files, versions
 from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format, GroupSize
 from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
@@ -202,6 +203,9 @@ def quantize(
     until the checkpoint is published, also if an error or an interrupt ends the work; memory holds one block and the
     activations.
 
+    Inside :func:`vllm_matquant.quantize.ranks.started` every rank must call this with the same arguments, and must see
+    the same ``output``; each does a share of the work, and the first one writes.
+
     Args:
         command: the command line, for the manifest.
         overwrite: replace the matquant checkpoint in ``output``; without ``resume`` also unfinished work there.
@@ -216,28 +220,47 @@ def quantize(
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
         CalibrationError: the calibration text cannot be used.
+        ValueError: a text has fewer windows than there are ranks.
+        LostRankError: another rank has ended.
         OSError: the disk is full, or the folder cannot be written to.
+
+    Returns:
+        What was measured; on other ranks than the first without the layers' errors.
     """
     work = WorkFolder(output)
     blocks = [source.block_name(index) for index in range(source.block_count)]
     clock = _Clock()
     _check_output(source, output, overwrite=overwrite, resume=resume)
+    calibration = _calibrate(source, settings) if method.needs_calibration else None
+    if calibration:
+        ranks.check_windows(len(calibration.tokens), "samples")
+    if held_out is not None:
+        ranks.check_windows(len(held_out), "held-out-samples")
+    ranks.wait()  # all have found their input good; from here on the first one writes
+
+    def take_part() -> list[dict[str, Any]]:
+        ranks.wait()  # for the work folder
+        clock.lap("prepare")
+        folder = work.path if activations_on_disk else None
+        _quantize_layers(source, method, format_, calibration, work, folder)
+        clock.lap("quantize")
+        ranks.wait()  # for the last layers in it
+        quality = [] if held_out is None else _measure(source, held_out, format_, work, folder)
+        clock.lap("evaluate")
+        return quality
+
+    if not ranks.is_first():
+        return Outcome({}, take_part(), calibration.source if calibration else None, clock.seconds)
     replace = overwrite or work.publishing
     with CheckpointWriter(output, format_, shard_bytes=shard_bytes(source), overwrite=replace) as writer:
-        calibration = _calibrate(source, settings) if method.needs_calibration else None
         origin = _read_source(source) | {"calibration": calibration.source if calibration else None}
         depends_on = _dependencies(source, method, format_, calibration) | origin
         if resume and work.exists:
             work.check_settings(depends_on)
         else:
             work.begin(depends_on)
-        clock.lap("prepare")
         try:
-            folder = work.path if activations_on_disk else None
-            _quantize_layers(source, method, format_, calibration, work, folder)
-            clock.lap("quantize")
-            quality = [] if held_out is None else _measure(source, held_out, format_, work, folder)
-            clock.lap("evaluate")
+            quality = take_part()
             errors = _add_layers(source, format_, work, writer)
             work.begin_publishing()
             writer.finish(source.config, copy_from=source.folder, manifest={"command": list(command), **origin})
@@ -293,6 +316,7 @@ def _dependencies(
         "format": format_.to_dict(),
         "versions": versions(),
         "machine": describe_machine(),
+        "ranks": ranks.count(),
     }
 
 
@@ -308,7 +332,7 @@ def _quantize_layers(
     """Quantize the blocks that are not finished, and then embedding and output head."""
     blocks = [source.block_name(index) for index in range(source.block_count)]
     outer = source.outer_layers(format_)
-    finished = work.finished([*blocks, *outer])
+    finished = ranks.from_first(work.finished([*blocks, *outer]))
     if finished == len(blocks) + len(outer):
         return
     # The activations are gone before the rows of a vocabulary come.
@@ -316,13 +340,13 @@ def _quantize_layers(
     hessian = _quantize_blocks(source, method, format_, calibration, work, folder, needs_hessian=head in outer)
     left = list(outer)[max(0, finished - len(blocks)) :]
     total = sum(outer[name][0] for name in left)
-    with tqdm(total=total, desc="embeddings", unit="row", smoothing=0, disable=not left) as progress:
+    with tqdm(total=total, desc="embeddings", unit="row", smoothing=0, disable=_silent() or not left) as progress:
         for name in left:
             group_size = format_.group_size_of(outer[name][1], name)
             moments = hessian if name == head else None
-            work.save(
-                name, {name: quantize_rows(source, name, layer_method(method), group_size, moments, progress.update)}
-            )
+            layer = quantize_rows(source, name, layer_method(method), group_size, moments, progress.update)
+            if ranks.is_first():
+                work.save(name, {name: layer})
 
 
 def _quantize_blocks(
@@ -341,14 +365,14 @@ def _quantize_blocks(
         The Hessian of the output head, float32 [in_features, in_features], if it is needed and there is a calibration.
     """
     names = [source.block_name(index) for index in range(source.block_count)]
-    finished = work.finished(names)
+    finished = ranks.from_first(work.finished(names))
     activations = Activations(source, calibration.tokens, method.followed_widths, folder) if calibration else None
     if activations:
-        for index in tqdm(range(finished), desc="resuming", unit="block", disable=not finished):
+        for index in tqdm(range(finished), desc="resuming", unit="block", disable=_silent() or not finished):
             _replay_block(_block_task(source, index, format_, activations), method, work)
     tasks = [_group_sizes(source, index, format_) for index in range(len(names))]
     done, total = sum(map(len, tasks[:finished])), sum(map(len, tasks))
-    with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0) as progress:
+    with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0, disable=_silent()) as progress:
         for index in range(finished, len(names)):
             _quantize_block(_block_task(source, index, format_, activations), method, work, progress)
     return head_hessian(source, activations.reference) if activations and needs_hessian else None
@@ -360,7 +384,8 @@ def _quantize_block(task: BlockTask, method: Method, work: WorkFolder, progress:
     for name, layer in method.quantize_block(task):
         layers[name] = layer
         progress.update()
-    work.save(task.name, layers)
+    if ranks.is_first():
+        work.save(task.name, layers)
     _advance(task, method, layers)
 
 
@@ -385,13 +410,18 @@ def _measure(
         return work.load(owner, format_.widths)[owner] if owner in outer else None
 
     held_out = HeldOut(source, tokens, format_, finished(source.embedding), folder)
-    for index in tqdm(range(source.block_count), desc="measuring", unit="block"):
+    for index in tqdm(range(source.block_count), desc="measuring", unit="block", disable=_silent()):
         _measure_block(_block_task(source, index, format_, None), format_, work, held_out)
     return held_out.rows(finished(source.output_head))
 
 
 def _measure_block(task: BlockTask, format_: Format, work: WorkFolder, held_out: HeldOut) -> None:
     held_out.advance(task, work.load(task.name, format_.widths))
+
+
+def _silent() -> bool:
+    """Whether progress is for another rank to show."""
+    return not ranks.is_first()
 
 
 def _block_task(source: SourceModel, index: int, format_: Format, activations: Activations | None) -> BlockTask:

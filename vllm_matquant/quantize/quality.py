@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -51,7 +52,7 @@ class HeldOut:
             def rows(ids: torch.Tensor, width: int = width) -> torch.Tensor:
                 return embedding[ids].decode(width, format_.slicing)
 
-            source.embed(tokens, hidden, rows)
+            source.embed(ranks.spread(tokens), hidden, rows)
 
     def advance(self, task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> None:
         """Go through a block.
@@ -76,7 +77,7 @@ class HeldOut:
         divergence = dict.fromkeys(self._format.widths, 0.0)
         # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. Likewise
         # one width's head, decoded for each window anew, which takes less time than the product with it.
-        for window, following in enumerate(self._tokens[:, 1:, None]):
+        for window, following in enumerate(ranks.spread(self._tokens)[:, 1:, None]):
             expected = _log_probabilities(head, self._activations.reference[window])
             losses[None] -= float(expected.gather(1, following).double().sum())
             for width, hidden in self._activations.slices.items():
@@ -85,6 +86,8 @@ class HeldOut:
                 found = _log_probabilities(head, hidden[window], weight)
                 losses[width] -= float(found.gather(1, following).double().sum())
                 divergence[width] += float((expected.exp() * (expected - found)).sum(dim=1).double().sum())
+        losses = dict(zip(losses, ranks.totals(list(losses.values())), strict=True))
+        divergence = dict(zip(divergence, ranks.totals(list(divergence.values())), strict=True))
         shapes = self._source.skeleton.quantized_layers(self._format)
         weights = sum(rows * columns for rows, columns in shapes.values())
         resident = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call
 
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import damp
@@ -60,10 +61,11 @@ def measure_drift(
     zeros = torch.zeros(linear.in_features, linear.in_features)
     sums = {width: (zeros.clone(), zeros.clone()) for width in decoded}
     calibration = task.calibration
-    windows, length, _ = calibration.reference.shape
-    windows, sequences = min(windows, -(-tokens // length)), max(1, BATCH_TOKENS // length)
-    for start in range(0, windows, sequences):
-        batch = slice(start, min(start + sequences, windows))
+    length = calibration.reference.shape[1]
+    windows, sequences = min(calibration.windows, -(-tokens // length)), max(1, BATCH_TOKENS // length)
+    own = len(ranks.spread(range(windows)))
+    for start in range(0, own, sequences):
+        batch = slice(start, min(start + sequences, own))
         inputs = _inputs(task, linear, calibration.reference[batch], {})
         for width, weights in decoded.items():
             drifted = _inputs(task, linear, calibration.slices[width][batch], weights)
@@ -71,6 +73,7 @@ def measure_drift(
             with fast_moments():
                 hessian.addmm_(drifted.T, drifted)
                 cross.addmm_((inputs - drifted).T, drifted)
+    ranks.sum_(*(each for pair in sums.values() for each in pair))
     measured = windows * length
     return {width: Drift(hessian / measured, cross / measured) for width, (hessian, cross) in sums.items()}
 

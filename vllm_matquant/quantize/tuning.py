@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.func import functional_call
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.decoders import Decoder
@@ -37,14 +38,14 @@ class TuningSettings:
 
     Attributes:
         iterations: steps of the optimizer; its rates fall linearly to zero.
-        sequences: windows of the calibration text in a step.
+        sequences: windows of the calibration text in a step, rounded up to as many on each rank.
         position_range: how far a position can travel in all, in cells of its width.
         decoder_rate: of Adam, relative to each scale.
         distillation: weight of the distance to the widest slice's outputs, beside that to the source's
             (co-distillation, MatQuant, arXiv 2502.06786, section 3.2).
         coupling: share of the wider widths' gradients in the movement of a position: a code decides in which cell
             theirs lie.
-        device: torch device to tune on.
+        device: torch device to tune on; "cuda" is a GPU of its own for each rank.
         seed: of the windows' order.
     """
 
@@ -179,11 +180,13 @@ def tune_block(
     """Train the codes and decoders of a block's layers.
 
     The loss is the sum over widths of the logarithm of :func:`token_error`: every width counts by its relative gain.
+    Each rank has the loss of its own windows, and all take the same steps, by the mean of their gradients.
 
     Args:
         layers: the block's layers, quantized; where to start from.
         widths: ascending; followed by the task's activations, as the widest of the layers is for distillation.
     """
+    settings = replace(settings, device=ranks.own_device(settings.device))
     device = settings.device
     activations, linears, block = task.calibration, task.linears, copy.deepcopy(task.block).to(device)
     tuned = {name: TunedLayer(linears[name].weight, layer, widths, settings) for name, layer in layers.items()}
@@ -204,7 +207,7 @@ def tune_block(
                 loss = token_error(outputs, target).log()
                 if teacher is not None:
                     loss = loss + settings.distillation * token_error(outputs, teacher[batch].to(device)).log()
-                found = torch.autograd.grad(loss, list(leaves.values()))
+                found = ranks.means(torch.autograd.grad(loss, list(leaves.values())))
             for name, gradient in zip(leaves, found, strict=True):
                 gradients[name].append(gradient)
         remaining = 1 - (step - 1) / settings.iterations
@@ -216,13 +219,14 @@ def tune_block(
 
 
 def _batches(sequences: int, settings: TuningSettings) -> Iterator[list[int]]:
-    """Places of the windows of each step: epochs in random order."""
+    """Places of this rank's windows in each step: epochs in random order."""
+    size = -(-settings.sequences // ranks.count())
     generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = []
     for _ in range(settings.iterations):
-        if len(order) < min(settings.sequences, sequences):
+        if len(order) < min(size, sequences):
             order = torch.randperm(sequences, generator=generator).tolist()
-        batch, order = order[: settings.sequences], order[settings.sequences :]
+        batch, order = order[:size], order[size:]
         yield batch
 
 

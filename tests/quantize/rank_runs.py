@@ -1,0 +1,148 @@
+"""Runs of ``tools/quantize.py`` on several ranks; a script, for torch's threads do not survive a fork.
+
+It imports everything once and then forks the ranks of each run, with the environment that torchrun would give them.
+Usage: ``python -m tests.quantize.rank_runs FOLDER TEXT``. Each run writes FOLDER/<name>, its ranks' words go to
+FOLDER/<name>.<rank>.txt, and FOLDER/results.json holds their exit codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import quantize  # of tools
+import torch
+
+from tests.quantize.tiny_sources import random_model, write_source
+from vllm_matquant.quantize import nested_tuned, pipeline
+from vllm_matquant.quantize.tuning import TunedLayer
+
+PATIENCE = 20.0  # seconds after which a run counts as hung
+BLOCKS = 2
+WINDOWS = 5  # not a multiple of 2, nor of 3
+
+Hook = Callable[[int], object]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def launch(count: int, arguments: list[str], words: Path, hook: Hook) -> list[int | None]:
+    """Exit codes of the ranks; None of one that had to be killed since it hung."""
+    port, children = free_port(), []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                output = os.open(f"{words}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                hook(rank)
+                code = quantize.main(arguments)
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    deadline, codes = time.monotonic() + PATIENCE, {}
+    while len(codes) < count and time.monotonic() < deadline:
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in set(children) - set(codes):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return [codes.get(child) for child in children]
+
+
+def die_in_second_block(rank: int) -> None:
+    """Let the last of two ranks be killed once a block is finished."""
+    quantize_block, calls = pipeline._quantize_block, []
+
+    def limited(*arguments: object) -> None:
+        calls.append(arguments)
+        if rank == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        quantize_block(*arguments)  # type: ignore[arg-type]
+
+    pipeline._quantize_block = limited
+
+
+def tell_what_was_trained(rank: int) -> None:
+    """Print a checksum of each layer's codes and scales as this rank has trained them."""
+    tune_block = nested_tuned.tune_block
+
+    def told(*arguments: Any) -> dict[str, TunedLayer]:
+        tuned = tune_block(*arguments)
+        for name, layer in tuned.items():
+            codes, decoders = layer.finish()
+            content = [codes.numpy().tobytes(), *(decoder.scale.numpy().tobytes() for decoder in decoders.values())]
+            print("trained", name, hashlib.sha256(b"".join(content)).hexdigest())
+        return tuned
+
+    nested_tuned.tune_block = told
+
+
+def plan_nothing(rank: int) -> None:
+    quantize.dry_run = lambda *_, **__: "the plan"
+
+
+def main(folder: Path, text: Path) -> None:
+    torch.set_num_threads(1)
+    source = write_source(folder / "source", num_hidden_layers=BLOCKS)
+    model = random_model("llama", num_hidden_layers=BLOCKS)
+    model.model.norm.weight.data[0] = float("nan")
+    damaged = write_source(folder / "damaged", num_hidden_layers=BLOCKS)
+    model.save_pretrained(damaged)
+    results = {}
+
+    def run(name: str, count: int, *arguments: str, output: str = "", hook: Hook = lambda rank: None) -> None:
+        common = ["--output", str(folder / (output or name)), "--calibration", str(text), "--sequence-length", "32"]
+        common += ["--bits", "2,3,8", "--samples", str(WINDOWS)]
+        began = time.monotonic()
+        chosen = [str(damaged if name == "damaged_source" else source), *common, *arguments]
+        results[name] = launch(count, chosen, folder / name, hook)
+        print(f"{name}: {results[name]}, {time.monotonic() - began:.1f} s")
+
+    measured = ("--held-out", str(text), "--held-out-samples", "3")
+    tuned = (*measured, "--method", "nested-tuned", "--setting", "tuning.iterations=10")
+    run("one", 1, *measured)
+    run("two", 2, *measured)
+    run("again", 2, "--no-report")
+    run("three", 3, *measured)
+    run("tuned_one", 1, *tuned)
+    run("tuned_two", 2, *tuned)
+    run("tuned_again", 2, *tuned, hook=tell_what_was_trained)
+    for method in ("rtn", "matgptq"):
+        run(f"{method}_one", 1, "--no-report", "--method", method)
+        run(f"{method}_three", 3, "--no-report", "--method", method)
+    run("killed", 2, "--no-report", hook=die_in_second_block)
+    run("other_count", 1, "--no-report", "--resume", output="killed")
+    run("resumed", 2, "--no-report", "--resume", output="killed")
+    run("few_windows", 3, "--no-report", "--samples", "2")
+    run("damaged_source", 2, "--no-report")
+    run("dry", 2, "--no-report", "--dry-run", hook=plan_nothing)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
