@@ -7,6 +7,7 @@ FOLDER/<name>.<rank>.txt, and FOLDER/results.json holds their exit codes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import quantize  # of tools
 import torch
 
 from tests.quantize.tiny_sources import random_model, write_source
-from vllm_matquant.quantize import nested_tuned, pipeline
+from vllm_matquant.quantize import nested_tuned, pipeline, ranks
 from vllm_matquant.quantize.tuning import TunedLayer
 
 PATIENCE = 20.0  # seconds after which a run counts as hung
@@ -102,8 +103,26 @@ def tell_what_was_trained(rank: int) -> None:
     nested_tuned.tune_block = told
 
 
+def gather_two_rows(rank: int) -> None:
+    with ranks.started():
+        print(ranks.gather_rows(torch.tensor([[1, 2], [3, 4]])[ranks.own_rows(2)], 2).tolist())
+    sys.exit(0)
+
+
 def plan_nothing(rank: int) -> None:
     quantize.dry_run = lambda *_, **__: "the plan"
+
+
+def change_method(rank: int) -> None:
+    """Let the ranks differ, as they would where machines hold different texts."""
+    build_parser = quantize.build_parser
+
+    def changed() -> argparse.ArgumentParser:
+        parser = build_parser()
+        parser.set_defaults(method=("nested", "matgptq")[rank])
+        return parser
+
+    quantize.build_parser = changed
 
 
 def main(folder: Path, text: Path) -> None:
@@ -140,6 +159,8 @@ def main(folder: Path, text: Path) -> None:
     run("resumed", 2, "--no-report", "--resume", output="killed")
     run("few_windows", 3, "--no-report", "--samples", "2")
     run("damaged_source", 2, "--no-report")
+    run("few_rows", 3, hook=gather_two_rows)
+    run("other_method", 2, "--no-report", hook=change_method)
     run("dry", 2, "--no-report", "--dry-run", hook=plan_nothing)
     (folder / "results.json").write_text(json.dumps(results))
 

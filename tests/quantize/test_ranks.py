@@ -155,6 +155,17 @@ def test_rank_without_rows() -> None:
     assert layer.decoders[2].scale.shape == (0, 2)
 
 
+def test_fewer_rows_than_ranks(runs: Runs) -> None:
+    for rank in range(3):
+        assert runs.words("few_rows", rank) == "[[1, 2], [3, 4]]\n"
+
+
+def test_ranks_with_different_work(runs: Runs) -> None:
+    assert runs.codes["other_method"] == [1, 1]
+    assert any("the ranks have other settings or texts" in runs.words("other_method", rank) for rank in (0, 1))
+    assert not (runs.folder / "other_method").exists()
+
+
 def test_one_rank_has_everything() -> None:
     windows = torch.arange(5)
     assert torch.equal(spread(windows), windows)

@@ -220,7 +220,7 @@ def quantize(
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
         CalibrationError: the calibration text cannot be used.
-        ValueError: a text has fewer windows than there are ranks.
+        ValueError: a text has fewer windows than there are ranks, or the ranks were given different work.
         LostRankError: another rank has ended.
         OSError: the disk is full, or the folder cannot be written to.
 
@@ -236,7 +236,9 @@ def quantize(
         ranks.check_windows(len(calibration.tokens), "samples")
     if held_out is not None:
         ranks.check_windows(len(held_out), "held-out-samples")
-    ranks.wait()  # all have found their input good; from here on the first one writes
+    given = [method, format_.to_dict(), settings, calibration.source if calibration else None]
+    ranks.check_same(given, "the ranks have other settings or texts than each other, expected the same for all")
+    # All ranks have found their input good: from here on the first one writes.
 
     def take_part() -> list[dict[str, Any]]:
         ranks.wait()  # for the work folder

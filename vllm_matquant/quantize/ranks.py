@@ -45,14 +45,13 @@ def started() -> Iterator[None]:
         yield
         return
     # By this signal torchrun ends the ranks when one has failed: they shall clean up as after any other error.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _together():
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, before)
 
 
 def count() -> int:
@@ -117,9 +116,9 @@ def means(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """The means over the ranks of tensors of the same shapes on each."""
     if count() == 1:
         return tensors
-    summed = [tensor.contiguous() for tensor in tensors]
+    summed = [tensor.cpu().contiguous() for tensor in tensors]
     sum_(*summed)
-    return [tensor / count() for tensor in summed]
+    return [(total / count()).to(tensor.device) for total, tensor in zip(summed, tensors, strict=True)]
 
 
 def check_same(value: object, message: str) -> None:
