@@ -154,6 +154,8 @@ def main(folder: Path, text: Path) -> None:
     for method in ("rtn", "matgptq"):
         run(f"{method}_one", 1, "--no-report", "--method", method)
         run(f"{method}_three", 3, "--no-report", "--method", method)
+    for count, name in ((1, "embeddings_one"), (3, "embeddings_three")):
+        run(name, count, *measured, "--quantize-embeddings")
     run("killed", 2, "--no-report", hook=die_in_second_block)
     run("other_count", 1, "--no-report", "--resume", output="killed")
     run("resumed", 2, "--no-report", "--resume", output="killed")

@@ -71,7 +71,13 @@ def assert_same_files(runs: Runs, left: str, right: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "alone"),
-    [("two", "one"), ("three", "one"), ("rtn_three", "rtn_one"), ("matgptq_three", "matgptq_one")],
+    [
+        ("two", "one"),
+        ("three", "one"),
+        ("rtn_three", "rtn_one"),
+        ("matgptq_three", "matgptq_one"),
+        ("embeddings_three", "embeddings_one"),
+    ],
 )
 def test_close_to_one_process(runs: Runs, name: str, alone: str) -> None:
     """Weights are nearly all the same: another rounding of a sum moves few codes."""
@@ -86,10 +92,10 @@ def test_close_to_one_process(runs: Runs, name: str, alone: str) -> None:
             assert distance < LIMIT, (layer, width, float(distance))
 
 
-@pytest.mark.parametrize("name", ["two", "three"])
-def test_measured_as_in_one_process(runs: Runs, name: str) -> None:
+@pytest.mark.parametrize(("name", "alone"), [("two", "one"), ("three", "one"), ("embeddings_three", "embeddings_one")])
+def test_measured_as_in_one_process(runs: Runs, name: str, alone: str) -> None:
     """Perplexity and divergence come from all held-out windows, layers' errors from all rows."""
-    one, other = runs.report("one"), runs.report(name)
+    one, other = runs.report(alone), runs.report(name)
     for row, expected in zip(other["quality"], one["quality"], strict=True):
         assert row == pytest.approx(expected, rel=0.01)
     for layer, expected in zip(other["layers"], one["layers"], strict=True):
