@@ -43,6 +43,14 @@ def group_size_for(text: str) -> tuple[str, GroupSize]:
     return expression, group_size(size)
 
 
+def bits_for(text: str) -> tuple[str, tuple[int, ...]]:
+    """Parse ``REGEX=WIDTHS``."""
+    expression, equals, widths = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected REGEX=WIDTHS")
+    return expression, width_list(widths)
+
+
 def describe_text(path: Path | None, text: str, tokens: torch.Tensor) -> dict[str, Any]:
     """What the quality was measured on."""
     return {
@@ -74,6 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything and say what it will take; write nothing"
     )
     parser.add_argument("--bits", type=width_list, default=WIDTHS, help="widths to offer, such as 2,4,8 (default: all)")
+    parser.add_argument(
+        "--bits-for",
+        type=bits_for,
+        action="append",
+        default=[],
+        metavar="REGEX=WIDTHS",
+        help="other widths for the layers that match, such as down_proj=4,8: where the model is served at a width that "
+        "such a layer lacks, the layer takes its next wider one, or else its widest; may be given several times, and "
+        "the last match counts; layers that vLLM computes as one need the same",
+    )
     parser.add_argument(
         "--group-size",
         type=group_size,
@@ -191,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.group_size,
             options.ignore,
             options.group_size_for,
+            options.bits_for,
             quantize_embeddings=options.quantize_embeddings,
         )
         settings = CalibrationSettings(

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError, WidthError
-from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_plain_name, shard_name, shard_pattern, shard_width
+from vllm_matquant.checkpoint.spec import (
+    SLICINGS,
+    WIDTHS,
+    Format,
+    Slicing,
+    is_plain_name,
+    shard_name,
+    shard_pattern,
+    shard_width,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +28,7 @@ from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_plain_name, shard_n
         Format(group_size=24),
         Format(ignored_layers=(), quantized_embeddings=("model.embed_tokens",)),
         Format(layer_group_sizes={"a.b": 32, "a.c": "channel", "a.d": "auto"}),
+        Format((2, 4, 6), layer_widths={"a.b": (3, 5), "a.c": (8,)}),
     ],
 )
 def test_config_round_trip(format: Format) -> None:
@@ -54,6 +64,10 @@ def test_config_round_trip(format: Format) -> None:
         ("layer_group_sizes", ["a"], "an object with a multiple of 8"),
         ("layer_group_sizes", {"a": 20}, "an object with a multiple of 8"),
         ("layer_group_sizes", {"a": None}, "an object with a multiple of 8"),
+        ("layer_widths", [], "an object with ascending distinct integers in 2..8"),
+        ("layer_widths", {"a": 4}, "an object with ascending distinct integers in 2..8"),
+        ("layer_widths", {"a": [4, 3]}, "an object with ascending distinct integers in 2..8"),
+        ("layer_widths", {"a": []}, "an object with ascending distinct integers in 2..8"),
         ("slicing", "floor", r"one of \['truncate', 'round'\]"),
         ("slicing", ["truncate"], r"one of \['truncate', 'round'\]"),
     ],
@@ -120,6 +134,44 @@ def test_group_sizes_of_single_layers() -> None:
         (scale,) = (spec for name, spec in format.tensors_of_layer(16, 256, layer)[4].items() if "scale" in name)
         assert scale.shape == (16, 256 // size)
         assert format.resident_bytes(16, 256, 4, layer) == 16 * 256 // 2 + 2 * 2 * 16 * 256 // size
+
+
+LAYER_WIDTHS = [((2, 4, 8), (4, 8)), ((2, 8), (3, 5)), (WIDTHS, (2, 3)), (WIDTHS, (8,)), ((3, 6), (2,)), ((2,), (7,))]
+
+
+@pytest.mark.parametrize("slicing", SLICINGS)
+@pytest.mark.parametrize(("widths", "own"), LAYER_WIDTHS)
+def test_shards_hold_what_a_width_reads_of_a_layer_with_others(
+    widths: tuple[int, ...], own: tuple[int, ...], slicing: Slicing
+) -> None:
+    format = Format(widths, 32, (), slicing, layer_widths={"a": own})
+    shards = format.tensors_of_layer(48, 96, "a")
+    everything = [name for tensors in shards.values() for name in tensors]
+    stored = own[-1] if slicing == "truncate" else min(own[-1] + 1, 8)
+    planes = [f"weight_plane{plane}" for plane in range(3, stored + 1)]
+    assert sorted(everything) == sorted(
+        ["weight_base", *planes, *(f"weight_{part}{width}" for width in own for part in ("scale", "offset"))]
+    )
+    for width in widths:
+        served = min((each for each in own if each >= width), default=max(own))
+        assert format.width_of("a", width) == served
+        read = format.stored_width(width)
+        names = {name for shard, tensors in shards.items() if shard <= read for name in tensors}
+        reads = served if slicing == "truncate" else min(served + 1, 8)
+        needed = {"weight_base", f"weight_scale{served}", f"weight_offset{served}"}
+        needed |= {f"weight_plane{plane}" for plane in range(3, reads + 1)}
+        assert needed <= names
+        # Nothing more but decoders next to these planes: a narrow slice pays for no wide one.
+        assert {name for name in names - needed if "plane" in name} == set()
+        assert {int(name[-1]) for name in names - needed} <= {each for each in own if each <= max(served, read)}
+        assert format.resident_bytes(48, 96, width, "a") == 48 * 96 * served // 8 + 2 * 2 * 48 * 96 // 32
+
+
+@pytest.mark.parametrize(("own", "unread"), [([3, 4, 5], r"\[4\]"), ([2, 7, 8], r"\[7\]")])
+def test_width_of_a_layer_that_is_never_served(own: list[int], unread: str) -> None:
+    config = Format((2, 8)).to_dict() | {"layer_widths": {"a": own}}
+    with pytest.raises(ConfigError, match=f"layer_widths of a: found .*, of which {unread} would never be served"):
+        Format.from_dict(config)
 
 
 def test_columns_must_fill_bytes() -> None:

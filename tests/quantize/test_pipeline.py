@@ -205,6 +205,52 @@ def test_bad_group_size_for(llama: Path, rule: tuple[str, GroupSize], message: s
         plan_format(SourceModel(llama), Nested(WIDTHS), "auto", [], [rule])
 
 
+def test_widths_of_single_layers(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, method, output = SourceModel(llama), Nested((2, 3, 8)), tmp_path / "output"
+    rules: list[tuple[str, tuple[int, ...]]] = [("down_proj", (8,)), (r"1\.mlp\.down", (4, 8)), ("k_proj", (2, 3, 8))]
+    format_ = plan_format(source, method, 32, [], bits_for=rules)
+    own = {"model.layers.0.mlp.down_proj": (8,), "model.layers.1.mlp.down_proj": (4, 8)}
+    assert format_.layer_widths == own
+    settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
+    cost = Cost([0.0] * 5, [0.0] * 3, [0.0] * 3)
+    plan = make_plan(source, tmp_path, method, format_, cost, 0, activations_on_disk=False)
+    errors = quantize(source, output, method, format_, settings).errors
+    assert {name: tuple(found) for name, found in errors.items() if tuple(found) != method.widths} == own
+
+    checkpoint = open_checkpoint(output)
+    assert checkpoint.format == format_
+    assert all(result.passed for result in verify(output))
+    served = {name: [int(checkpoint.codes(name, width).max()).bit_length() for width in (2, 3, 8)] for name in own}
+    assert served == {"model.layers.0.mlp.down_proj": [8, 8, 8], "model.layers.1.mlp.down_proj": [4, 4, 8]}
+    for name, widths in own.items():  # what 2 bits read of these layers is wider, and so nearer to the source
+        assert errors[name][widths[0]] < errors["model.layers.0.mlp.up_proj"][2] / 4
+    sizes = {
+        path.name: sum(spec.nbytes for spec in read_header(path).values()) for path in output.glob("*.safetensors")
+    }
+    assert plan.output == sum(sizes.values())
+    assert plan.files[2] == sum(size for name, size in sizes.items() if name.startswith("model-width2-"))
+    for path in output.glob("model-width[3-8]-*"):
+        path.unlink()
+    assert distance(logits(llama, open_checkpoint(output), 2), logits(llama)) < LIMITS[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "message"),
+    [
+        ("nested", ("nonesuch", (2,)), "bits-for: 'nonesuch' matches none of the model's 15 linear layers"),
+        (
+            "nested",
+            ("k_proj", (4, 5)),
+            r"widths of model\.layers\.0\.self_attn\.k_proj: found \[4, 5\], of which \[5\]",
+        ),
+        ("nested-tuned", ("k_proj", (4,)), "bits-for: found method nested-tuned, expected one that takes layers with"),
+    ],
+)
+def test_bad_bits_for(llama: Path, method: str, rule: tuple[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_format(SourceModel(llama), METHODS[method]((2, 3)), "auto", [], bits_for=[rule])
+
+
 def test_ignore(llama: Path, text_file: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "output", text_file, ignore=[r"layers\.0\.mlp\.", "k_proj$", "lm_head"])
     checkpoint = open_checkpoint(tmp_path / "output")

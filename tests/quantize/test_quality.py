@@ -43,16 +43,24 @@ def test_inputs_of_the_head(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(SourceModel(folder).load_final()(seen[0]), seen[1])
 
 
+@pytest.mark.parametrize("bits_for", [[], [("down_proj|layers.0.*k_proj", (4, 8)), ("embed|o_proj", (3,))]])
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("method", ["nested", "matgptq", "rtn"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
 def test_same_figures_as_of_the_whole_model(
-    model_type: str, method: str, embeddings: bool, text_file: Path, tmp_path: Path
+    model_type: str,
+    method: str,
+    embeddings: bool,
+    bits_for: list[tuple[str, tuple[int, ...]]],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     model, widths = write_source(tmp_path / "source", model_type), (2, 3, 8)
     source, chosen = SourceModel(model), METHODS[method](widths)
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
-    format_ = plan_format(source, chosen, 32, [], quantize_embeddings=embeddings)
+    if not embeddings:
+        bits_for = [(expression.removeprefix("embed|"), own) for expression, own in bits_for]
+    format_ = plan_format(source, chosen, 32, [], bits_for=bits_for, quantize_embeddings=embeddings)
     outcome = quantize(source, tmp_path / "output", chosen, format_, settings, held_out=TOKENS)
     expected = list(evaluate(open_checkpoint(tmp_path / "output"), model, TOKENS, widths))
     assert [row["bits"] for row in outcome.quality] == list(widths)

@@ -63,9 +63,11 @@ def test_names_follow_the_models_mapper() -> None:
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
     assert isinstance(method_of(config, "model.a.down_proj"), UnquantizedLinearMethod)
     assert method_of(config, "model.embed_tokens", VocabParallelEmbedding).parts == ["model.embed_tokens"]
-    config = MatquantConfig(Format(layer_group_sizes={"language_model.model.a.down_proj": 32}))
+    layer = "language_model.model.a.down_proj"
+    config = MatquantConfig(Format(layer_group_sizes={layer: 32}, layer_widths={layer: (4, 8)}))
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
     assert config.format.layer_group_sizes == {"model.a.down_proj": 32}
+    assert config.format.layer_widths == {"model.a.down_proj": (4, 8)}
 
 
 def test_a_draft_has_the_names_of_its_checkpoint() -> None:

@@ -25,7 +25,19 @@ MODELS: dict[str, tuple[str, Format, dict[str, Any]]] = {
     # Untied and with biases in every linear layer, so that row-parallel ones have some too.
     "llama": ("llama", Format(group_size=32, **EMBEDDINGS), {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("qwen3", Format(), {"tie_word_embeddings": True}),  # norms of q and k
-    "qwen2": ("qwen2", Format(group_size="channel", ignored_layers=("lm_head", "model.layers.0.mlp.down_proj")), {}),
+    "qwen2": (
+        "qwen2",
+        Format(
+            group_size="channel",
+            ignored_layers=("lm_head", "model.layers.0.mlp.down_proj"),
+            layer_widths={
+                "model.layers.1.mlp.down_proj": (4, 8),
+                "model.layers.0.self_attn.o_proj": (3,),
+                **dict.fromkeys(("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"), (3, 5, 6)),
+            },
+        ),
+        {},
+    ),
     "rounded": ("llama", Format(group_size=64, slicing="round", **EMBEDDINGS), {"tie_word_embeddings": True}),
 }
 

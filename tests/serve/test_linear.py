@@ -34,7 +34,7 @@ class Widths(Precision):
         super().__init__(max(widths))
         object.__setattr__(self, "widths", widths)
 
-    def of_layer(self, partitions: int) -> LayerPrecision:
+    def of_layer(self, widths: Sequence[Sequence[int]]) -> LayerPrecision:
         return LayerPrecision(self.widths)
 
 
@@ -109,6 +109,28 @@ def test_layers_that_are_computed_as_one_have_one_group_size() -> None:
     own = Format(group_size=16, layer_group_sizes={PARTS[1]: 32})
     with pytest.raises(ConfigError, match=r"layer_group_sizes: found .*: 32.*, expected the same for layers that vLLM"):
         new_layer(own, Precision(4))
+
+
+@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize(("bits", "served"), [(2, 3), (3, 3), (4, 6), (6, 6), (8, 6)])
+def test_widths_of_the_layers_own(bits: int, served: int, slicing: Any) -> None:
+    expected = Source(Format(group_size=32, slicing=slicing))
+    own = Format(group_size=32, slicing=slicing, layer_widths=dict.fromkeys(PARTS, (3, 6)))
+    layers = [new_layer(expected.format, Precision(served)), new_layer(own, Precision(bits))]
+    for layer in layers:
+        expected.load(layer)
+        layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layers[0].planes, layers[1].planes)
+    assert layers[0].quant_method.predicted_bytes() == layers[1].quant_method.predicted_bytes()
+    x = torch.randn(3, COLUMNS)
+    assert torch.equal(*(layer.quant_method.apply(layer, x) for layer in layers))
+
+
+def test_layers_that_are_computed_as_one_have_the_same_widths() -> None:
+    with pytest.raises(
+        ConfigError, match=r"layer_widths: found .*: \(4, 8\).*, expected the same for layers that vLLM"
+    ):
+        new_layer(Format(group_size=16, layer_widths={PARTS[2]: (4, 8)}), Precision(4))
 
 
 @pytest.mark.parametrize("slicing", ["truncate", "round"])

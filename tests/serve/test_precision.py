@@ -7,7 +7,7 @@ import pytest
 
 from tests.serve.tiny_models import write_checkpoint
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, WidthError
-from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 from vllm_matquant.serve.precision import LayerPrecision, Precision, requested_bits, resolve, with_bits
 
 OFFERED = Format(widths=(2, 3, 4, 6), group_size=64)
@@ -57,7 +57,7 @@ def test_with_bits_copies() -> None:
 
 
 def test_every_partition_of_a_layer_has_a_width() -> None:
-    assert Precision(3).of_layer(2) == LayerPrecision((3, 3))
+    assert Precision(3).of_layer([WIDTHS, (2, 4, 8), (2,)]) == LayerPrecision((3, 4, 2))
     mixed = LayerPrecision((3, 8, 3))
     assert mixed.resident_width == 8
     assert mixed.decoder_widths == (3, 8)

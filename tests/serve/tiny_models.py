@@ -37,7 +37,7 @@ def random_model(model_type: str, seed: int, **overrides: object) -> torch.nn.Mo
 
 
 def quantize(
-    weight: torch.Tensor, group_size: int, checkpoint_format: Format
+    weight: torch.Tensor, group_size: int, checkpoint_format: Format, layer: str = ""
 ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     """Min-max codes [N, K], and for each width the decoder that decodes a slice to the middle of its interval."""
     groups = weight.unflatten(1, (-1, group_size))
@@ -45,7 +45,7 @@ def quantize(
     step = (high - low) / (2**PARENT_BITS - 1)
     codes = ((groups - low[..., None]) / step[..., None]).round().to(torch.uint8).flatten(1)
     decoders = {}
-    for width in checkpoint_format.widths:
+    for width in checkpoint_format.widths_of(layer):
         merged = 2 ** (PARENT_BITS - width)
         middle = (merged - 1) / 2 if checkpoint_format.slicing == "truncate" else 0.0
         decoders[width] = (step * merged, low + step * middle)
@@ -69,7 +69,7 @@ def write_checkpoint(
                 continue
             if layer in quantized:
                 group_size = checkpoint_format.group_size_of(tensor.shape[1], layer)
-                writer.add_layer(layer, *quantize(tensor, group_size, checkpoint_format))
+                writer.add_layer(layer, *quantize(tensor, group_size, checkpoint_format, layer))
             else:
                 writer.add_tensor(name, tensor)
         writer.finish(model.config.to_dict() | {"architectures": [type(model).__name__]})

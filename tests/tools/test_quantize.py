@@ -218,6 +218,8 @@ def test_overwrite(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--group-size", "row"], "argument --group-size: found 'row'"),
         (["--group-size-for", "k_proj"], "argument --group-size-for: found 'k_proj', expected REGEX=SIZE"),
         (["--group-size-for", "k_proj=30"], "argument --group-size-for: found '30', expected a multiple of 8"),
+        (["--bits-for", "k_proj"], "argument --bits-for: found 'k_proj', expected REGEX=WIDTHS"),
+        (["--bits-for", "k_proj=4,9"], "argument --bits-for: found '4,9', expected distinct widths from 2 to 8"),
         (["--samples", "0"], "argument --samples: found '0', expected a positive integer"),
         (["--sequence-length", "x"], "argument --sequence-length: found 'x'"),
         (["--method", "best"], "argument --method: invalid choice: 'best'"),

@@ -105,8 +105,8 @@ class Checkpoint:
     def tensors(self, width: int) -> Iterator[tuple[str, torch.Tensor]]:
         """What serving at ``width`` needs, shard by shard.
 
-        These are the tensors that are not quantized, and of each quantized layer the base, the planes up to
-        ``format.stored_width(width)`` and the decoder of this width alone.
+        These are the tensors that are not quantized, and of each quantized layer the base, the planes that its slice
+        reads and the decoder of this slice alone.
 
         Raises:
             WidthError, MissingFileError: as :meth:`files_for`.
@@ -114,8 +114,8 @@ class Checkpoint:
         unwanted = {
             f"{layer}.{name}"
             for layer in self.layers
-            for other in self.format.widths
-            if other != width
+            for other in self.format.widths_of(layer)
+            if other != self.format.width_of(layer, width)
             for name in (scale_name(other), offset_name(other))
         }
         for path in self.files_for(width):
@@ -135,9 +135,10 @@ class Checkpoint:
             yield name, self._read(name)
 
     def codes(self, layer: str, width: int) -> torch.Tensor:
-        """The ``width``-bit codes of a layer, as served: uint8 [out_features, in_features]."""
-        stored_width = self.format.stored_width(width)
-        return slice_codes(self.stored_codes(layer, stored_width), stored_width, width, self.format.slicing)
+        """The codes of a layer, as served at ``width``: uint8 [out_features, in_features]."""
+        own = self.format.width_of(layer, width)
+        stored_width = self.format.stored_width(own)
+        return slice_codes(self.stored_codes(layer, stored_width), stored_width, own, self.format.slicing)
 
     def stored_codes(self, layer: str, bits: int) -> torch.Tensor:
         """The ``bits`` most significant bits of a layer's parent codes: uint8 [out_features, in_features]."""
@@ -146,8 +147,9 @@ class Checkpoint:
         return unpack_codes(base, planes, self.layers[layer][1])
 
     def decoder(self, layer: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, offset) of a layer at an offered width: float16 [out_features, groups] each."""
-        return self._read(f"{layer}.{scale_name(width)}"), self._read(f"{layer}.{offset_name(width)}")
+        """(scale, offset) of a layer, as served at ``width``: float16 [out_features, groups] each."""
+        own = self.format.width_of(layer, width)
+        return self._read(f"{layer}.{scale_name(own)}"), self._read(f"{layer}.{offset_name(own)}")
 
     def resident_bytes(self, width: int) -> int:
         """Bytes of the codes and decoders of all quantized layers at ``width``."""
@@ -207,8 +209,9 @@ def open_checkpoint(folder: Path | str, width: int | None = None, *, check_value
 
 def _check_decoders(checkpoint: Checkpoint, width: int) -> None:
     for layer in checkpoint.layers:
-        file = checkpoint.weight_map[f"{layer}.{scale_name(width)}"]
-        check_decoder(*checkpoint.decoder(layer, width), layer, width, checkpoint.folder / file)
+        own = checkpoint.format.width_of(layer, width)
+        file = checkpoint.weight_map[f"{layer}.{scale_name(own)}"]
+        check_decoder(*checkpoint.decoder(layer, width), layer, own, checkpoint.folder / file)
 
 
 def _listed(widths: tuple[int, ...]) -> str:

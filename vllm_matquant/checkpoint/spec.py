@@ -17,13 +17,18 @@ is a multiple of 8. With the slicing semantic "truncate" the r-bit code of a wei
 weight is ``scale_r * t + offset_r``. With "round" (MatQuant, eq. 6) the r-bit code is the parent rounded to r bits and
 clamped, so it also needs the plane r + 1. What lifts the checkpoint to width r (plane and decoder) lies in shards of
 its own; every tensor that is not quantized lies in the shards of width 2 with the base.
+
+A layer may have widths of its own. Where the model is served at a width that the layer does not have, the layer is
+served at its next wider one, or else at its widest; what that needs then lies in the shards that the model's width
+reads.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -43,6 +48,7 @@ CODE_DTYPE = torch.uint8
 DECODER_DTYPE = torch.float16
 UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_RANGE = f"{WIDTHS[0]}..{WIDTHS[-1]}"
 _GROUP_SIZE_VALUES = 'a multiple of 8, "auto" or "channel"'
 
 Slicing = Literal["truncate", "round"]
@@ -63,6 +69,7 @@ DOCUMENT_FILES = (MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_PAGE_FILE)
 WEIGHT_BASE = "weight_base"
 _EMBEDDINGS_FIELD = "quantized_embeddings"
 _GROUP_SIZES_FIELD = "layer_group_sizes"
+_WIDTHS_FIELD = "layer_widths"
 _SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
@@ -102,6 +109,11 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
+def served_width(widths: Sequence[int], width: int) -> int:
+    """Which of a layer's ``widths``, ascending, serves where the model is at ``width``: the next wider, or the last."""
+    return next((own for own in widths if own >= width), widths[-1])
+
+
 def shard_pattern(stored_width: int) -> str:
     """Glob (also fnmatch) of the shards that hold the widths up to ``stored_width`` and no others."""
     return f"model-width[{BASE_BITS}-{stored_width}]-*.safetensors"
@@ -124,7 +136,7 @@ class Format:
     """The ``quantization_config`` of a checkpoint: everything that its tensors' names and shapes follow from.
 
     Attributes:
-        widths: widths that have a decoder, ascending, each in 2..8.
+        widths: widths that the model is served at, ascending, each in 2..8.
         group_size: columns that share a decoder; "channel" for one group per row; "auto" for the largest of 128, 64, 32
             that divides the layer's in_features.
         ignored_layers: full names of linear layers that are not quantized, as in the source checkpoint.
@@ -132,6 +144,7 @@ class Format:
         quantized_embeddings: full name of the input embedding, if it is quantized. An output head that is tied to it is
             quantized exactly if the embedding is, and has no tensors of its own.
         layer_group_sizes: what takes the place of ``group_size`` in single layers, by their full names.
+        layer_widths: what takes the place of ``widths`` in single layers, likewise; each serves some of ``widths``.
     """
 
     widths: tuple[int, ...] = WIDTHS
@@ -140,6 +153,7 @@ class Format:
     slicing: Slicing = "truncate"
     quantized_embeddings: tuple[str, ...] = ()
     layer_group_sizes: Mapping[str, GroupSize] = field(default_factory=dict, hash=False)
+    layer_widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def max_width(self) -> int:
@@ -149,10 +163,17 @@ class Format:
         """How many bits of each code must be read to make the ``width``-bit slice."""
         return width if self.slicing == "truncate" else min(width + 1, PARENT_BITS)
 
-    @property
-    def plane_widths(self) -> tuple[int, ...]:
-        """The planes that the checkpoint stores: none past those that its widest slice reads."""
-        return tuple(range(BASE_BITS + 1, self.stored_width(self.max_width) + 1))
+    def widths_of(self, layer: str) -> tuple[int, ...]:
+        """The widths that a layer has decoders of, ascending."""
+        return self.layer_widths.get(layer, self.widths)
+
+    def width_of(self, layer: str, width: int) -> int:
+        """The width that a layer is served at where the model is at ``width``."""
+        return served_width(self.widths_of(layer), width)
+
+    def planes_of(self, layer: str) -> tuple[int, ...]:
+        """The planes that are stored of a layer: none past those that its widest slice reads."""
+        return tuple(range(BASE_BITS + 1, self.stored_width(self.widths_of(layer)[-1]) + 1))
 
     def check_width(self, width: int, where: Path | str) -> None:
         if width not in self.widths:
@@ -190,23 +211,28 @@ class Format:
     ) -> dict[int, dict[str, TensorSpec]]:
         """The tensors of one layer by the shards they lie in: ``{shard width: {tensor suffix: spec}}``.
 
-        The decoder of width r lies with the plane of width r.
+        The decoder of width r lies with the plane of width r, or with what the first width that reads it adds.
         """
         groups = in_features // self.group_size_of(in_features, layer)
         decoder = TensorSpec(DECODER_DTYPE, (out_features, groups))
-        stored: dict[int, dict[str, TensorSpec]] = {
-            BASE_BITS: {WEIGHT_BASE: TensorSpec(CODE_DTYPE, (out_features, in_features // 4))}
-        }
-        for width in self.plane_widths:
-            stored[width] = {plane_name(width): TensorSpec(CODE_DTYPE, (out_features, in_features // 8))}
+        plane = TensorSpec(CODE_DTYPE, (out_features, in_features // 8))
+        stored: defaultdict[int, dict[str, TensorSpec]] = defaultdict(dict)
+        stored[BASE_BITS][WEIGHT_BASE] = TensorSpec(CODE_DTYPE, (out_features, in_features // 4))
+        planes, decoders = BASE_BITS, 0  # how far they are placed
         for width in self.widths:
-            stored[width] |= {scale_name(width): decoder, offset_name(width): decoder}
-        return stored
+            own = self.width_of(layer, width)
+            while planes < self.stored_width(own):
+                planes += 1
+                stored[min(planes, self.stored_width(width))][plane_name(planes)] = plane
+            if decoders < own:
+                decoders = own
+                stored[min(own, width)] |= {scale_name(own): decoder, offset_name(own): decoder}
+        return dict(stored)
 
     def resident_bytes(self, out_features: int, in_features: int, width: int, layer: str = "") -> int:
-        """Bytes of the ``width``-bit slice of one layer: its codes and its own decoder."""
+        """Bytes of one layer where the model is at ``width``: the codes of its slice, and that slice's decoder."""
         groups = in_features // self.group_size_of(in_features, layer)
-        planes = width - BASE_BITS
+        planes = self.width_of(layer, width) - BASE_BITS
         codes = out_features * (in_features // 4 + planes * in_features // 8)
         return codes + 2 * out_features * groups * DECODER_DTYPE.itemsize
 
@@ -225,6 +251,7 @@ class Format:
         optional = {
             _EMBEDDINGS_FIELD: list(self.quantized_embeddings),
             _GROUP_SIZES_FIELD: dict(self.layer_group_sizes),
+            _WIDTHS_FIELD: {layer: list(widths) for layer, widths in self.layer_widths.items()},
         }
         return fields | {name: value for name, value in optional.items() if value}
 
@@ -256,7 +283,7 @@ class Format:
                 FORMAT_VERSION,
                 "A newer release of vllm_matquant may read it." if version > FORMAT_VERSION else "",
             )
-        known = {*cls().to_dict(), _EMBEDDINGS_FIELD, _GROUP_SIZES_FIELD}
+        known = {*cls().to_dict(), _EMBEDDINGS_FIELD, _GROUP_SIZES_FIELD, _WIDTHS_FIELD}
         unknown = sorted(set(config) - known)
         if unknown:
             raise ConfigError(where, "quantization_config", f"unknown fields {unknown}", sorted(known))
@@ -264,13 +291,18 @@ class Format:
             raise fail("parent_bits", str(PARENT_BITS))
         widths = config.get("widths")
         if not is_width_list(widths):
-            raise fail("widths", f"ascending distinct integers in {WIDTHS[0]}..{WIDTHS[-1]}")
+            raise fail("widths", f"ascending distinct integers in {_RANGE}")
         group_size = config.get("group_size")
         if not is_group_size(group_size):
             raise fail("group_size", _GROUP_SIZE_VALUES)
         layer_group_sizes = config.get(_GROUP_SIZES_FIELD, {})
         if not isinstance(layer_group_sizes, dict) or not all(map(is_group_size, layer_group_sizes.values())):
             raise fail(_GROUP_SIZES_FIELD, f"an object with {_GROUP_SIZE_VALUES} for each layer")
+        layer_widths = config.get(_WIDTHS_FIELD, {})
+        if not isinstance(layer_widths, dict) or not all(map(is_width_list, layer_widths.values())):
+            raise fail(_WIDTHS_FIELD, f"an object with ascending distinct integers in {_RANGE} for each layer")
+        for layer, own in layer_widths.items():
+            check_layer_widths(own, widths, f"quantization_config.{_WIDTHS_FIELD} of {layer}", where)
         ignored, embeddings = config.get("ignored_layers"), config.get(_EMBEDDINGS_FIELD, [])
         if not is_name_list(ignored):
             raise fail("ignored_layers", "a list of layer names")
@@ -278,7 +310,31 @@ class Format:
             raise fail(_EMBEDDINGS_FIELD, "a list of layer names")
         if config.get("slicing") not in SLICINGS:
             raise fail("slicing", f"one of {list(SLICINGS)}")
-        return cls(tuple(widths), group_size, tuple(ignored), config["slicing"], tuple(embeddings), layer_group_sizes)
+        return cls(
+            tuple(widths),
+            group_size,
+            tuple(ignored),
+            config["slicing"],
+            tuple(embeddings),
+            layer_group_sizes,
+            {layer: tuple(own) for layer, own in layer_widths.items()},
+        )
+
+
+def check_layer_widths(own: Sequence[int], widths: Sequence[int], field: str, where: Path | str) -> None:
+    """Refuse widths of a layer that no width of the model reads.
+
+    Raises:
+        ConfigError: as said.
+    """
+    unread = sorted(set(own) - {served_width(own, width) for width in widths})
+    if unread:
+        raise ConfigError(
+            where,
+            field,
+            f"{list(own)}, of which {unread} would never be served",
+            f"widths that serve some of {list(widths)}: each takes the layer's next wider one, or its widest",
+        )
 
 
 def is_width_list(widths: Any) -> TypeGuard[list[int] | tuple[int, ...]]:

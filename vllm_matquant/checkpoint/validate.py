@@ -93,10 +93,14 @@ def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> d
     """Every tensor that a checkpoint of this format and model has, by name.
 
     Raises:
-        ConfigError: the group size does not fit a layer, or the format contradicts the model.
+        ConfigError: the group size does not fit a layer, or the format contradicts the model or names a layer that the
+            model does not have or that is not quantized.
     """
     expected: dict[str, ExpectedTensor] = {}
     layers = skeleton.quantized_layers(format, config_path)
+    for field, names in (("layer_group_sizes", format.layer_group_sizes), ("layer_widths", format.layer_widths)):
+        if unknown := sorted(names.keys() - layers.keys()):
+            raise ConfigError(config_path, f"quantization_config.{field}", unknown, "names of quantized layers only")
     for layer, (out_features, in_features) in layers.items():
         format.group_size_of(in_features, layer, config_path)
         for width, tensors in format.tensors_of_layer(out_features, in_features, layer).items():

@@ -58,14 +58,15 @@ def check_nesting(checkpoint: Checkpoint, layer: str) -> None:
         NestingError: at some width they are not.
     """
     format = checkpoint.format
-    widest = format.stored_width(checkpoint.servable_widths[-1])
+    widest = format.stored_width(format.width_of(layer, checkpoint.servable_widths[-1]))
     codes = checkpoint.stored_codes(layer, widest)
     for width in checkpoint.servable_widths:
-        differing = checkpoint.codes(layer, width) != slice_codes(codes, widest, width, format.slicing)
+        own = format.width_of(layer, width)
+        differing = checkpoint.codes(layer, width) != slice_codes(codes, widest, own, format.slicing)
         if differing.any():
             count = int(differing.sum())
             raise NestingError(
-                checkpoint.folder, f"{width}-bit codes of {layer}", f"{count} others", f"those of {widest} bits, sliced"
+                checkpoint.folder, f"{own}-bit codes of {layer}", f"{count} others", f"those of {widest} bits, sliced"
             )
 
 

@@ -85,7 +85,7 @@ class CheckpointWriter:
         Args:
             name: the layer's full name in the source checkpoint, without ".weight".
             codes: uint8 [out_features, in_features], the 8-bit parent codes.
-            decoders: (scale, offset), floating point [out_features, groups], for each offered width.
+            decoders: (scale, offset), floating point [out_features, groups], for each width of the layer.
 
         Raises:
             ConfigError: the group size does not divide in_features.
@@ -99,9 +99,9 @@ class CheckpointWriter:
         out_features, in_features = codes.shape
         groups = in_features // self.format.group_size_of(in_features, name, self.folder)
 
-        base, planes = pack_codes(codes.cpu(), self.format.stored_width(self.format.max_width))
+        base, planes = pack_codes(codes.cpu(), self.format.stored_width(self.format.widths_of(name)[-1]))
         values = {WEIGHT_BASE: base}
-        values |= {plane_name(width): plane for width, plane in zip(self.format.plane_widths, planes, strict=True)}
+        values |= {plane_name(width): plane for width, plane in zip(self.format.planes_of(name), planes, strict=True)}
         for width, (scale, offset) in self._checked_decoders(name, decoders, (out_features, groups)).items():
             values |= {scale_name(width): scale, offset_name(width): offset}
         for width, tensors in self.format.tensors_of_layer(out_features, in_features, name).items():
@@ -150,7 +150,7 @@ class CheckpointWriter:
     def _checked_decoders(
         self, layer: str, decoders: dict[int, tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, int]
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        offered, given = set(self.format.widths), set(decoders)
+        offered, given = set(self.format.widths_of(layer)), set(decoders)
         if given != offered:
             fault = MissingTensorError if offered - given else UnexpectedTensorError
             raise fault(self.folder, f"decoders of {layer}", f"widths {sorted(given)}", sorted(offered))

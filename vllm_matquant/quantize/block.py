@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,7 @@ class BlockTask:
         name: full name, such as "model.layers.3".
         block: the source's, in float32.
         group_sizes: of the layers to quantize, by their full names.
+        widths: of those layers that have others than the model.
         activations: what the block is given on the calibration text; None for a method that needs none.
     """
 
@@ -27,6 +28,7 @@ class BlockTask:
     block: torch.nn.Module
     group_sizes: Mapping[str, int]
     activations: Activations | None
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def calibration(self) -> Activations:

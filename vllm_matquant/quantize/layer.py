@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.decoders import Decoder
 
@@ -19,7 +19,7 @@ class QuantizedLayer:
 
     Attributes:
         codes: uint8 [out_features, in_features], parent codes.
-        decoders: for each width, with values that float16 holds exactly.
+        decoders: for each width of the layer, ascending, with values that float16 holds exactly.
         errors: relative output error on the calibration text at each width, see :func:`relative_error`; empty for a
             method without Hessians.
     """
@@ -33,8 +33,9 @@ class QuantizedLayer:
         return QuantizedLayer(self.codes[rows], {width: decoder[rows] for width, decoder in self.decoders.items()})
 
     def decode(self, width: int, slicing: Slicing) -> torch.Tensor:
-        """The weight of a slice: float32 [out_features, in_features]."""
-        return self.decoders[width].decode(slice_codes(self.codes, PARENT_BITS, width, slicing))
+        """The weight, as served where the model is at ``width``: float32 [out_features, in_features]."""
+        own = served_width(list(self.decoders), width)
+        return self.decoders[own].decode(slice_codes(self.codes, PARENT_BITS, own, slicing))
 
     def gathered(self, rows: int) -> QuantizedLayer:
         """The whole layer, of ``rows`` rows, where each rank has its :func:`vllm_matquant.quantize.ranks.own_rows`."""

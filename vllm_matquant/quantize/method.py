@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from typing_extensions import Self
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
@@ -30,6 +31,11 @@ class Method(ABC):
     name: ClassVar[str]
     slicing: ClassVar[Slicing] = "truncate"
     needs_calibration: ClassVar[bool] = True
+    takes_layer_widths: ClassVar[bool] = True  # whether a layer may have other widths than the model
+
+    def with_widths(self, widths: tuple[int, ...]) -> Self:
+        """The same method for other widths."""
+        return replace(self, widths=widths)
 
     @property
     def followed_widths(self) -> tuple[int, ...]:
@@ -53,14 +59,15 @@ class LayerMethod(Method):
 
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         hessians = self.collect(task) if task.activations else None
-        count = len(self.widths)
         for name, linear in task.linears.items():
             rows = len(linear.weight)
             weight = linear.weight[ranks.own_rows(rows)]
             hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
-            layer = self.quantize(weight, hessian, task.group_sizes[name])
+            method = self.with_widths(task.widths.get(name, self.widths))
+            layer = method.quantize(weight, hessian, task.group_sizes[name])
             if hessians:
-                errors = relative_error([weight] * count, layer, self.slices(layer.codes), [hessian] * count)
+                count = len(method.widths)
+                errors = relative_error([weight] * count, layer, method.slices(layer.codes), [hessian] * count)
                 layer = replace(layer, errors=errors)
             yield name, layer.gathered(rows)
 

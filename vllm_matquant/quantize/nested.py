@@ -63,15 +63,18 @@ class Nested(LayerMethod):
             decoded = {width: task.decoded(finished, width, self.slicing) for width in self.followed_widths}
             drifts = measure_drift(task, stage[0], decoded, self.drift_tokens)
             corrections = {width: drift.correction(self.damping) for width, drift in drifts.items()}
-            of_width = [drifts[width].hessian if width in drifts else hessian for width in self.widths]
-            inputs = LayerInputs.of(of_width, self.damping)
+            inputs: dict[tuple[int, ...], LayerInputs] = {}
             for name in stage:
+                method = self.with_widths(task.widths.get(name, self.widths))
+                of_width = [drifts[width].hessian if width in drifts else hessian for width in method.widths]
+                if method.widths not in inputs:
+                    inputs[method.widths] = LayerInputs.of(of_width, self.damping)
                 rows = len(linears[name].weight)
                 weight = linears[name].weight[ranks.own_rows(rows)]
                 corrected = {width: weight + weight @ correction for width, correction in corrections.items()}
-                targets = [corrected.get(width, weight) for width in self.widths]
-                layer = self.solve(targets, inputs, task.group_sizes[name])
-                errors = relative_error(targets, layer, self.slices(layer.codes), of_width)
+                targets = [corrected.get(width, weight) for width in method.widths]
+                layer = method.solve(targets, inputs[method.widths], task.group_sizes[name])
+                errors = relative_error(targets, layer, method.slices(layer.codes), of_width)
                 finished[name] = replace(layer, errors=errors).gathered(rows)
                 yield name, finished[name]
 

@@ -33,6 +33,7 @@ class NestedTuned(Nested):
     tuning: TuningSettings = field(default_factory=TuningSettings)
 
     name: ClassVar[str] = "nested-tuned"
+    takes_layer_widths: ClassVar[bool] = False  # a block is trained at the widths of the model
 
     @property
     def tuned_widths(self) -> tuple[int, ...]:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from vllm_matquant.checkpoint.manifest import describe_files, versions
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format, GroupSize
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format, GroupSize, check_layer_widths
 from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.quantize import ranks
@@ -33,6 +33,7 @@ from vllm_matquant.quantize.resume import ResumeError, WorkFolder
 from vllm_matquant.quantize.source import SourceModel, load_tokenizer
 
 _LOGGER = logging.getLogger(__name__)
+_Setting = TypeVar("_Setting")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def plan_format(
     group_size: GroupSize,
     ignore: Sequence[str],
     group_size_for: Sequence[tuple[str, GroupSize]] = (),
+    bits_for: Sequence[tuple[str, tuple[int, ...]]] = (),
     *,
     quantize_embeddings: bool = False,
 ) -> Format:
@@ -89,13 +91,14 @@ def plan_format(
     Args:
         ignore: regular expressions; a layer whose full name one of them matches anywhere is not quantized.
         group_size_for: regular expressions with the group size of the layers they match; the last match counts.
+        bits_for: likewise with the widths of these layers, ascending.
         quantize_embeddings: quantize the input embedding and the output head too, but for those that are ignored. Where
             they are tied, one cannot be without the other.
 
     Raises:
-        ConfigError: the group size does not divide a layer's input features.
+        ConfigError: the group size does not divide a layer's input features, or a layer's width would never be served.
         ValueError: an expression is none, or matches no layer, or no layer is left; or embeddings shall be quantized
-            and none is left, or the method cannot.
+            and none is left; or the method can do no embeddings, or not the widths asked for.
     """
     embeddings = list(source.skeleton.embeddings) if quantize_embeddings else []
     layers = [*embeddings, *source.linears, *source.other_linears]
@@ -109,11 +112,15 @@ def plan_format(
         raise ValueError(
             f"ignore: found {list(ignore)}, which match every linear layer, expected some layer to be left"
         )
-    group_sizes: dict[str, GroupSize] = {}
-    for expression, size in group_size_for:
-        # Tied layers are one, which bears the first's name.
-        owners = map(source.owner, _matching(layers, expression, "group-size-for", kind))
-        group_sizes |= dict.fromkeys(owners, size)
+
+    def settings(option: str, rules: Sequence[tuple[str, _Setting]]) -> dict[str, _Setting]:
+        found: dict[str, _Setting] = {}
+        for expression, value in rules:
+            # Tied layers are one, which bears the first's name.
+            found |= dict.fromkeys(map(source.owner, _matching(layers, expression, option, kind)), value)
+        return found
+
+    group_sizes, layer_widths = settings("group-size-for", group_size_for), settings("bits-for", bits_for)
     format_ = Format(
         method.widths,
         group_size,
@@ -122,8 +129,18 @@ def plan_format(
         quantized_embeddings=tuple(name for name in embeddings if name in outer),
     )
     shapes = source.skeleton.quantized_layers(format_, source.folder / CONFIG_FILE)
-    sizes = {name: group_sizes[name] for name in shapes if name in group_sizes}
-    format_ = replace(format_, layer_group_sizes=sizes)
+    format_ = replace(
+        format_,
+        layer_group_sizes={name: group_sizes[name] for name in shapes if name in group_sizes},
+        layer_widths={
+            name: layer_widths[name] for name in shapes if layer_widths.get(name, method.widths) != method.widths
+        },
+    )
+    if format_.layer_widths and not method.takes_layer_widths:
+        raise ValueError(f"bits-for: found method {method.name}, expected one that takes layers with other widths")
+    for name, widths in format_.layer_widths.items():
+        check_layer_widths(widths, method.widths, f"widths of {name}", source.folder)
+        method.with_widths(widths)  # which refuses those that the method cannot do
     for name, (_, in_features) in shapes.items():
         format_.group_size_of(in_features, name, source.folder)
     return format_
@@ -346,7 +363,8 @@ def _quantize_layers(
         for name in left:
             group_size = format_.group_size_of(outer[name][1], name)
             moments = hessian if name == head else None
-            layer = quantize_rows(source, name, layer_method(method), group_size, moments, progress.update)
+            own = layer_method(method).with_widths(format_.widths_of(name))
+            layer = quantize_rows(source, name, own, group_size, moments, progress.update)
             if ranks.is_first():
                 work.save(name, {name: layer})
 
@@ -371,7 +389,7 @@ def _quantize_blocks(
     activations = Activations(source, calibration.tokens, method.followed_widths, folder) if calibration else None
     if activations:
         for index in tqdm(range(finished), desc="resuming", unit="block", disable=_silent() or not finished):
-            _replay_block(_block_task(source, index, format_, activations), method, work)
+            _replay_block(_block_task(source, index, format_, activations), method, format_, work)
     tasks = [_group_sizes(source, index, format_) for index in range(len(names))]
     done, total = sum(map(len, tasks[:finished])), sum(map(len, tasks))
     with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0, disable=_silent()) as progress:
@@ -391,8 +409,8 @@ def _quantize_block(task: BlockTask, method: Method, work: WorkFolder, progress:
     _advance(task, method, layers)
 
 
-def _replay_block(task: BlockTask, method: Method, work: WorkFolder) -> None:
-    _advance(task, method, work.load(task.name, method.widths))
+def _replay_block(task: BlockTask, method: Method, format_: Format, work: WorkFolder) -> None:
+    _advance(task, method, work.load(task.name, format_.widths_of))
 
 
 def _advance(task: BlockTask, method: Method, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -409,7 +427,7 @@ def _measure(
 
     def finished(name: str | None) -> QuantizedLayer | None:
         owner = source.owner(name) if name else None
-        return work.load(owner, format_.widths)[owner] if owner in outer else None
+        return work.load(owner, format_.widths_of)[owner] if owner in outer else None
 
     held_out = HeldOut(source, tokens, format_, finished(source.embedding), folder)
     for index in tqdm(range(source.block_count), desc="measuring", unit="block", disable=_silent()):
@@ -418,7 +436,7 @@ def _measure(
 
 
 def _measure_block(task: BlockTask, format_: Format, work: WorkFolder, held_out: HeldOut) -> None:
-    held_out.advance(task, work.load(task.name, format_.widths))
+    held_out.advance(task, work.load(task.name, format_.widths_of))
 
 
 def _silent() -> bool:
@@ -428,7 +446,8 @@ def _silent() -> bool:
 
 def _block_task(source: SourceModel, index: int, format_: Format, activations: Activations | None) -> BlockTask:
     group_sizes = _group_sizes(source, index, format_)
-    return BlockTask(source.block_name(index), source.load_block(index), group_sizes, activations)
+    widths = {layer: format_.widths_of(layer) for layer in group_sizes if layer in format_.layer_widths}
+    return BlockTask(source.block_name(index), source.load_block(index), group_sizes, activations, widths)
 
 
 def _group_sizes(source: SourceModel, index: int, format_: Format) -> dict[str, int]:
@@ -447,7 +466,7 @@ def _add_layers(
     errors: dict[str, dict[int, float]] = {}
     blocks = [source.block_name(index) for index in range(source.block_count)]
     for finished in tqdm([*blocks, *source.outer_layers(format_)], desc="writing", unit="block"):
-        for name, layer in work.load(finished, format_.widths).items():
+        for name, layer in work.load(finished, format_.widths_of).items():
             writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
             if layer.errors:
                 errors[name] = layer.errors

@@ -136,9 +136,9 @@ def _outer_seconds(source: SourceModel, cost: Cost, rows: int, columns: int, tok
 
 
 def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
-    """Bytes of a layer in the work folder: codes, and the decoders of every width."""
+    """Bytes of a layer in the work folder: codes, and the decoders of its widths."""
     groups = columns // format_.group_size_of(columns, name)
-    return rows * columns + 2 * len(format_.widths) * rows * groups * DECODER_DTYPE.itemsize
+    return rows * columns + 2 * len(format_.widths_of(name)) * rows * groups * DECODER_DTYPE.itemsize
 
 
 def _peak_memory(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,11 @@ class WorkFolder:
         os.replace(temporary, path)
         sync_folder(self.path)
 
-    def load(self, block: str, widths: Iterable[int]) -> dict[str, QuantizedLayer]:
+    def load(self, block: str, widths_of: Callable[[str], Iterable[int]]) -> dict[str, QuantizedLayer]:
         """The layers that :meth:`save` kept.
+
+        Args:
+            widths_of: gives the widths of a layer.
 
         Raises:
             ShardError: the block's file is damaged.
@@ -119,7 +122,7 @@ class WorkFolder:
                         width: Decoder(
                             *(file.get_tensor(f"{name}.{part}{width}").float() for part in ("scale", "offset"))
                         )
-                        for width in widths
+                        for width in widths_of(name)
                     },
                     dict(errors),
                 )

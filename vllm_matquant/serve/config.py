@@ -74,7 +74,8 @@ class MatquantConfig(QuantizationConfig):
         self.ignored_layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.ignored_layers)))
         self.quantized_embeddings = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.quantized_embeddings)))
         group_sizes = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_group_sizes))
-        self.format = replace(self.format, layer_group_sizes=group_sizes)
+        widths = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_widths))
+        self.format = replace(self.format, layer_group_sizes=group_sizes, layer_widths=widths)
 
     def resolve_precision(self, additional_config: Any) -> precision.Precision:
         """The widths to serve; the first call checks them against the checkpoint.

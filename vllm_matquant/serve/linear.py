@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import Module, Parameter
@@ -27,6 +27,8 @@ from vllm_matquant.checkpoint.spec import (
 from vllm_matquant.kernels import layout, ops
 from vllm_matquant.kernels.support import select_kernel
 from vllm_matquant.serve.precision import Precision
+
+_Setting = TypeVar("_Setting")
 
 
 @register_weight_loader_v2_supported_method
@@ -63,7 +65,8 @@ class MatquantLinearMethod(LinearMethodBase):
         """
         self.in_features = input_size_per_partition
         self.output_sizes = list(output_partition_sizes)
-        self.precision = self.model_precision.of_layer(len(self.output_sizes))
+        widths = self._same_for_parts("layer_widths", self.format.widths_of)
+        self.precision = self.model_precision.of_layer([widths] * len(self.output_sizes))
         self.group_size = self._group_size(input_size)
         self.kernel = select_kernel(
             torch.get_default_device(),
@@ -78,7 +81,9 @@ class MatquantLinearMethod(LinearMethodBase):
         self.arrived: dict[str, set[int]] = {}
 
         # The rank's cut of the layer is a layer of this format, save that its group size follows from the whole layer.
-        self.shard_format = dataclasses.replace(self.format, group_size=self.group_size, layer_group_sizes={})
+        self.shard_format = dataclasses.replace(
+            self.format, widths=widths, group_size=self.group_size, layer_group_sizes={}, layer_widths={}
+        )
         stored = self.shard_format.tensors_of_layer(sum(self.output_sizes), self.in_features, self.parts[0])
         specs = {name: spec for tensors in stored.values() for name, spec in tensors.items()}
         for name in self._tensor_names():
@@ -128,14 +133,7 @@ class MatquantLinearMethod(LinearMethodBase):
 
     def _group_size(self, input_size: int) -> int:
         """Columns per group in the rank's cut of a layer of ``input_size`` columns."""
-        settings = {part: self.format.group_size_setting(part) for part in self.parts}
-        if len(set(settings.values())) > 1:
-            raise ConfigError(
-                CONFIG_FILE,
-                "quantization_config.layer_group_sizes",
-                settings,
-                "the same for layers that vLLM computes as one",
-            )
+        self._same_for_parts("layer_group_sizes", self.format.group_size_setting)
         group_size = self.format.group_size_of(input_size, self.parts[0])
         if self._is_per_channel():
             group_size, unit, hint = self.in_features, 8, "so that it starts on a byte of every plane"
@@ -149,6 +147,18 @@ class MatquantLinearMethod(LinearMethodBase):
                 f"a multiple of {unit}, {hint}",
             )
         return group_size
+
+    def _same_for_parts(self, field: str, setting_of: Callable[[str], _Setting]) -> _Setting:
+        """What the format's ``field`` says of the parts of the layer."""
+        settings = {part: setting_of(part) for part in self.parts}
+        if len(set(settings.values())) > 1:
+            raise ConfigError(
+                CONFIG_FILE,
+                f"quantization_config.{field}",
+                settings,
+                "the same for layers that vLLM computes as one",
+            )
+        return settings[self.parts[0]]
 
     def _is_per_channel(self) -> bool:
         return self.format.group_size_setting(self.parts[0]) == "channel"

@@ -1,20 +1,20 @@
 """The widths that a model runs at.
 
-Today one width serves the whole model. Everything downstream asks for the precision of one layer, with a width for
-each of its output partitions (q, k and v of a fused layer), and takes the widths of different layers or partitions as
-they come.
+Today one width serves the whole model, but for layers that have widths of their own. Everything downstream asks for
+the precision of one layer, with a width for each of its output partitions (q, k and v of a fused layer), and takes the
+widths of different layers or partitions as they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS, Format
+from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS, Format, served_width
 
 SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
 SETTINGS = ("bits",)
@@ -46,13 +46,14 @@ class Precision:
     """The widths of a model.
 
     Attributes:
-        bits: the width of every layer.
+        bits: the width of every layer that has no widths of its own.
     """
 
     bits: int
 
-    def of_layer(self, partitions: int) -> LayerPrecision:
-        return LayerPrecision((self.bits,) * partitions)
+    def of_layer(self, widths: Sequence[Sequence[int]]) -> LayerPrecision:
+        """The widths of a layer whose output partitions have ``widths``, each ascending."""
+        return LayerPrecision(tuple(served_width(offered, self.bits) for offered in widths))
 
 
 def requested_bits(additional_config: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
-from vllm_matquant.checkpoint.spec import MODEL_CARD_FILE
+from vllm_matquant.checkpoint.spec import BASE_BITS, MODEL_CARD_FILE
 from vllm_matquant.quantize.report import wording
 from vllm_matquant.quantize.report.data import Report
 
@@ -42,7 +43,8 @@ def render_card(report: Report) -> str:
         "code": code,
     }
     format_ = report.format
-    stored_widths = format_.plane_widths
+    sizes = [format_.tensors_of_layer(*layer.shape, layer.name) for layer in report.layers]
+    stored_widths = sorted({width for tensors in sizes for width in tensors} - {BASE_BITS})
     template = environment.from_string(resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"))
     body = template.render(
         report=report,
@@ -54,6 +56,7 @@ def render_card(report: Report) -> str:
             stored: min(width for width in format_.widths if format_.stored_width(width) >= stored)
             for stored in stored_widths
         },
+        layer_widths={_enumerated(widths): count for widths, count in Counter(format_.layer_widths.values()).items()},
     )
     return f"---\n{_front_matter(report)}\n---\n\n{body}"
 

@@ -36,17 +36,22 @@ def collect_report(
         command: the command line, without folders of the machine.
     """
     checkpoint = open_checkpoint(output, check_values=False)
-    widths = checkpoint.format.widths
+    format_ = checkpoint.format
+
+    def errors(layer: str) -> dict[int, float]:
+        found = outcome.errors.get(layer)
+        return {width: found[format_.width_of(layer, width)] for width in format_.widths} if found else {}
+
     return Report(
         model=model,
         method=method.name,
         settings=asdict(method),
-        format=checkpoint.format,
-        layers=[LayerRow(name, shape, outcome.errors.get(name, {})) for name, shape in checkpoint.layers.items()],
+        format=format_,
+        layers=[LayerRow(name, shape, errors(name)) for name, shape in checkpoint.layers.items()],
         quality=outcome.quality,
         quality_text=quality_text,
         calibration=outcome.calibration,
-        bytes={width: sum(path.stat().st_size for path in checkpoint.files_for(width)) for width in widths},
+        bytes={width: sum(path.stat().st_size for path in checkpoint.files_for(width)) for width in format_.widths},
         seconds=outcome.seconds | {"total": sum(outcome.seconds.values())},
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         software={**versions(), **{name: str(value) for name, value in describe_machine().items()}},

@@ -21,7 +21,7 @@ class LayerRow:
     Attributes:
         name: its full name in the source.
         shape: (out_features, in_features).
-        errors: relative output error on the calibration text at each width, see
+        errors: relative output error on the calibration text at each width of the model, see
             :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
     """
 
