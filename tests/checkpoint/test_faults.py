@@ -181,6 +181,21 @@ FAULTS = {
         errors.MissingTensorError,
         f"{INDEX_FILE}: {LAYER}.weight: found nothing, expected a tensor of shape [96, 64]",
     ),
+    "widths of a layer that the model does not have": fault(
+        in_quantization(layer_widths={f"{LAYER}s": [2]}),
+        errors.ConfigError,
+        f"config.json: quantization_config.layer_widths: found ['{LAYER}s'], expected names of quantized layers only",
+    ),
+    "group size of a layer that is not quantized": fault(
+        in_quantization(layer_group_sizes={"lm_head": 32}),
+        errors.ConfigError,
+        "quantization_config.layer_group_sizes: found ['lm_head'], expected names of quantized layers only",
+    ),
+    "widths that the layer has no decoders of": fault(
+        in_quantization(layer_widths={LAYER: [8]}),
+        errors.UnexpectedTensorError,
+        "expected no such tensor by config.json",
+    ),
     "tied head is quantized without its embedding": fault(
         in_quantization(ignored_layers=[]),
         errors.ConfigError,

@@ -49,7 +49,8 @@ def run(source: Path, output: Path, text: Path, **options: Any) -> dict[str, dic
     samples = options.pop("samples", 4)
     model = SourceModel(source)
     settings = CalibrationSettings(str(text), samples=samples, sequence_length=32)
-    format_ = plan_format(model, method, options.pop("group_size", "auto"), options.pop("ignore", []))
+    rules = options.pop("ignore", []), [], options.pop("bits_for", [])
+    format_ = plan_format(model, method, options.pop("group_size", "auto"), *rules)
     return quantize(model, output, method, format_, settings, command=["quantize.py"], **options).errors
 
 
@@ -187,6 +188,18 @@ def test_resumed_run_writes_the_same_bytes(
     if blocks < BLOCKS:
         cut_off(tmp_path / "out", blocks)
     assert run(deep, tmp_path / "out", text_file, resume=True, activations_on_disk=on_disk) == whole
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_layers_with_widths_of_their_own_are_replayed(
+    deep: Path, text_file: Path, tmp_path: Path, cut_off: Callable[..., None]
+) -> None:
+    own = {"bits_for": [("down_proj", (4, 8)), ("v_proj", (3,))]}
+    whole = run(deep, tmp_path / "whole", text_file, **own)
+    cut_off(tmp_path / "out", **own)
+    with pytest.raises(ResumeError, match="layer_widths"):
+        run(deep, tmp_path / "out", text_file, resume=True)
+    assert run(deep, tmp_path / "out", text_file, resume=True, **own) == whole
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
