@@ -10,7 +10,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from tests.quantize.report.sample_reports import make_report
+from tests.quantize.report.sample_reports import layer_rows, make_report
 from vllm_matquant.checkpoint.spec import WIDTHS, Format, shard_name
 from vllm_matquant.quantize.report.card import read_license, render_card
 
@@ -87,6 +87,17 @@ def test_how_it_was_made() -> None:
     assert "built-in text, 16 × 512 tokens, seed 7, SHA-256" in body
     assert "damping 0.01, sweeps 2" in body
     assert "- not quantized: `lm_head`\n" in body
+
+
+def test_layers_with_widths_of_their_own() -> None:
+    layers = [row.name for row in layer_rows(2)]
+    own = {**dict.fromkeys([name for name in layers if "down_proj" in name], (4, 8)), layers[0]: (3,)}
+    _, body = split(render_card(make_report(format=Format((2, 8), 64, layer_widths=own))))
+    assert "- served at 4 or 8 bits only: 2 of the 14 quantized layers;" in body
+    assert "- served at 3 bits only: 1 of the 14 quantized layers;" in body
+    # Two bits read planes 3 and 4 of these layers, which thus lie in the shards of two bits.
+    assert "| `model-width3-*` | what lifts width 2 to 3: needed from 8 bits on |" in body
+    assert "served at" not in render_card(make_report())
 
 
 def test_nothing_measured() -> None:
