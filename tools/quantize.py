@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a setting of the method, such as sequential_up_to=0, or of nested-tuned tuning.iterations=100 and "
+        help="change a setting of the method, such as end_to_end.up_to=4, or of nested-tuned tuning.iterations=100 and "
         "tuning.device=cuda; may be given several times",
     )
     parser.add_argument(

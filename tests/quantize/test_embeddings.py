@@ -244,13 +244,13 @@ def test_bytes_are_foreseen(
     )
     source, method = SourceModel(model), METHODS["rtn"]((2, 3, 8))
     format_ = plan_format(source, method, 32, [], quantize_embeddings=True)
-    plan = make_plan(source, tmp_path, method, format_, NO_COST, 128, activations_on_disk=False)
+    plan = make_plan(source, tmp_path, method, format_, NO_COST, (4, 32), activations_on_disk=False)
     run(model, tmp_path / "out", text_file)
     assert plan.files == {width: tensor_bytes(tmp_path / "out", width) for width in (2, 3, 8)}
     assert plan.disk == plan.output + sum(finished)
     weights = VOCABULARY * 64 * (1 if tied else 2)
     plain = make_plan(
-        source, tmp_path, method, plan_format(source, method, 32, []), NO_COST, 128, activations_on_disk=False
+        source, tmp_path, method, plan_format(source, method, 32, []), NO_COST, (4, 32), activations_on_disk=False
     )
     stored = 4 * VOCABULARY * 64 * (2 if both or not tied else 1)
     assert plain.files[8] - plan.files[8] == stored - weights - 3 * weights // 32 * 4

@@ -174,7 +174,7 @@ def test_group_sizes_of_single_layers(llama: Path, text_file: Path, tmp_path: Pa
     }
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
     plan = make_plan(
-        source, tmp_path, method, format_, Cost([0.0] * 5, [0.0] * 3, [0.0] * 3), 0, activations_on_disk=False
+        source, tmp_path, method, format_, Cost([0.0] * 5, [0.0] * 3, [0.0] * 3), (0, 0), activations_on_disk=False
     )
     quantize(source, tmp_path / "output", method, format_, settings)
     checkpoint = open_checkpoint(tmp_path / "output")
@@ -213,7 +213,7 @@ def test_widths_of_single_layers(llama: Path, text_file: Path, tmp_path: Path) -
     assert format_.layer_widths == own
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
     cost = Cost([0.0] * 5, [0.0] * 3, [0.0] * 3)
-    plan = make_plan(source, tmp_path, method, format_, cost, 0, activations_on_disk=False)
+    plan = make_plan(source, tmp_path, method, format_, cost, (0, 0), activations_on_disk=False)
     errors = quantize(source, output, method, format_, settings).errors
     assert {name: tuple(found) for name, found in errors.items() if tuple(found) != method.widths} == own
 

@@ -42,6 +42,7 @@ def tensor_bytes(folder: Path, width: int) -> int:
         ("rtn", (2, 8), 32, ["k_proj", r"layers\.0\."], "qwen3"),
         ("rtn", (4,), "channel", [], "gemma2"),
         ("matgptq", (2, 3, 5), 8, ["down_proj"], "llama"),
+        ("nested", (2, 3, 8), 32, ["down_proj"], "llama"),
     ],
 )
 def test_bytes_of_the_files(
@@ -62,10 +63,10 @@ def test_bytes_of_the_files(
         WorkFolder,
         "begin_publishing",
         lambda self: finished.extend(
-            spec.nbytes for file in self.path.glob("*.safetensors") for spec in read_header(file).values()
+            spec.nbytes for file in self.path.rglob("*.safetensors") for spec in read_header(file).values()
         ),
     )
-    plan = make_plan(source, tmp_path, chosen, format_, NO_COST, 128, activations_on_disk=False)
+    plan = make_plan(source, tmp_path, chosen, format_, NO_COST, (4, 32), activations_on_disk=False)
     quantize(source, tmp_path / "out", chosen, format_, settings)
     assert plan.files == {width: tensor_bytes(tmp_path / "out", width) for width in widths}
     assert plan.output == max(plan.files.values())
@@ -77,20 +78,22 @@ def test_activations_in_memory_or_on_disk(llama: Path, tmp_path: Path) -> None:
     format_ = plan_format(source, method, "auto", [])
     tokens = 10**6
     in_memory, on_disk = (
-        make_plan(source, tmp_path, method, format_, NO_COST, tokens, activations_on_disk=where)
+        make_plan(source, tmp_path, method, format_, NO_COST, (1, tokens), activations_on_disk=where)
         for where in (False, True)
     )
-    size = tokens * 64 * 4 * (2 + len(method.followed_widths))
+    size = tokens * 64 * 4 * 2
     assert in_memory.memory["activations"] == size
     assert "activations" not in on_disk.memory
-    assert on_disk.disk == in_memory.disk + size
+    # Of each group scale, centre, the scale at the start, and two moments of the first two.
+    groups = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)  # one a row: "auto" takes the whole of 64 or 128 columns
+    assert on_disk.disk == in_memory.disk + size + 7 * 4 * groups
 
 
 def test_held_out_text(llama: Path, tmp_path: Path) -> None:
     source, method = SourceModel(llama), METHODS["rtn"]((2, 3, 8))
     format_ = plan_format(source, method, "auto", [])
     plans = [
-        make_plan(source, tmp_path, method, format_, NO_COST, 0, (4, 10**6), activations_on_disk=where)
+        make_plan(source, tmp_path, method, format_, NO_COST, (0, 0), (4, 10**6), activations_on_disk=where)
         for where in (False, True)
     ]
     size = 4 * 10**6 * 64 * 4 * (2 + 3)
@@ -163,7 +166,7 @@ def test_70b(llama_70b: Path, text_file: Path, tmp_path: Path) -> None:
     assert plan.files[2] == weights // 4 + decoder + others
     assert plan.files[4] == plan.files[2] + 2 * weights // 8 + decoder
     assert plan.files[8] == plan.files[4] + 4 * weights // 8 + decoder == plan.output
-    assert plan.disk == plan.output + weights + 3 * decoder
+    assert plan.disk == plan.output + weights + 3 * decoder + decoder  # 2 bits twice: before training and after
     block = 4 * weights // 80
     assert plan.memory["block"] == block
     # Less than the whole model takes, and far more than a block.

@@ -59,9 +59,9 @@ class Activations:
         self.windows = len(tokens)
         tokens = ranks.spread(tokens)
         shape = (*tokens.shape, source.hidden_size)
-        self.reference = _allocate(shape, folder)
-        self._outputs = _allocate(shape, folder)
-        self.slices = {width: _allocate(shape, folder) for width in widths}
+        self.reference = allocate(shape, folder)
+        self._outputs = allocate(shape, folder)
+        self.slices = {width: allocate(shape, folder) for width in widths}
         self._arguments = source.embed(tokens, self.reference)
         for hidden in self.slices.values():
             hidden.copy_(self.reference)
@@ -106,7 +106,7 @@ class Activations:
             run_block(block, inputs, outputs, self.arguments, BATCH_TOKENS, replacing)
 
 
-def _allocate(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
+def allocate(shape: Sequence[int], folder: Path | None = None) -> torch.Tensor:
     """A float32 tensor, in a file on the disk of ``folder`` if given."""
     if folder is None:
         return torch.empty(shape)

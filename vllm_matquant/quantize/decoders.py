@@ -104,7 +104,7 @@ class DecoderFit:
         Returns:
             Decoder with values that float16 holds exactly.
         """
-        chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * self._groups * 4))
+        chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * 4))
         parts = [
             self._fit(self._target[part], codes[part], previous[part], width)
             for part in (slice(start, start + chunk) for start in range(0, max(1, self._rows), chunk))
@@ -120,7 +120,10 @@ class DecoderFit:
         # The normal equations of (scales, offsets); a Cholesky decomposition reads their lower triangle only.
         normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64)
         grouped = centred.unflatten(1, (groups, self._group_size)).transpose(0, 1)  # [groups, rows, group_size]
-        normal[:, :groups, :groups] = self._per_group((grouped @ self._by_group).mul_(centred)).permute(1, 2, 0)
+        for group, (values, hessian) in enumerate(zip(grouped, self._by_group, strict=True)):
+            columns = (group + 1) * self._group_size
+            products = (values @ hessian[:, :columns]).mul_(centred[:, :columns])
+            normal[:, group, : group + 1] = products.unflatten(1, (-1, self._group_size)).sum(-1)
         normal[:, groups:, :groups] = (grouped @ self._column_sums).permute(1, 2, 0)
         normal[:, groups:, groups:] = self._offsets_normal
         right_scales, right_offsets = self._per_group(centred * target).double(), self._per_group(target).double()

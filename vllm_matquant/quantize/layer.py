@@ -20,8 +20,8 @@ class QuantizedLayer:
     Attributes:
         codes: uint8 [out_features, in_features], parent codes.
         decoders: for each width of the layer, ascending, with values that float16 holds exactly.
-        errors: relative output error on the calibration text at each width, see :func:`relative_error`; empty for a
-            method without Hessians.
+        errors: relative output error on the calibration text at each width, see :func:`relative_error`, before decoders
+            are trained end to end; empty for a method without Hessians.
     """
 
     codes: torch.Tensor
@@ -90,5 +90,9 @@ def output_energies(
 
     given = list(zip(layer.decoders.values(), weights, sliced, hessians, strict=True))
     lost = ranks.totals([energy(weight - decoder.decode(codes), hessian) for decoder, weight, codes, hessian in given])
-    whole = ranks.totals([energy(weight, hessian) for _, weight, _, hessian in given])
+    known: dict[tuple[int, int], float] = {}  # most widths share weight and Hessian
+    for _, weight, _, hessian in given:
+        if (id(weight), id(hessian)) not in known:
+            known[id(weight), id(hessian)] = energy(weight, hessian)
+    whole = ranks.totals([known[id(weight), id(hessian)] for _, weight, _, hessian in given])
     return dict(zip(layer.decoders, zip(lost, whole, strict=True), strict=True))

@@ -14,6 +14,7 @@ from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 
@@ -41,6 +42,16 @@ class Method(ABC):
     def followed_widths(self) -> tuple[int, ...]:
         """Widths whose slices' own activations the method wants to see."""
         return ()
+
+    @property
+    def training(self) -> EndToEndSettings | None:
+        """How decoders are trained on the whole model's predictions when all layers are quantized, if at all."""
+        return None
+
+    @property
+    def trained_widths(self) -> tuple[int, ...]:
+        """Widths whose decoders are trained so."""
+        return tuple(width for width in self.widths if self.training and width <= self.training.up_to)
 
     @abstractmethod
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs
 from vllm_matquant.quantize.decoders import Decoder, DecoderFit, cell_centres, parent_grid
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import LayerMethod
@@ -34,19 +35,25 @@ class Nested(LayerMethod):
         sequential_up_to: widths up to this one make up for what the quantized layers before did to their inputs, see
             :mod:`vllm_matquant.quantize.sequential`; 0 for none.
         drift_tokens: calibration tokens to measure that on.
+        end_to_end: how decoders are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
     """
 
     growth: float = 2.25
     widest_factor: float = 3.0
     sweeps: int = 2
-    sequential_up_to: int = 3
+    sequential_up_to: int = 0
     drift_tokens: int = 16384
+    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
 
     name: ClassVar[str] = "nested"
 
     @property
     def followed_widths(self) -> tuple[int, ...]:
         return tuple(width for width in self.widths if width <= self.sequential_up_to)
+
+    @property
+    def training(self) -> EndToEndSettings:
+        return self.end_to_end
 
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         yield from self.solve_stages(task, self.collect(task))

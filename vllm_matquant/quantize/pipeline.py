@@ -23,6 +23,7 @@ from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
 from vllm_matquant.quantize.embeddings import head_hessian, layer_method, quantize_rows
+from vllm_matquant.quantize.end_to_end import EndToEnd
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.machine import describe_machine
 from vllm_matquant.quantize.method import Method
@@ -195,9 +196,11 @@ def dry_run(
     if method.needs_calibration:
         _calibrate(source, settings)
     cost = measure_cost(method, format_.group_size, settings.sequence_length)
-    tokens = settings.samples * settings.sequence_length if method.needs_calibration else 0
+    calibration = (settings.samples, settings.sequence_length) if method.needs_calibration else (0, 0)
     windows = (0, 0) if held_out is None else (held_out.shape[0], held_out.shape[1])
-    return make_plan(source, output, method, format_, cost, tokens, windows, activations_on_disk=activations_on_disk)
+    return make_plan(
+        source, output, method, format_, cost, calibration, windows, activations_on_disk=activations_on_disk
+    )
 
 
 def quantize(
@@ -261,9 +264,14 @@ def quantize(
         ranks.wait()  # for the work folder
         clock.lap("prepare")
         folder = work.path if activations_on_disk else None
-        _quantize_layers(source, method, format_, calibration, work, folder)
+        states = _quantize_layers(source, method, format_, calibration, work, folder)
         clock.lap("quantize")
         ranks.wait()  # for the last layers in it
+        if calibration and states is not None:
+            _train(source, method, format_, calibration, states, work, folder)
+            del states
+            ranks.wait()
+            clock.lap("train")
         quality = [] if held_out is None else _measure(source, held_out, format_, work, folder)
         clock.lap("evaluate")
         return quality
@@ -347,17 +355,26 @@ def _quantize_layers(
     calibration: Calibration | None,
     work: WorkFolder,
     folder: Path | None,
-) -> None:
-    """Quantize the blocks that are not finished, and then embedding and output head."""
+) -> torch.Tensor | None:
+    """Quantize the blocks that are not finished, and then embedding and output head.
+
+    Returns:
+        The outputs of the source's last block on the calibration text, float32 [sequences, length, hidden_size], if
+        decoders are still to be trained on them.
+    """
     blocks = [source.block_name(index) for index in range(source.block_count)]
     outer = source.outer_layers(format_)
     finished = ranks.from_first(work.finished([*blocks, *outer]))
-    if finished == len(blocks) + len(outer):
-        return
-    # The activations are gone before the rows of a vocabulary come.
-    head = source.owner(source.output_head) if source.output_head else None
-    hessian = _quantize_blocks(source, method, format_, calibration, work, folder, needs_hessian=head in outer)
     left = list(outer)[max(0, finished - len(blocks)) :]
+    trains = bool(_untrained(method, work))
+    if finished == len(blocks) + len(outer) and not trains:
+        return None
+    states = _quantize_blocks(source, method, format_, calibration, work, folder)
+    head = source.owner(source.output_head) if source.output_head else None
+    hessian = head_hessian(source, states) if states is not None and head in left else None
+    # The activations are gone before the rows of a vocabulary come.
+    kept = states if trains else None
+    del states
     total = sum(outer[name][0] for name in left)
     with tqdm(total=total, desc="embeddings", unit="row", smoothing=0, disable=_silent() or not left) as progress:
         for name in left:
@@ -367,6 +384,38 @@ def _quantize_layers(
             layer = quantize_rows(source, name, own, group_size, moments, progress.update)
             if ranks.is_first():
                 work.save(name, {name: layer})
+    return kept
+
+
+def _untrained(method: Method, work: WorkFolder) -> list[int]:
+    """The widths whose decoders are still to be trained."""
+    widths = method.trained_widths
+    done = ranks.from_first(sum(work.is_trained(width) for width in widths))
+    return list(widths[done:])
+
+
+@torch.no_grad()
+def _train(
+    source: SourceModel,
+    method: Method,
+    format_: Format,
+    calibration: Calibration,
+    states: torch.Tensor,
+    work: WorkFolder,
+    folder: Path | None,
+) -> None:
+    """Train the decoders of the widths that are not finished, one after the other.
+
+    Args:
+        states: see :func:`_quantize_layers`.
+    """
+    if not (settings := method.training):
+        return
+    for width in _untrained(method, work):
+        trained = EndToEnd(source, format_, width, work.load, calibration.tokens, states, settings, folder).train()
+        if ranks.is_first():
+            work.save_trained(width, trained)
+        ranks.wait()  # for what the next width must not count as its own
 
 
 def _quantize_blocks(
@@ -376,13 +425,11 @@ def _quantize_blocks(
     calibration: Calibration | None,
     work: WorkFolder,
     folder: Path | None,
-    *,
-    needs_hessian: bool,
 ) -> torch.Tensor | None:
     """Quantize the blocks that are not finished; what they are given is made anew from the finished ones.
 
     Returns:
-        The Hessian of the output head, float32 [in_features, in_features], if it is needed and there is a calibration.
+        The outputs of the source's last block on the calibration text, if there is one.
     """
     names = [source.block_name(index) for index in range(source.block_count)]
     finished = ranks.from_first(work.finished(names))
@@ -395,7 +442,7 @@ def _quantize_blocks(
     with tqdm(total=total, initial=done, desc="quantizing", unit="layer", smoothing=0, disable=_silent()) as progress:
         for index in range(finished, len(names)):
             _quantize_block(_block_task(source, index, format_, activations), method, work, progress)
-    return head_hessian(source, activations.reference) if activations and needs_hessian else None
+    return activations.reference if activations else None
 
 
 # A block is an argument and nothing else, so that it is gone before the next one is loaded.

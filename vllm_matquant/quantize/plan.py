@@ -15,16 +15,20 @@ import torch
 from vllm_matquant.checkpoint.packing import PACKED_CODES
 from vllm_matquant.checkpoint.spec import BASE_BITS, DECODER_DTYPE, Format
 from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.embeddings import part_rows
+from vllm_matquant.quantize.end_to_end import HEAD_TOKENS
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.probe import Cost
 from vllm_matquant.quantize.report.wording import duration, size
 from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.training import TrainedDecoder
 
 _FLOAT = torch.float32.itemsize
 _SHARD_BYTES = (2**27, 2**31)  # the least and the most that the writer may hold in memory
 _LOGITS_BYTES = 20  # that the comparison of two widths takes for a token and word of the vocabulary
 _PACKING_BYTES = 8  # that a weight takes while its code is taken apart into bits
+_TRAINED_BYTES = 3 * _FLOAT  # that a weight of one layer takes while its decoder takes a step
 _DECODING_BYTES = 3 * _FLOAT  # that a weight takes while it is decoded
 
 
@@ -72,7 +76,7 @@ def make_plan(
     method: Method,
     format_: Format,
     cost: Cost,
-    tokens: int,
+    calibration: tuple[int, int],
     held_out: tuple[int, int] = (0, 0),
     *,
     activations_on_disk: bool,
@@ -81,9 +85,10 @@ def make_plan(
 
     Args:
         cost: of the method, see :func:`vllm_matquant.quantize.probe.measure_cost`.
-        tokens: of the calibration text; 0 for a method without calibration.
-        held_out: windows of the held-out text, and tokens in each.
+        calibration: windows of the calibration text, and tokens in each; zeros for a method without calibration.
+        held_out: likewise of the held-out text.
     """
+    tokens = math.prod(calibration)
     shards = _shard_sizes(source, format_)
     files = {
         width: sum(size for stored, size in shards.items() if stored <= format_.stored_width(width))
@@ -92,17 +97,20 @@ def make_plan(
     state = source.hidden_size * _FLOAT
     calibrating = {"activations": tokens * state * (2 + len(method.followed_widths))}
     measuring = {"activations of the held-out text": math.prod(held_out) * state * (2 + len(format_.widths))}
+    training = _training_activations(source, method, format_, calibration)
     # One is gone before the other is made.
-    activations = max(calibrating["activations"], *measuring.values())
+    activations = max(calibrating["activations"], *measuring.values(), sum(training.values()))
     shapes = source.skeleton.quantized_layers(format_)
     finished = {name: _finished_bytes(format_, name, *shape) for name, shape in shapes.items()}
+    kept = sum(finished.values()) + _trained_bytes(source, method, format_)
     outer = source.outer_layers(format_).values()
     seconds = sum(cost.seconds(*shape, tokens) for shape in source.quantized_linears(format_).values())
     seconds += sum(_outer_seconds(source, cost, *shape, tokens) for shape in outer)
+    seconds += _training_seconds(source, method, format_, cost, calibration)
     return Plan(
         files=files,
         output=shards.total(),
-        disk=shards.total() + sum(finished.values()) + (activations if activations_on_disk else 0),
+        disk=shards.total() + kept + (activations if activations_on_disk else 0),
         free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
         memory=_peak_memory(
             source,
@@ -110,7 +118,9 @@ def make_plan(
             format_,
             cost,
             {} if activations_on_disk else calibrating,
+            {} if activations_on_disk else training,
             {} if activations_on_disk else measuring,
+            calibration[1],
             held_out[1],
         ),
         seconds=seconds,
@@ -135,10 +145,50 @@ def _outer_seconds(source: SourceModel, cost: Cost, rows: int, columns: int, tok
     return math.ceil(rows / part) * cost.seconds(part, columns, 0) + cost.seconds(0, columns, tokens)
 
 
+def _training_seconds(
+    source: SourceModel, method: Method, format_: Format, cost: Cost, calibration: tuple[int, int]
+) -> float:
+    """To train decoders end to end."""
+    windows, length = calibration
+    if not method.training:
+        return 0.0
+    # A block's weights are in four products: run twice, and two gradients. The head's are in three.
+    weights = 3 / 4 * math.prod(max(source.skeleton.embeddings.values()))
+    weights += sum(rows * columns for rows, columns in source.quantized_linears(format_).values())
+    tokens = method.training.steps(windows) * method.training.sequences * length
+    return len(method.trained_widths) * tokens * weights * cost.training
+
+
+def _training_activations(
+    source: SourceModel, method: Method, format_: Format, calibration: tuple[int, int]
+) -> dict[str, int]:
+    """Bytes that lie in memory or on disk while decoders are trained."""
+    if not method.trained_widths:
+        return {}
+    groups = sum(
+        rows * columns // format_.group_size_of(columns, name)
+        for name, (rows, columns) in source.quantized_linears(format_).items()
+    )
+    return {
+        "activations": 2 * math.prod(calibration) * source.hidden_size * _FLOAT,
+        "decoders in training": TrainedDecoder.VALUES * groups * _FLOAT,
+    }
+
+
 def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
     """Bytes of a layer in the work folder: codes, and the decoders of its widths."""
     groups = columns // format_.group_size_of(columns, name)
     return rows * columns + 2 * len(format_.widths_of(name)) * rows * groups * DECODER_DTYPE.itemsize
+
+
+def _trained_bytes(source: SourceModel, method: Method, format_: Format) -> int:
+    """Bytes of the decoders in the work folder that training has changed."""
+    return sum(
+        2 * rows * columns // format_.group_size_of(columns, name) * DECODER_DTYPE.itemsize
+        for name, (rows, columns) in source.quantized_linears(format_).items()
+        for width in method.trained_widths
+        if width in format_.widths_of(name)
+    )
 
 
 def _peak_memory(
@@ -147,20 +197,27 @@ def _peak_memory(
     format_: Format,
     cost: Cost,
     calibrating: dict[str, int],
+    training: dict[str, int],
     measuring: dict[str, int],
+    calibration_window: int,
     window: int,
 ) -> dict[str, int]:
     """Bytes by what takes them, in the stage of the work that takes most.
 
     Args:
         calibrating: activations in memory while blocks are quantized.
+        training: likewise, while decoders are trained.
         measuring: likewise, while the quality is measured.
+        calibration_window: tokens in a window of the calibration text.
         window: tokens in a window of the held-out text; 0 without one.
     """
     blocks = range(source.block_count)
     outer = source.outer_layers(format_)
     stages = [_block_memory(source, index, method, format_, cost) | calibrating for index in blocks]
     stages += [_outer_memory(source, format_, cost, name, *shape) for name, shape in outer.items()]
+    if method.training and method.trained_widths:
+        tokens = method.training.sequences * calibration_window
+        stages += [_training_memory(source, index, format_, tokens) | training for index in blocks]
     if window:
         stages += [_decoded_block_memory(source, index, format_) | measuring for index in blocks]
         stages.append(_logits_memory(source, outer, window) | measuring)
@@ -208,6 +265,22 @@ def _decoded_block_memory(source: SourceModel, index: int, format_: Format) -> d
         "its codes": sum(_finished_bytes(format_, name, *shape) for name, shape in quantized.items()),
         "its slice": _FLOAT * sum(weights) + _DECODING_BYTES * max(weights, default=0),
         "a batch in the block": BATCH_TOKENS * _FLOAT * sum(rows for rows, _ in shapes.values()),
+    }
+
+
+def _training_memory(source: SourceModel, index: int, format_: Format, tokens: int) -> dict[str, int]:
+    """Of a block that the decoders are trained of, on so many tokens in a step."""
+    shapes = source.block_linears(index).values()
+    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
+    weights = [rows * columns for rows, columns in shapes]
+    # Of all layers the codes of the parent and of the slice, the weight and its gradient.
+    block = (2 + 2 * products_dtype().itemsize) * sum(weights)
+    return {
+        "block in training": block + _TRAINED_BYTES * max(weights),
+        "a batch in the block": 2 * tokens * _FLOAT * sum(rows + columns for rows, columns in shapes),
+        "inputs of all blocks": (source.block_count + 1) * tokens * source.hidden_size * _FLOAT,
+        "output head": 2 * _FLOAT * vocabulary * hidden_size,
+        "log-probabilities": _LOGITS_BYTES * vocabulary * HEAD_TOKENS,
     }
 
 

@@ -21,7 +21,11 @@ from torch.utils._pytree import tree_leaves
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, GroupSize
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.device import products_dtype
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.training import TrainedDecoder
 
 # (rows, columns, windows of text) of the trials: far apart in each, so that the terms can be told apart.
 _TIME_TRIALS = (
@@ -45,11 +49,13 @@ class Cost:
         time: of a layer, in seconds.
         first: memory at the worst, in bytes, of a block of one layer; besides the block and the activations.
         further: what every other layer of the block adds.
+        training: seconds for each weight and token of a step of training end to end.
     """
 
     time: Sequence[float]
     first: Sequence[float]
     further: Sequence[float]
+    training: float = 0.0
 
     def seconds(self, rows: int, columns: int, tokens: int) -> float:
         """To quantize a layer, calibrated on so many tokens."""
@@ -92,7 +98,24 @@ def measure_cost(method: Method, group_size: GroupSize, sequence_length: int) ->
         time=_fit(time_terms, seconds),
         first=_fit(memory_terms, first),
         further=_fit(memory_terms, [max(1, two - one) for two, one in zip(both, first, strict=True)]),
+        training=min(_train(method.training, sequence_length) for _ in range(3)) if method.training else 0.0,
     )
+
+
+def _train(settings: EndToEndSettings, sequence_length: int) -> float:
+    """Seconds for each weight and token of a step on a layer, as :class:`EndToEnd` takes it."""
+    size, group, tokens = 1024, 64, settings.sequences * sequence_length
+    trained = TrainedDecoder(Decoder(torch.ones(size, size // group), torch.zeros(size, size // group)), 2)
+    codes = torch.zeros(size, size, dtype=torch.uint8)
+    inputs = torch.zeros(tokens, size, dtype=products_dtype())
+    start = time.perf_counter()
+    for _ in range(2):  # forwards, and once more before it goes backwards
+        floats = codes.float()
+        weight = trained.decode(floats).to(inputs.dtype)
+        outputs = inputs @ weight.T
+    _, gradient = outputs @ weight, outputs.T @ inputs
+    trained.step(trained.slopes(gradient, floats), 0.0, 1)
+    return (time.perf_counter() - start) / (size * size * tokens)
 
 
 def _time_terms(rows: int, columns: int, tokens: int) -> list[float]:

@@ -5,6 +5,7 @@ the checkpoint is published:
 
     settings.json           what the work depends on; a run with other settings must not go on from here
     <block>.safetensors     parent codes, decoders and errors of the layers of one finished block
+    trained-<width>/        a file for each block: decoders of this width that training end to end has changed since
     publishing              there once the checkpoint's own files may lie in the output folder
 
 Whoever writes to the output folder holds its lock (:mod:`vllm_matquant.checkpoint.staging`), and so that of this one.
@@ -103,6 +104,32 @@ class WorkFolder:
         os.replace(temporary, path)
         sync_folder(self.path)
 
+    def save_trained(self, width: int, blocks: Mapping[str, Mapping[str, Decoder]]) -> None:
+        """Keep decoders of one width that shall take the place of those in :meth:`save`; all are there, or none.
+
+        Args:
+            blocks: for each block the decoders of its layers, by their full names.
+        """
+        folder = self._trained(width)
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for block, decoders in blocks.items():
+            tensors = {
+                f"{name}.{part}": values.to(DECODER_DTYPE).contiguous()
+                for name, decoder in decoders.items()
+                for part, values in (("scale", decoder.scale), ("offset", decoder.offset))
+            }
+            save_file(tensors, temporary / f"{block}.safetensors")
+            sync_file(temporary / f"{block}.safetensors")
+        sync_folder(temporary)
+        os.rename(temporary, folder)
+        sync_folder(self.path)
+
+    def is_trained(self, width: int) -> bool:
+        """Whether :meth:`save_trained` has kept the decoders of ``width``."""
+        return self._trained(width).is_dir()
+
     def load(self, block: str, widths_of: Callable[[str], Iterable[int]]) -> dict[str, QuantizedLayer]:
         """The layers that :meth:`save` kept.
 
@@ -114,20 +141,21 @@ class WorkFolder:
         """
         path = self._file(block)
         read_header(path)
+        layers: dict[str, QuantizedLayer] = {}
         with safe_open(path, framework="pt") as file:
-            return {
-                name: QuantizedLayer(
-                    file.get_tensor(f"{name}.codes"),
-                    {
-                        width: Decoder(
-                            *(file.get_tensor(f"{name}.{part}{width}").float() for part in ("scale", "offset"))
-                        )
-                        for width in widths_of(name)
-                    },
-                    dict(errors),
-                )
-                for name, errors in json.loads(file.metadata()[_ERRORS]).items()
-            }
+            for name, errors in json.loads(file.metadata()[_ERRORS]).items():
+                decoders = {r: _decoder(file, f"{name}.scale{r}", f"{name}.offset{r}") for r in widths_of(name)}
+                layers[name] = QuantizedLayer(file.get_tensor(f"{name}.codes"), decoders, dict(errors))
+        for width in sorted({width for layer in layers.values() for width in layer.decoders}):
+            trained = self._trained(width) / path.name
+            if not trained.is_file():
+                continue
+            read_header(trained)
+            with safe_open(trained, framework="pt") as file:
+                tensors = sorted(file.keys())
+                for name in {tensor.rpartition(".")[0] for tensor in tensors}:
+                    layers[name].decoders[width] = _decoder(file, f"{name}.scale", f"{name}.offset")
+        return layers
 
     def begin_publishing(self) -> None:
         """Note that the checkpoint's files are about to come to the output folder."""
@@ -141,6 +169,13 @@ class WorkFolder:
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"
+
+    def _trained(self, width: int) -> Path:
+        return self.path / f"trained-{width}"
+
+
+def _decoder(file: Any, scale: str, offset: str) -> Decoder:
+    return Decoder(file.get_tensor(scale).float(), file.get_tensor(offset).float())
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -200,10 +200,14 @@ class SourceModel:
                 raise TensorValueError(self.folder / self._file_of[name], name, "NaN or infinity", "finite weights")
             progress(tensor.nbytes)
 
-    def load_block(self, index: int) -> torch.nn.Module:
-        """Decoder block ``index`` with its weights in float32."""
+    def load_block(self, index: int, without: Container[str] = ()) -> torch.nn.Module:
+        """Decoder block ``index`` with its weights in float32.
+
+        Args:
+            without: full names of layers whose weights are not read and stay on the meta device.
+        """
         block = copy.deepcopy(self._decoder.layers[index])
-        self._load_into(block, self.block_name(index) + ".")
+        self._load_into(block, self.block_name(index) + ".", without=without)
         return block.eval()
 
     def embed(
@@ -266,9 +270,13 @@ class SourceModel:
 
         return final
 
-    def load_head(self) -> Head:
-        """What the model does after its last block, with weights in float32."""
-        model, last = self._load_last(lambda name: True)
+    def head_weight(self) -> torch.Tensor:
+        """The weight that gives the logits, [vocabulary, hidden_size], as it is stored."""
+        return self.tensor(f"{self.owner(self.output_head or self.embedding or '')}.weight")
+
+    def load_head(self, device: str = "cpu") -> Head:
+        """What the model does after its last block, with weights in float32 on ``device``."""
+        model, last = self._load_last(lambda name: True, device)
 
         def head(hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
             last.forward = lambda *_, **__: hidden
@@ -278,11 +286,12 @@ class SourceModel:
 
         return head
 
-    def _load_last(self, wanted: Callable[[str], bool]) -> tuple[PreTrainedModel, torch.nn.Module]:
+    def _load_last(self, wanted: Callable[[str], bool], device: str = "cpu") -> tuple[PreTrainedModel, torch.nn.Module]:
         """The model with its last block alone, and that block, which has no weights.
 
         Args:
             wanted: which of the other parameters to load in float32, by their names.
+            device: to load them on.
         """
         model = copy.deepcopy(self._model)
         decoder = model.get_decoder()
@@ -291,7 +300,9 @@ class SourceModel:
         asked = [name for name in model.state_dict() if name.removesuffix(".weight") not in self.skeleton.embeddings]
         names = [name for name in asked if wanted(name)]
         stored = {name: self.skeleton.tied.get(name, name) for name in names}
-        state = {name: self.tensor(name if name in self._file_of else stored[name]).float() for name in names}
+        state = {
+            name: self.tensor(name if name in self._file_of else stored[name]).to(device).float() for name in names
+        }
         model.load_state_dict(state, strict=False, assign=True)
         decoder.layers = torch.nn.ModuleList([last])
         return model.eval(), last
@@ -306,11 +317,13 @@ class SourceModel:
         prefix: str,
         tokens: torch.Tensor | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        without: Container[str] = (),
     ) -> None:
         """Load the parameters of ``module`` in float32; of an input embedding only the rows of ``tokens``.
 
         Args:
             embedding: see :meth:`embed`.
+            without: see :meth:`load_block`.
         """
 
         def load(name: str) -> torch.Tensor:
@@ -322,7 +335,8 @@ class SourceModel:
             table[tokens] = embedding(tokens) if embedding else stored[tokens].float()
             return table
 
-        module.load_state_dict({name: load(name) for name in module.state_dict()}, assign=True)
+        names = [name for name in module.state_dict() if (prefix + name).removesuffix(".weight") not in without]
+        module.load_state_dict({name: load(name) for name in names}, strict=not without, assign=True)
 
     def _build_empty_model(self) -> PreTrainedModel:
         fields = {name: value for name, value in self.config.items() if name != "model_type"}

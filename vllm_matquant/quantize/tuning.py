@@ -12,7 +12,7 @@ gradient of its own width and, as a code decides in which cell the wider ones li
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,9 +27,9 @@ from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.source import run_block
+from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
-_BETAS = 0.9, 0.99  # of Adam
 
 
 @dataclass(frozen=True)
@@ -76,28 +76,22 @@ class TunedLayer:
         self._start = layer
         self._widths = widths
         self._coupling = settings.coupling
-        self._group_size = weight.shape[1] // layer.decoders[widths[0]].scale.shape[1]
-        self._positions, self._decoders, self._moments = [], [], []
-        self._start_scales = []
+        self._positions, self._decoders = [], []
+        group_size = weight.shape[1] // layer.decoders[widths[0]].scale.shape[1]
         for width in widths:
             decoder = Decoder(layer.decoders[width].scale.to(device), layer.decoders[width].offset.to(device))
             codes = slice_codes(layer.codes, PARENT_BITS, width, "truncate").to(device).float()
-            scale, offset = self._expand(decoder.scale), self._expand(decoder.offset)
+            scale, offset = (values.repeat_interleave(group_size, dim=1) for values in (decoder.scale, decoder.offset))
             exact = (weight.to(device) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny) + 0.5
             # Inside the cell that the solver chose: next to the border where the solver overruled the nearest level.
             self._positions.append(torch.clamp(exact, codes + _MARGIN, codes + 1 - _MARGIN))
-            self._decoders.append(decoder)
-            self._start_scales.append(decoder.scale)
-            self._moments.append(torch.zeros(2, 2, *decoder.scale.shape, device=device))
+            self._decoders.append(TrainedDecoder(decoder, width))
         self._codes = self._nested_codes()
 
     def weights(self) -> list[torch.Tensor]:
         """The decoded weight of each width: float32 [out_features, in_features]."""
         self._codes = self._nested_codes()
-        return [
-            codes * self._expand(decoder.scale) + self._expand(decoder.offset)
-            for codes, decoder in zip(self._codes, self._decoders, strict=True)
-        ]
+        return [trained.decode(codes) for codes, trained in zip(self._codes, self._decoders, strict=True)]
 
     def step(self, gradients: Sequence[torch.Tensor], position_rate: float, decoder_rate: float, step: int) -> None:
         """One step of the optimizer.
@@ -109,7 +103,8 @@ class TunedLayer:
             step: counts from 1.
         """
         for place, gradient in enumerate(gradients):
-            self._step_decoder(place, gradient, decoder_rate, step)
+            trained = self._decoders[place]
+            trained.step(trained.slopes(gradient, self._codes[place]), decoder_rate, step)
             direction = gradient.clone()
             for wider in gradients[place + 1 :]:
                 direction.add_(wider, alpha=self._coupling)
@@ -126,8 +121,8 @@ class TunedLayer:
         lowest = tuned << (PARENT_BITS - widest)
         parents = self._start.codes.to(torch.int32).clamp(lowest, lowest + 2 ** (PARENT_BITS - widest) - 1)
         decoders = {
-            width: Decoder(decoder.scale.cpu(), decoder.offset.cpu()).stored()
-            for width, decoder in zip(self._widths, self._decoders, strict=True)
+            width: Decoder(trained.decoder.scale.cpu(), trained.decoder.offset.cpu()).stored()
+            for width, trained in zip(self._widths, self._decoders, strict=True)
         }
         return parents.to(torch.uint8), decoders
 
@@ -141,26 +136,6 @@ class TunedLayer:
                 floor = floor.clamp(lowest, lowest + (cell - 1))
             codes.append(floor)
         return codes
-
-    def _step_decoder(self, place: int, gradient: torch.Tensor, rate: float, step: int) -> None:
-        decoder, start = self._decoders[place], self._start_scales[place]
-        # Around the middle of the codes, scale and offset hardly depend on each other.
-        middle = (2 ** self._widths[place] - 1) / 2
-        slopes = torch.stack([self._sums(gradient * (self._codes[place] - middle)), self._sums(gradient)]) * start
-        first, second = self._moments[place]
-        first.lerp_(slopes, 1 - _BETAS[0])
-        second.lerp_(slopes.square(), 1 - _BETAS[1])
-        change = first / (1 - _BETAS[0] ** step) / ((second / (1 - _BETAS[1] ** step)).sqrt() + 1e-12)
-        scale_change, centre_change = -rate * start * change
-        self._decoders[place] = Decoder(
-            decoder.scale + scale_change, decoder.offset + centre_change - middle * scale_change
-        )
-
-    def _expand(self, values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(self._group_size, dim=1)
-
-    def _sums(self, values: torch.Tensor) -> torch.Tensor:
-        return values.unflatten(1, (-1, self._group_size)).sum(dim=2)
 
 
 def token_error(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -193,7 +168,8 @@ def tune_block(
     sources = activations.outputs(task.block)
     teacher = _teacher(task, layers) if settings.distillation else None
     arguments = to_device(activations.arguments, device)
-    for step, batch in enumerate(_batches(len(sources), settings), start=1):
+    order = batches(len(sources), settings.iterations, settings.sequences, settings.seed)
+    for step, batch in enumerate(order, start=1):
         target = sources[batch].to(device)
         weights = {name: layer.weights() for name, layer in tuned.items()}
         gradients: dict[str, list[torch.Tensor]] = {name: [] for name in tuned}
@@ -216,18 +192,6 @@ def tune_block(
             rate = 2 * settings.position_range / settings.iterations * remaining
             layer.step(gradients[name], rate, settings.decoder_rate * remaining, step)
     return tuned
-
-
-def _batches(sequences: int, settings: TuningSettings) -> Iterator[list[int]]:
-    """Places of this rank's windows in each step: epochs in random order."""
-    size = -(-settings.sequences // ranks.count())
-    generator = torch.Generator().manual_seed(settings.seed)
-    order: list[int] = []
-    for _ in range(settings.iterations):
-        if len(order) < min(size, sequences):
-            order = torch.randperm(sequences, generator=generator).tolist()
-        batch, order = order[:size], order[size:]
-        yield batch
 
 
 def _teacher(task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> torch.Tensor:

@@ -22,7 +22,8 @@ class LayerRow:
         name: its full name in the source.
         shape: (out_features, in_features).
         errors: relative output error on the calibration text at each width of the model, see
-            :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
+            :func:`vllm_matquant.quantize.layer.relative_error`, before decoders are trained end to end; empty for a
+            method without Hessians.
     """
 
     name: str

@@ -1,0 +1,215 @@
+"""Decoders trained on the whole model's predictions, against gradients of the whole model by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.quantize import device, end_to_end, pipeline
+from vllm_matquant.quantize.baselines import RoundToNearest
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
+from vllm_matquant.quantize.layer import QuantizedLayer
+from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.training import TrainedDecoder
+
+WIDTHS = (2, 3, 5, 8)
+GROUP = 32
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 whatever the processor."""
+    monkeypatch.setattr(device, "_has_bfloat16_instructions", lambda: False)
+
+
+def tokens_of(seed: int, windows: int = 4, length: int = 24) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Model:
+    """A source rounded to nearest at once, and the same in transformers."""
+
+    def __init__(self, folder: Path, tokens: torch.Tensor, **plan: Any) -> None:
+        self.source, self.tokens = SourceModel(folder), tokens
+        method = RoundToNearest(WIDTHS)
+        self.format = plan_format(self.source, method, GROUP, plan.pop("ignore", []), **plan)
+        shapes = self.source.skeleton.quantized_layers(self.format)
+        self.layers = {
+            name: method.with_widths(self.format.widths_of(name)).quantize(
+                self.source.tensor(f"{name}.weight").float(), torch.empty(0), GROUP
+            )
+            for name in shapes
+        }
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        states: list[torch.Tensor] = []
+        last = self.model.get_decoder().layers[-1]
+        hook = last.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+        with torch.no_grad():
+            self.expected = self.model(tokens).logits.log_softmax(-1)
+        hook.remove()
+        self.states = states[0]
+
+    def load(self, name: str, widths_of: Callable[[str], tuple[int, ...]]) -> dict[str, QuantizedLayer]:
+        return {
+            layer: QuantizedLayer(each.codes, {width: each.decoders[width] for width in widths_of(layer)})
+            for layer, each in self.layers.items()
+            if layer == name or layer.startswith(f"{name}.")
+        }
+
+    def training(self, width: int, settings: EndToEndSettings, folder: Path | None = None) -> EndToEnd:
+        return EndToEnd(self.source, self.format, width, self.load, self.tokens, self.states, settings, folder)
+
+    def divergence(self, weights: dict[str, torch.Tensor], windows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Mean KL divergence with these weights in the place of the source's."""
+        named = {f"{name}.weight": weight for name, weight in weights.items()}
+        logits = functional_call(self.model, named, (self.tokens[windows],)).logits.log_softmax(-1)
+        expected = self.expected[windows]
+        return (expected.exp() * (expected - logits)).sum(-1).mean()
+
+    def decoded(self, width: int, decoders: dict[str, Decoder] | None = None) -> dict[str, torch.Tensor]:
+        """The weights of a slice, with other decoders where given."""
+        weights = {}
+        for name, layer in self.layers.items():
+            own = layer if name not in (decoders or {}) else replace(layer, decoders={width: (decoders or {})[name]})
+            weights[name] = own.decode(width, "truncate")
+        return weights
+
+
+def recorded_slopes(
+    model: Model, width: int, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> dict[str, torch.Tensor]:
+    """The derivatives of the first step, taken on all windows."""
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(TrainedDecoder, "step", lambda self, slopes, rate, step: found.append(slopes))
+    all_windows = EndToEndSettings(epochs=1, sequences=len(model.tokens), **settings)
+    training = model.training(width, all_windows)
+    training.train()
+    names = [name for block in reversed(training._trained) for name in block]
+    return dict(zip(names, found, strict=True))
+
+
+def expected_slopes(model: Model, width: int) -> dict[str, torch.Tensor]:
+    """The same by torch alone."""
+    middle = (2**width - 1) / 2
+    weights, changes = model.decoded(width), {}
+    for name, layer in model.layers.items():
+        if width not in layer.decoders or ".layers." not in name:
+            continue
+        decoder, sliced = layer.decoders[width], (layer.codes >> (8 - width)).float()
+        change = torch.zeros(2, *decoder.scale.shape, requires_grad=True)
+        scale = decoder.scale * (1 + change[0])
+        centre = decoder.offset + middle * decoder.scale + change[1] * decoder.scale
+        weights[name] = (sliced - middle) * scale.repeat_interleave(GROUP, 1) + centre.repeat_interleave(GROUP, 1)
+        changes[name] = change
+    gradients = torch.autograd.grad(model.divergence(weights), list(changes.values()))
+    return dict(zip(changes, gradients, strict=True))
+
+
+def assert_same_slopes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, slopes in expected.items():
+        assert slopes.abs().max() > 0, name
+        torch.testing.assert_close(found[name], slopes, rtol=1e-3, atol=1e-3 * float(slopes.abs().max()))
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_gradients_of_every_architecture(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(write_source(tmp_path, model_type), tokens_of(0))
+    assert_same_slopes(recorded_slopes(model, 2, monkeypatch), expected_slopes(model, 2))
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_at_every_width(width: int, seed: int, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(llama, tokens_of(seed, 3, 17 + seed))
+    monkeypatch.setattr(end_to_end, "HEAD_TOKENS", 5)  # parts that end within windows
+    assert_same_slopes(recorded_slopes(model, width, monkeypatch), expected_slopes(model, width))
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_where_embeddings_are_quantized(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slice begins with its own embedding and ends with its own head."""
+    model = Model(write_source(tmp_path, tie_word_embeddings=tied), tokens_of(1), quantize_embeddings=True)
+    assert len([name for name in model.layers if ".layers." not in name]) == (1 if tied else 2)
+    assert_same_slopes(recorded_slopes(model, 3, monkeypatch), expected_slopes(model, 3))
+
+
+@pytest.mark.usefixtures("exact")
+def test_layers_without_the_width_are_served_but_not_trained(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"ignore": ["o_proj"], "bits_for": [("down_proj", (5, 8)), ("v_proj", (3,))]}
+    model = Model(llama, tokens_of(2), **rules)
+    found = recorded_slopes(model, 2, monkeypatch)
+    assert_same_slopes(found, expected_slopes(model, 2))
+    assert {name.rsplit(".", 1)[1] for name in found} == {"q_proj", "k_proj", "gate_proj", "up_proj"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_model_gets_better(width: int, on_disk: bool, llama: Path, tmp_path: Path) -> None:
+    model = Model(llama, tokens_of(3, 8))
+    before = float(model.divergence(model.decoded(width)))
+    settings = EndToEndSettings(epochs=10, sequences=2, rate=0.01)
+    trained = model.training(width, settings, tmp_path if on_disk else None).train()
+    decoders = {name: decoder for block in trained.values() for name, decoder in block.items()}
+    assert float(model.divergence(model.decoded(width, decoders))) < 0.8 * before
+    for decoder in decoders.values():
+        assert torch.equal(decoder.scale, decoder.scale.half().float())
+        assert torch.equal(decoder.offset, decoder.offset.half().float())
+    assert list(tmp_path.iterdir()) == []
+
+
+def quantized(source: Path, output: Path, text: Path, settings: EndToEndSettings, **options: Any) -> None:
+    model, method = SourceModel(source), Nested(WIDTHS, end_to_end=settings)
+    chosen = CalibrationSettings(str(text), samples=4, sequence_length=32)
+    quantize(model, output, method, plan_format(model, method, GROUP, []), chosen, **options)
+
+
+def test_only_decoders_of_trained_widths_change(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for name, up_to in (("none", 0), ("some", 3)):
+        quantized(llama, tmp_path / name, text_file, EndToEndSettings(up_to=up_to, epochs=2))
+    none, some = open_checkpoint(tmp_path / "none"), open_checkpoint(tmp_path / "some")
+    for layer in none.layers:
+        assert torch.equal(none.codes(layer, 8), some.codes(layer, 8))
+        for width in WIDTHS:
+            before, after = none.decoder(layer, width), some.decoder(layer, width)
+            assert torch.equal(before[0], after[0]) == torch.equal(before[1], after[1]) == (width > 3), (layer, width)
+
+
+def test_what_was_trained_is_not_trained_again(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off while the second width is trained, and taken up again: the same bytes."""
+    settings = EndToEndSettings(up_to=5)
+    quantized(llama, tmp_path / "whole", text_file, settings)
+    train, widths = EndToEnd.train, list[int]()
+
+    def recorded(self: EndToEnd, fail_at: int | None = None) -> Any:
+        widths.append(self._width)
+        if self._width == fail_at:
+            raise KeyboardInterrupt
+        return train(self)
+
+    monkeypatch.setattr(pipeline.EndToEnd, "train", lambda self: recorded(self, 3))
+    with pytest.raises(KeyboardInterrupt):
+        quantized(llama, tmp_path / "out", text_file, settings)
+    monkeypatch.setattr(pipeline.EndToEnd, "train", recorded)
+    quantized(llama, tmp_path / "out", text_file, settings, resume=True)
+    assert widths == [2, 3, 3, 5]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name

@@ -1,0 +1,79 @@
+"""Decoders that follow Adam, and the order of the windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.training import TrainedDecoder, batches
+
+
+def random_decoder(seed: int, rows: int = 5, groups: int = 3) -> Decoder:
+    generator = torch.Generator().manual_seed(seed)
+    return Decoder(torch.rand(rows, groups, generator=generator) + 0.1, torch.randn(rows, groups, generator=generator))
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+@pytest.mark.parametrize("seed", range(3))
+def test_the_start_is_the_decoder(width: int, seed: int) -> None:
+    start = random_decoder(seed)
+    codes = torch.randint(2**width, (5, 48), generator=torch.Generator().manual_seed(seed))
+    trained = TrainedDecoder(start, width)
+    torch.testing.assert_close(trained.decode(codes.float()), start.decode(codes.to(torch.uint8)))
+    torch.testing.assert_close(trained.decoder.scale, start.scale)
+    torch.testing.assert_close(trained.decoder.offset, start.offset)
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_are_those_of_torch(width: int, seed: int) -> None:
+    """On relative changes of the scale and of the value at the middle of the codes, with torch's own gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    start = random_decoder(seed)
+    codes = torch.randint(2**width, (5, 48), generator=generator).float()
+    target = torch.randn(5, 48, generator=generator)
+    middle = (2**width - 1) / 2
+    changes = torch.zeros(2, 5, 3, requires_grad=True)
+    optimizer = torch.optim.Adam([changes], betas=(0.9, 0.99), eps=1e-12)
+    trained = TrainedDecoder(start, width)
+
+    def expand(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(16, dim=1)
+
+    for step in range(1, 6):
+        rate = 0.01 / step
+        optimizer.param_groups[0]["lr"] = rate
+        scale = start.scale * (1 + changes[0])
+        centre = start.offset + middle * start.scale + start.scale * changes[1]
+        weight = (codes - middle) * expand(scale) + expand(centre)
+        torch.testing.assert_close(trained.decode(codes), weight.detach(), rtol=1e-4, atol=1e-4)
+        optimizer.zero_grad()
+        ((weight - target) ** 2).sum().backward()
+        slopes = trained.slopes(2 * (weight.detach() - target), codes)
+        torch.testing.assert_close(slopes, changes.grad, rtol=1e-4, atol=1e-3)
+        optimizer.step()
+        trained.step(slopes, rate, step)
+    assert not torch.equal(trained.decoder.scale, start.scale)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_every_window_is_seen_once_in_an_epoch(size: int) -> None:
+    taken = list(batches(8, 16, size, seed=0))
+    assert all(0 < len(batch) <= size for batch in taken)
+    seen: list[int] = []
+    for batch in taken:
+        seen += batch
+    epochs = [sorted(seen[start : start + 8]) for start in range(0, len(seen) - 7, 8)]
+    if 8 % size == 0:
+        assert epochs == [list(range(8))] * len(epochs)
+    assert len(set(map(tuple, taken))) > 1 or size == 8
+    assert taken == list(batches(8, 16, size, seed=0))
+    assert taken != list(batches(8, 16, size, seed=1))
+
+
+def test_each_rank_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    assert [len(batch) for batch in batches(6, 3, 8, seed=0)] == [2, 2, 2]
+    assert [len(batch) for batch in batches(6, 3, 2, seed=0)] == [1, 1, 1]

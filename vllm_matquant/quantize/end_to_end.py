@@ -1,0 +1,235 @@
+"""Decoders trained on the predictions of the whole model, one width after the other.
+
+A method that sees a block at a time cannot know what an error does to the model's predictions. When every layer is
+quantized, the scales and offsets of a width follow the gradient of the KL divergence from the source's predictions to
+the slice's on the calibration text (as EfficientQAT, arXiv 2407.11062, section 3.3, trains scales on a text's own
+words). The codes stay as they are, and each width has decoders of its own: what one width gains costs the others
+nothing.
+
+A step goes through the blocks forwards and then backwards. Between the two it keeps what each block was given and runs
+the block once more, so that memory holds one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+from tqdm import tqdm
+
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
+from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.activations import allocate
+from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
+from vllm_matquant.quantize.layer import QuantizedLayer
+from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.training import TrainedDecoder, batches
+
+HEAD_TOKENS = 128  # for which logits are computed at a time
+
+LoadLayers = Callable[[str, Callable[[str], tuple[int, ...]]], dict[str, QuantizedLayer]]
+"""Gives the layers of the block, or the one outside of blocks, of a name, with decoders of the widths asked for."""
+
+
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How to train decoders on the model's predictions.
+
+    Attributes:
+        up_to: widest width to train; 0 for none.
+        epochs: how often each window of the calibration text is seen.
+        sequences: windows of it in a step, rounded up to as many on each rank.
+        rate: of Adam, relative to each scale; falls to zero with the square root of the steps that are left.
+        device: torch device to train on; "cuda" is a GPU of its own for each rank.
+        seed: of the windows' order.
+    """
+
+    up_to: int = 3
+    epochs: float = 0.5
+    sequences: int = 1
+    rate: float = 1.5e-3
+    device: str = "cpu"
+    seed: int = 0
+
+    def steps(self, windows: int) -> int:
+        """How many steps are taken on a text of so many windows."""
+        return max(1, round(self.epochs * windows / self.sequences))
+
+
+class EndToEnd:
+    """The training of one width's decoders in a finished model.
+
+    Args:
+        source: the model.
+        format_: of the checkpoint in the making; truncated slices.
+        width: to train.
+        load: gives the finished layers.
+        tokens: int64 [windows, length], the whole calibration text.
+        expected: float32 [sequences, length, hidden_size], the outputs of the source's last block on this rank's
+            windows of it.
+        settings: how to train.
+        folder: see :class:`vllm_matquant.quantize.activations.Activations`; of what is kept for each decoder too.
+    """
+
+    def __init__(
+        self,
+        source: SourceModel,
+        format_: Format,
+        width: int,
+        load: LoadLayers,
+        tokens: torch.Tensor,
+        expected: torch.Tensor,
+        settings: EndToEndSettings,
+        folder: Path | None = None,
+    ) -> None:
+        self._source, self._format, self._width, self._load = source, format_, width, load
+        self._settings, self._steps = settings, settings.steps(len(tokens))
+        self._device = ranks.own_device(settings.device)
+        self._expected = expected
+        self._blocks = [source.block_name(index) for index in range(source.block_count)]
+        self._trained = [self._begin(block, folder) for block in self._blocks]
+        self._inputs = allocate(expected.shape, folder)
+        embedding = self._outer_layer(source.embedding)
+        rows = None if embedding is None else lambda ids: embedding[ids].decode(width, format_.slicing)
+        self._arguments = to_device(source.embed(ranks.spread(tokens), self._inputs, rows), self._device)
+        self._head = source.load_head(self._device)
+        self._source_head = self._slice_head = self._for_products(source.head_weight())
+        if (head := self._outer_layer(source.output_head)) is not None:
+            self._slice_head = self._for_products(head.decode(width, format_.slicing))
+
+    @torch.no_grad()
+    def train(self) -> dict[str, dict[str, Decoder]]:
+        """Take all steps.
+
+        Returns:
+            For each block the decoders of its layers that have this width, with values that float16 holds exactly.
+        """
+        order = batches(len(self._inputs), self._steps, self._settings.sequences, self._settings.seed)
+        title = f"training {self._width} bits"
+        progress = tqdm(order, title, self._steps, unit="step", smoothing=0, disable=not ranks.is_first())
+        for step, batch in enumerate(progress, start=1):
+            states = [self._inputs[batch].to(self._device)]
+            for index in range(len(self._blocks)):
+                states.append(self._forward(index, states[-1]))
+            divergence, slope = self._divergence(states.pop(), self._expected[batch].to(self._device))
+            rate = self._settings.rate * (1 - (step - 1) / self._steps) ** 0.5
+            for index in reversed(range(len(self._blocks))):
+                slope = self._backward(index, states.pop(), slope, rate, step)
+            progress.set_postfix_str(f"KL {divergence:.3f}")
+        return {
+            block: {name: _stored(each.decoder) for name, each in trained.items()}
+            for block, trained in zip(self._blocks, self._trained, strict=True)
+        }
+
+    def _begin(self, block: str, folder: Path | None) -> dict[str, TrainedDecoder]:
+        """What is trained of a block: a layer with other widths than the model may have none of this width."""
+        decoders = {
+            name: layer.decoders[self._width]
+            for name, layer in self._layers(block).items()
+            if self._width in layer.decoders
+        }
+        return {
+            name: TrainedDecoder(
+                Decoder(decoder.scale.to(self._device), decoder.offset.to(self._device)),
+                self._width,
+                lambda shape: allocate(shape, folder).to(self._device),
+            )
+            for name, decoder in decoders.items()
+        }
+
+    def _layers(self, name: str) -> dict[str, QuantizedLayer]:
+        return self._load(name, lambda layer: (served_width(self._format.widths_of(layer), self._width),))
+
+    def _outer_layer(self, name: str | None) -> QuantizedLayer | None:
+        """The input embedding or the output head, if it is quantized."""
+        owner = self._source.owner(name) if name else None
+        return self._layers(owner)[owner] if owner in self._source.outer_layers(self._format) else None
+
+    def _for_products(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._device, products_dtype(self._device))
+
+    def _prepare(self, index: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A block, its parameters as the slice has them by their names in it, and the codes of the trained layers."""
+        name = self._blocks[index]
+        layers, trained = self._layers(name), self._trained[index]
+        block = self._source.load_block(index, without=layers)
+        parameters = {key: value.to(self._device) for key, value in block.state_dict().items() if not value.is_meta}
+        codes: dict[str, torch.Tensor] = {}
+        for layer_name, layer in layers.items():
+            if layer_name in trained:
+                sliced = slice_codes(layer.codes, PARENT_BITS, self._width, self._format.slicing)
+                codes[layer_name] = sliced.to(self._device)
+                weight = trained[layer_name].decode(codes[layer_name].float())
+            else:
+                weight = layer.decode(self._width, self._format.slicing)
+            parameters[_parameter(layer_name, name)] = self._for_products(weight)
+        return block, parameters, codes
+
+    def _run(
+        self, index: int, block: torch.nn.Module, parameters: dict[str, torch.Tensor], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        with fast_products(self._device):
+            output = functional_call(block, parameters, (hidden,), self._arguments[index])
+        return (output[0] if isinstance(output, tuple) else output).float()
+
+    def _forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        block, parameters, _ = self._prepare(index)
+        return self._run(index, block, parameters, hidden)
+
+    def _backward(self, index: int, hidden: torch.Tensor, slope: torch.Tensor, rate: float, step: int) -> torch.Tensor:
+        """Train the decoders of a block.
+
+        Args:
+            hidden: what it was given, float32 [sequences, length, hidden_size].
+            slope: the loss's derivative by what it made of that.
+
+        Returns:
+            The loss's derivative by ``hidden``.
+        """
+        block, parameters, codes = self._prepare(index)
+        trained = self._trained[index]
+        leaves = [parameters[_parameter(name, self._blocks[index])].requires_grad_() for name in codes]
+        with torch.enable_grad():
+            output = self._run(index, block, parameters, hidden.requires_grad_())
+            first, *others = torch.autograd.grad(output, [hidden, *leaves], slope)
+        found = [trained[name].slopes(each, codes[name].float()) for name, each in zip(codes, others, strict=True)]
+        for name, slopes in zip(codes, ranks.means(found), strict=True):
+            trained[name].step(slopes, rate, step)
+        return first
+
+    def _divergence(self, hidden: torch.Tensor, expected: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean KL divergence from the source's predictions to the slice's, in nats per token, and its derivative.
+
+        Args:
+            hidden, expected: outputs of the last block, float32 [sequences, length, hidden_size].
+        """
+        slopes, total = torch.empty_like(hidden), 0.0
+        tokens = hidden.shape[0] * hidden.shape[1]
+        # Few tokens at a time: their logits over a whole vocabulary are larger than their hidden states by far.
+        parts = zip(*(each.flatten(0, 1).split(HEAD_TOKENS) for each in (hidden, expected, slopes)), strict=True)
+        for state, target, slope in parts:
+            with fast_products(self._device):
+                wanted = self._head(target[None], self._source_head)[0].float().log_softmax(dim=-1)
+                with torch.enable_grad():
+                    leaf = state[None].requires_grad_()
+                    logits = self._head(leaf, self._slice_head)
+            found = logits[0].detach().float().log_softmax(dim=-1)
+            probabilities = wanted.exp()
+            total += float(wanted.sub_(found).mul_(probabilities).sum())
+            gradient = found.exp_().sub_(probabilities).div_(tokens).to(logits.dtype)
+            slope.copy_(torch.autograd.grad(logits, leaf, gradient[None])[0][0])
+        return total / tokens, slopes
+
+
+def _parameter(layer: str, block: str) -> str:
+    """The name of a layer's weight within its block."""
+    return f"{layer.removeprefix(f'{block}.')}.weight"
+
+
+def _stored(decoder: Decoder) -> Decoder:
+    return Decoder(decoder.scale.cpu(), decoder.offset.cpu()).stored()
