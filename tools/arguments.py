@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 # Must stand before the first import of torch, whose threads would otherwise spin while they wait: on a machine
-# that does anything else they slow each other manyfold.
+# that does anything else they slow each other manyfold. A few turns are good: most waits are shorter than a sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS

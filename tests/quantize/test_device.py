@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_matquant.quantize.device import fast_moments, fast_products
+from vllm_matquant.quantize.device import fast_moments, fast_products, products_dtype
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:
@@ -17,10 +17,10 @@ def test_bfloat16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch, in
     layer, inputs = torch.nn.Linear(8, 4), torch.randn(2, 8)
     pretend(monkeypatch, **{instructions: True})
     with fast_products(), torch.no_grad():
-        assert layer(inputs).dtype == torch.bfloat16
+        assert layer(inputs).dtype == products_dtype() == torch.bfloat16
     pretend(monkeypatch)
     with fast_products(), torch.no_grad():
-        assert layer(inputs).dtype == torch.float32
+        assert layer(inputs).dtype == products_dtype() == torch.float32
 
 
 def test_moments_are_exact_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

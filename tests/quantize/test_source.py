@@ -108,6 +108,28 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     assert "lm_head.weight" not in source.tensor_names
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_of_the_output_head(tied: bool, tmp_path: Path) -> None:
+    folder = write_source(tmp_path, tie_word_embeddings=tied)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_output_embeddings().weight
+    assert torch.equal(SourceModel(folder).head_weight(), expected)
+
+
+def test_a_block_without_some_of_its_weights(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = SourceModel(llama), []
+    whole = source.load_block(1).state_dict()
+    tensor = source.tensor
+    monkeypatch.setattr(source, "tensor", lambda name: read.append(name) or tensor(name))
+    left_out = {name for name in source.block_linears(1) if "o_proj" not in name}
+    weights = {f"{name}.weight".removeprefix(f"{source.block_name(1)}.") for name in left_out}
+    found = source.block_parameters(1, without=left_out)
+    assert set(found) == set(whole) - weights  # biases and norms are there
+    assert all(torch.equal(value, whole[name]) for name, value in found.items())
+    assert len(read) == len(found)
+    assert all(parameter.is_meta for parameter in source.empty_block(1).parameters())
+    assert not source.empty_block(1).training
+
+
 def test_tensors_that_are_no_parameters_are_left_out(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in SourceModel(spoiled).tensor_names

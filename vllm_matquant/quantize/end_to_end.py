@@ -153,12 +153,12 @@ class EndToEnd:
     def _for_products(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device, products_dtype(self._device))
 
-    def _prepare(self, index: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """A block, its parameters as the slice has them by their names in it, and the codes of the trained layers."""
+    def _prepare(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A block's parameters as the slice has them, by their names within it, and the codes of its trained layers."""
         name = self._blocks[index]
         layers, trained = self._layers(name), self._trained[index]
-        block = self._source.load_block(index, without=layers)
-        parameters = {key: value.to(self._device) for key, value in block.state_dict().items() if not value.is_meta}
+        others = self._source.block_parameters(index, without=layers)
+        parameters = {key: value.to(self._device) for key, value in others.items()}
         codes: dict[str, torch.Tensor] = {}
         for layer_name, layer in layers.items():
             if layer_name in trained:
@@ -168,18 +168,16 @@ class EndToEnd:
             else:
                 weight = layer.decode(self._width, self._format.slicing)
             parameters[_parameter(layer_name, name)] = self._for_products(weight)
-        return block, parameters, codes
+        return parameters, codes
 
-    def _run(
-        self, index: int, block: torch.nn.Module, parameters: dict[str, torch.Tensor], hidden: torch.Tensor
-    ) -> torch.Tensor:
+    def _run(self, index: int, parameters: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         with fast_products(self._device):
-            output = functional_call(block, parameters, (hidden,), self._arguments[index])
+            output = functional_call(self._source.empty_block(index), parameters, (hidden,), self._arguments[index])
         return (output[0] if isinstance(output, tuple) else output).float()
 
     def _forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        block, parameters, _ = self._prepare(index)
-        return self._run(index, block, parameters, hidden)
+        parameters, _ = self._prepare(index)
+        return self._run(index, parameters, hidden)
 
     def _backward(self, index: int, hidden: torch.Tensor, slope: torch.Tensor, rate: float, step: int) -> torch.Tensor:
         """Train the decoders of a block.
@@ -191,11 +189,11 @@ class EndToEnd:
         Returns:
             The loss's derivative by ``hidden``.
         """
-        block, parameters, codes = self._prepare(index)
+        parameters, codes = self._prepare(index)
         trained = self._trained[index]
         leaves = [parameters[_parameter(name, self._blocks[index])].requires_grad_() for name in codes]
         with torch.enable_grad():
-            output = self._run(index, block, parameters, hidden.requires_grad_())
+            output = self._run(index, parameters, hidden.requires_grad_())
             first, *others = torch.autograd.grad(output, [hidden, *leaves], slope)
         found = [trained[name].slopes(each, codes[name].float()) for name, each in zip(codes, others, strict=True)]
         for name, slopes in zip(codes, ranks.means(found), strict=True):

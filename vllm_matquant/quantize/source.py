@@ -200,15 +200,25 @@ class SourceModel:
                 raise TensorValueError(self.folder / self._file_of[name], name, "NaN or infinity", "finite weights")
             progress(tensor.nbytes)
 
-    def load_block(self, index: int, without: Container[str] = ()) -> torch.nn.Module:
-        """Decoder block ``index`` with its weights in float32.
+    def load_block(self, index: int) -> torch.nn.Module:
+        """Decoder block ``index`` with its weights in float32."""
+        block = copy.deepcopy(self._decoder.layers[index])
+        self._load_into(block, self.block_name(index) + ".")
+        return block.eval()
+
+    def empty_block(self, index: int) -> torch.nn.Module:
+        """Decoder block ``index`` with parameters on the meta device, to be called with others; not to be changed."""
+        return self._decoder.layers[index]
+
+    def block_parameters(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:
+        """Parameters of decoder block ``index`` in float32, by their names within it.
 
         Args:
-            without: full names of layers whose weights are not read and stay on the meta device.
+            without: full names of layers whose weights are left out and not read.
         """
-        block = copy.deepcopy(self._decoder.layers[index])
-        self._load_into(block, self.block_name(index) + ".", without=without)
-        return block.eval()
+        prefix = self.block_name(index) + "."
+        names = [name for name in self.empty_block(index).state_dict() if not _is_weight_of(prefix + name, without)]
+        return {name: self.tensor(prefix + name).float() for name in names}
 
     def embed(
         self,
@@ -317,13 +327,11 @@ class SourceModel:
         prefix: str,
         tokens: torch.Tensor | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        without: Container[str] = (),
     ) -> None:
         """Load the parameters of ``module`` in float32; of an input embedding only the rows of ``tokens``.
 
         Args:
             embedding: see :meth:`embed`.
-            without: see :meth:`load_block`.
         """
 
         def load(name: str) -> torch.Tensor:
@@ -335,15 +343,14 @@ class SourceModel:
             table[tokens] = embedding(tokens) if embedding else stored[tokens].float()
             return table
 
-        names = [name for name in module.state_dict() if (prefix + name).removesuffix(".weight") not in without]
-        module.load_state_dict({name: load(name) for name in names}, strict=not without, assign=True)
+        module.load_state_dict({name: load(name) for name in module.state_dict()}, assign=True)
 
     def _build_empty_model(self) -> PreTrainedModel:
         fields = {name: value for name, value in self.config.items() if name != "model_type"}
         config = AutoConfig.for_model(self.config["model_type"], **fields)
         # Parameters stay on the meta device; buffers, such as rotary frequencies, are no part of a checkpoint.
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     def _locate_tensors(self) -> dict[str, str]:
         index = self.folder / INDEX_FILE
@@ -378,6 +385,10 @@ class SourceModel:
                 raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(shape)} by {CONFIG_FILE}")
             if found.dtype not in UNQUANTIZED_DTYPES:
                 raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)))
+
+
+def _is_weight_of(parameter: str, layers: Container[str]) -> bool:
+    return parameter.endswith(".weight") and parameter.removesuffix(".weight") in layers
 
 
 def run_block(
