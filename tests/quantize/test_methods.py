@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.columns import LayerInputs
+from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.methods import METHODS, settings_of, with_settings
 from vllm_matquant.quantize.nested import Nested
@@ -135,6 +137,10 @@ def test_relative_error_of_a_layer_of_zeros() -> None:
 def test_settings() -> None:
     changed = with_settings(Nested((2, 8)), ["growth=3", "sweeps=0", "sequential_up_to=0"])
     assert changed == Nested((2, 8), growth=3.0, sweeps=0, sequential_up_to=0)
+    assert with_settings(changed, ["refit=False", "activation_order=0"]) == replace(
+        changed, refit=False, activation_order=False
+    )
+    assert with_settings(replace(changed, refit=False), ["refit=true"]) == changed
     tuned = with_settings(
         NestedTuned((2, 8)), ["tuning.iterations=7", "tuning.device=cuda:1", "tuning.distillation=0.5"]
     )
@@ -151,11 +157,35 @@ def test_settings() -> None:
         ("widths=2", "found 'widths=2'"),
         ("growth", "setting growth: found '', expected one such as 2.25"),
         ("sweeps=1.5", "setting sweeps: found '1.5', expected one such as 2"),
+        ("refit=maybe", "setting refit: found 'maybe', expected true or false"),
+        ("end_to_end.up_to=x", "setting end_to_end.up_to: found 'x', expected one such as 3"),
     ],
 )
 def test_settings_that_are_none(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_settings(Nested((2, 8)), [setting])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_decoders_without_refit_are_the_grid(seed: int, random_layer: Callable[..., Layer]) -> None:
+    weight, hessian = random_layer(8, 64, seed)
+    layer = Nested((2, 3, 8), refit=False).quantize(weight, hessian, 32)
+    grid = parent_grid(weight, 32)
+    for width, decoder in layer.decoders.items():
+        expected = cell_centres(grid, width).stored()
+        assert torch.equal(decoder.scale, expected.scale)
+        assert torch.equal(decoder.offset, expected.offset)
+
+
+def test_columns_from_left_to_right(random_layer: Callable[..., Layer]) -> None:
+    _, hessian = random_layer(8, 64, 0)
+    assert LayerInputs.of([hessian], 0.01, activation_order=False).order.tolist() == list(range(64))
+    diagonal = hessian.diagonal()[LayerInputs.of([hessian], 0.01).order]
+    assert (diagonal.diff() <= 0).all()
+    ordered, unordered = (
+        Nested((2,), activation_order=on).quantize(*random_layer(8, 64, 0), 32).codes for on in (True, False)
+    )
+    assert not torch.equal(ordered, unordered)
 
 
 def test_rounding_to_nearest_has_no_settings_of_its_own() -> None:

@@ -68,9 +68,16 @@ class LayerInputs:
     factors: Sequence[torch.Tensor]
 
     @classmethod
-    def of(cls, hessians: Sequence[torch.Tensor], damping: float) -> LayerInputs:
-        """From ``hessians``, one for each width; where widths share one, as the same tensor, work is shared too."""
+    def of(cls, hessians: Sequence[torch.Tensor], damping: float, activation_order: bool = True) -> LayerInputs:
+        """From ``hessians``, one for each width; where widths share one, as the same tensor, work is shared too.
+
+        Args:
+            damping: see :func:`damp`.
+            activation_order: visit columns in the order of the Hessian's diagonal, else from left to right.
+        """
         order = hessians[-1].diagonal().argsort(descending=True, stable=True)
+        if not activation_order:
+            order = torch.arange(len(order))
         damped = shared(lambda hessian: damp(hessian, damping), hessians)
         factors = shared(lambda hessian: inverse_factor(hessian[order][:, order]), damped)
         return cls(hessians, damped, order, factors)

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
 from vllm_matquant.quantize.decoders import Decoder
@@ -44,7 +44,8 @@ class EndToEndSettings:
         up_to: widest width to train; 0 for none.
         epochs: how often each window of the calibration text is seen.
         sequences: windows of it in a step, rounded up to as many on each rank.
-        rate: of Adam, relative to each scale; falls to zero with the square root of the steps that are left.
+        rate: of Adam at 2 bits, relative to each scale; with every bit more it is smaller by the square root of 2, as
+            there is less to mend. It falls to zero with the square root of the steps that are left.
         device: torch device to train on; "cuda" is a GPU of its own for each rank.
         seed: of the windows' order.
     """
@@ -110,6 +111,7 @@ class EndToEnd:
             For each block the decoders of its layers that have this width, with values that float16 holds exactly.
         """
         order = batches(len(self._inputs), self._steps, self._settings.sequences, self._settings.seed)
+        first_rate = self._settings.rate * 2 ** ((BASE_BITS - self._width) / 2)
         title = f"training {self._width} bits"
         progress = tqdm(order, title, self._steps, unit="step", smoothing=0, disable=not ranks.is_first())
         for step, batch in enumerate(progress, start=1):
@@ -117,7 +119,7 @@ class EndToEnd:
             for index in range(len(self._blocks)):
                 states.append(self._forward(index, states[-1]))
             divergence, slope = self._divergence(states.pop(), self._expected[batch].to(self._device))
-            rate = self._settings.rate * (1 - (step - 1) / self._steps) ** 0.5
+            rate = first_rate * (1 - (step - 1) / self._steps) ** 0.5
             for index in reversed(range(len(self._blocks))):
                 slope = self._backward(index, states.pop(), slope, rate, step)
             progress.set_postfix_str(f"KL {divergence:.3f}")

@@ -16,6 +16,9 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
+
+
 def settings_of(method: Any) -> Iterator[tuple[str, int | float | str]]:
     """The settings of a method and their values; those of a part of it by dotted names, such as "tuning.iterations"."""
     for field in fields(method):
@@ -30,7 +33,8 @@ def with_settings(method: Method, settings: Sequence[str]) -> Method:
     """The method with other settings.
 
     Args:
-        settings: each "NAME=VALUE"; a value is read as what the setting is now: a whole number, a number or a text.
+        settings: each "NAME=VALUE"; a value is read as what the setting is now: true or false, a whole number, a
+            number or a text.
 
     Raises:
         ValueError: there is no such setting, or the value is none for it.
@@ -40,10 +44,12 @@ def with_settings(method: Method, settings: Sequence[str]) -> Method:
         known = dict(settings_of(method))
         if name not in known:
             raise ValueError(f"setting: found {setting!r}, expected NAME=VALUE with one of {', '.join(known)}")
+        kind = type(known[name])
         try:
-            value = type(known[name])(text)
-        except ValueError as cause:
-            raise ValueError(f"setting {name}: found {text!r}, expected one such as {known[name]}") from cause
+            value = _SWITCH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as cause:
+            expected = "true or false" if kind is bool else f"one such as {known[name]}"
+            raise ValueError(f"setting {name}: found {text!r}, expected {expected}") from cause
         method = _replaced(method, name.split("."), value)
     return method
 

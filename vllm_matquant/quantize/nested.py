@@ -31,6 +31,8 @@ class Nested(LayerMethod):
         growth: lambda_r, the weight of width r in the choice of codes, is ``growth ** (r - 2)``: errors shrink fourfold
             or more with each bit, so equal weights would leave the wide slices to chance.
         widest_factor: on top of that, for the widest width, which must stay next to lossless.
+        activation_order: visit the columns in the order of the Hessian's diagonal, else from left to right.
+        refit: fit the decoders to the codes, after the first pass and after every sweep.
         sweeps: of coordinate descent.
         sequential_up_to: widths up to this one make up for what the quantized layers before did to their inputs, see
             :mod:`vllm_matquant.quantize.sequential`; 0 for none.
@@ -40,6 +42,8 @@ class Nested(LayerMethod):
 
     growth: float = 2.25
     widest_factor: float = 3.0
+    activation_order: bool = True
+    refit: bool = True
     sweeps: int = 2
     sequential_up_to: int = 0
     drift_tokens: int = 16384
@@ -75,7 +79,7 @@ class Nested(LayerMethod):
                 method = self.with_widths(task.widths.get(name, self.widths))
                 of_width = [drifts[width].hessian if width in drifts else hessian for width in method.widths]
                 if method.widths not in inputs:
-                    inputs[method.widths] = LayerInputs.of(of_width, self.damping)
+                    inputs[method.widths] = LayerInputs.of(of_width, self.damping, self.activation_order)
                 rows = len(linears[name].weight)
                 weight = linears[name].weight[ranks.own_rows(rows)]
                 corrected = {width: weight + weight @ correction for width, correction in corrections.items()}
@@ -87,7 +91,9 @@ class Nested(LayerMethod):
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
         count = len(self.widths)
-        return self.solve([weight] * count, LayerInputs.of([hessian] * count, self.damping), group_size)
+        return self.solve(
+            [weight] * count, LayerInputs.of([hessian] * count, self.damping, self.activation_order), group_size
+        )
 
     def solve(self, weights: Sequence[torch.Tensor], inputs: LayerInputs, group_size: int) -> QuantizedLayer:
         """Quantize a layer of which each width shall come close to a weight of its own.
@@ -124,5 +130,7 @@ class Nested(LayerMethod):
         return [made[id(weight), id(hessian)] for weight, hessian in zip(weights, hessians, strict=True)]
 
     def _refit(self, fits: Sequence[DecoderFit], codes: torch.Tensor, decoders: Sequence[Decoder]) -> list[Decoder]:
+        if not self.refit:
+            return [decoder.stored() for decoder in decoders]
         slices = zip(fits, self.slices(codes), decoders, self.widths, strict=True)
         return [fit(sliced, decoder, width) for fit, sliced, decoder, width in slices]

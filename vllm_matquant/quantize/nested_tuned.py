@@ -12,6 +12,7 @@ from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, damp
 from vllm_matquant.quantize.decoders import DecoderFit
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.tuning import TunedLayer, TuningSettings, tune_block
@@ -28,9 +29,9 @@ class NestedTuned(Nested):
         tuning: how.
     """
 
-    sequential_up_to: int = 4
     tuned_up_to: int = 4
     tuning: TuningSettings = field(default_factory=TuningSettings)
+    end_to_end: EndToEndSettings = field(default_factory=lambda: EndToEndSettings(up_to=4, epochs=1.0, rate=1e-3))
 
     name: ClassVar[str] = "nested-tuned"
     takes_layer_widths: ClassVar[bool] = False  # a block is trained at the widths of the model

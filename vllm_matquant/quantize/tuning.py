@@ -49,7 +49,7 @@ class TuningSettings:
         seed: of the windows' order.
     """
 
-    iterations: int = 200
+    iterations: int = 50
     sequences: int = 4
     position_range: float = 0.15
     decoder_rate: float = 2e-3
