@@ -25,8 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.baselines import RoundToNearest
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.resume import WorkFolder
 from vllm_matquant.quantize.source import SourceModel
 
 folder, text, room = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) * 2**20
@@ -65,10 +67,11 @@ config.save_pretrained(folder)
 """
 QUANTIZE = '''
 class Calibrated(RoundToNearest):
-    """The quickest choice of codes, behind all that calibration needs of memory; every parent is 8 bits wide."""
+    """The quickest choice of codes, between all that calibration and training end to end need of memory."""
 
     needs_calibration = True
     followed_widths = (2,)
+    training = EndToEndSettings(up_to=2)
 
     def quantize_block(self, task):
         hessians = HessianCollector(task.linears)
@@ -81,7 +84,11 @@ class Calibrated(RoundToNearest):
 
 source, method = SourceModel(folder), Calibrated((2, 8))
 settings = CalibrationSettings(text, samples=4, sequence_length=32)
+begun = set()
+load = WorkFolder.load
+WorkFolder.load = lambda self, block, widths_of: begun.add(self.is_trained(2)) or load(self, block, widths_of)
 quantize(source, folder / "nested", method, plan_format(source, method, 128, []), settings, activations_on_disk=True)
+assert begun == {False, True}  # loaded to be trained, and when that was done
 Activations(source, long_text, folder=folder)
 print(size, limit)
 '''

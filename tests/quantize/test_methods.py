@@ -155,7 +155,7 @@ def test_settings() -> None:
     [
         ("growht=3", r"setting: found 'growht=3', expected NAME=VALUE with one of damping, growth, .*"),
         ("widths=2", "found 'widths=2'"),
-        ("growth", "setting growth: found '', expected one such as 2.25"),
+        ("growth", "setting growth: found '', expected one such as 2.5"),
         ("sweeps=1.5", "setting sweeps: found '1.5', expected one such as 2"),
         ("refit=maybe", "setting refit: found 'maybe', expected true or false"),
         ("end_to_end.up_to=x", "setting end_to_end.up_to: found 'x', expected one such as 3"),

@@ -40,7 +40,7 @@ class Nested(LayerMethod):
         end_to_end: how decoders are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
     """
 
-    growth: float = 2.25
+    growth: float = 2.5
     widest_factor: float = 3.0
     activation_order: bool = True
     refit: bool = True

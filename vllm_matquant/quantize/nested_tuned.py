@@ -29,6 +29,7 @@ class NestedTuned(Nested):
         tuning: how.
     """
 
+    growth: float = 2.25
     tuned_up_to: int = 4
     tuning: TuningSettings = field(default_factory=TuningSettings)
     end_to_end: EndToEndSettings = field(default_factory=lambda: EndToEndSettings(up_to=4, epochs=1.0, rate=1e-3))
