@@ -19,6 +19,7 @@ from vllm_matquant.quantize.baselines import RoundToNearest
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer
+from vllm_matquant.quantize.methods import with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.source import SourceModel
@@ -213,3 +214,26 @@ def test_what_was_trained_is_not_trained_again(
     assert widths == [2, 3, 3, 5]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+@torch.no_grad()
+def test_a_rate_that_leads_nowhere_is_an_error(llama: Path) -> None:
+    settings = EndToEndSettings(epochs=3, rate=1e30)
+    with pytest.raises(
+        ValueError, match=r"training 2 bits: the KL divergence is (nan|inf) in step \d.*end_to_end\.rate"
+    ):
+        Model(llama, tokens_of(0)).training(2, settings).train()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sequences=0", r"end_to_end\.sequences: found 0, expected at least 1"),
+        ("up_to=-1", r"end_to_end\.up_to: found -1, expected at least 0"),
+        ("epochs=0", r"end_to_end\.epochs: found 0\.0, expected a positive number"),
+        ("rate=nan", r"end_to_end\.rate: found nan, expected a positive number"),
+    ],
+)
+def test_bad_settings(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_settings(Nested(WIDTHS), [f"end_to_end.{setting}"])

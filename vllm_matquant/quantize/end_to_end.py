@@ -12,6 +12,7 @@ the block once more, so that memory holds one block at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,9 @@ class EndToEndSettings:
             there is less to mend. It falls to zero with the square root of the steps that are left.
         device: torch device to train on; "cuda" is a GPU of its own for each rank.
         seed: of the windows' order.
+
+    Raises:
+        ValueError: a number is too small for what it counts.
     """
 
     up_to: int = 3
@@ -56,6 +60,14 @@ class EndToEndSettings:
     rate: float = 1.5e-3
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("up_to", 0), ("sequences", 1)):
+            if (found := getattr(self, name)) < least:
+                raise ValueError(f"end_to_end.{name}: found {found}, expected at least {least}")
+        for name in ("epochs", "rate"):
+            if not 0 < (found := getattr(self, name)) < math.inf:
+                raise ValueError(f"end_to_end.{name}: found {found}, expected a positive number")
 
     def steps(self, windows: int) -> int:
         """How many steps are taken on a text of so many windows."""
@@ -109,6 +121,9 @@ class EndToEnd:
 
         Returns:
             For each block the decoders of its layers that have this width, with values that float16 holds exactly.
+
+        Raises:
+            ValueError: the divergence is no longer finite.
         """
         order = batches(len(self._inputs), self._steps, self._settings.sequences, self._settings.seed)
         first_rate = self._settings.rate * 2 ** ((BASE_BITS - self._width) / 2)
@@ -119,6 +134,11 @@ class EndToEnd:
             for index in range(len(self._blocks)):
                 states.append(self._forward(index, states[-1]))
             divergence, slope = self._divergence(states.pop(), self._expected[batch].to(self._device))
+            if not math.isfinite(divergence):
+                raise ValueError(
+                    f"{title}: the KL divergence is {divergence} in step {step}, expected a finite one; a smaller "
+                    f"end_to_end.rate than {self._settings.rate} may help"
+                )
             rate = first_rate * (1 - (step - 1) / self._steps) ** 0.5
             for index in reversed(range(len(self._blocks))):
                 slope = self._backward(index, states.pop(), slope, rate, step)
