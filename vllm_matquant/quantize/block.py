@@ -53,4 +53,9 @@ class BlockTask:
 
     def local_names(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights of layers, given by full names, by their names within the block."""
-        return {f"{name.removeprefix(f'{self.name}.')}.weight": weight for name, weight in weights.items()}
+        return {weight_name(name, self.name): weight for name, weight in weights.items()}
+
+
+def weight_name(layer: str, block: str) -> str:
+    """The name of a layer's weight within its block; both given by full names."""
+    return f"{layer.removeprefix(f'{block}.')}.weight"

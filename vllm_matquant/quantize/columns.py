@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,8 @@ from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.kernels import ops
 from vllm_matquant.quantize.decoders import Decoder, slice_table
+
+_Made = TypeVar("_Made")
 
 _BLOCK = 128  # columns between two updates of all later ones; 7 copies of 16 rows fit the second-level cache
 _LANES = 16  # rows are padded to what the C++ op takes at a time
@@ -31,13 +34,21 @@ def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return damped
 
 
-def shared(make: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``make`` of each tensor, made once where several entries are the same tensor."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
-        if id(tensor) not in made:
-            made[id(tensor)] = make(tensor)
-    return [made[id(tensor)] for tensor in tensors]
+def shared(make: Callable[..., _Made], *tensors: Sequence[torch.Tensor]) -> list[_Made]:
+    """``make`` of the first entries of all ``tensors``, of the second and so on; made once where all are the same."""
+    made: dict[tuple[int, ...], _Made] = {}
+    entries = list(zip(*tensors, strict=True))
+    for entry in entries:
+        if (key := tuple(map(id, entry))) not in made:
+            made[key] = make(*entry)
+    return [made[tuple(map(id, entry))] for entry in entries]
+
+
+def column_order(hessian: torch.Tensor, activation_order: bool) -> torch.Tensor:
+    """int64 [in_features]: columns by the Hessian's diagonal, the largest first, or else from left to right."""
+    if not activation_order:
+        return torch.arange(len(hessian))
+    return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -73,11 +84,9 @@ class LayerInputs:
 
         Args:
             damping: see :func:`damp`.
-            activation_order: visit columns in the order of the Hessian's diagonal, else from left to right.
+            activation_order: see :func:`column_order`.
         """
-        order = hessians[-1].diagonal().argsort(descending=True, stable=True)
-        if not activation_order:
-            order = torch.arange(len(order))
+        order = column_order(hessians[-1], activation_order)
         damped = shared(lambda hessian: damp(hessian, damping), hessians)
         factors = shared(lambda hessian: inverse_factor(hessian[order][:, order]), damped)
         return cls(hessians, damped, order, factors)

@@ -32,6 +32,9 @@ class Decoder:
     def __getitem__(self, rows: slice | torch.Tensor) -> Decoder:
         return Decoder(self.scale[rows], self.offset[rows])
 
+    def to(self, device: str) -> Decoder:
+        return Decoder(self.scale.to(device), self.offset.to(device))
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Weights of the r-bit ``codes`` (uint8 [out_features, in_features]), float32 of the same shape."""
         return dequantize(codes, self.scale, self.offset)

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.func import functional_call
 from tqdm import tqdm
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
+from vllm_matquant.quantize.block import weight_name
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.source import SourceModel, call_block
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 HEAD_TOKENS = 128  # for which logits are computed at a time
@@ -144,7 +144,7 @@ class EndToEnd:
                 slope = self._backward(index, states.pop(), slope, rate, step)
             progress.set_postfix_str(f"KL {divergence:.3f}")
         return {
-            block: {name: _stored(each.decoder) for name, each in trained.items()}
+            block: {name: each.decoder.to("cpu").stored() for name, each in trained.items()}
             for block, trained in zip(self._blocks, self._trained, strict=True)
         }
 
@@ -157,9 +157,7 @@ class EndToEnd:
         }
         return {
             name: TrainedDecoder(
-                Decoder(decoder.scale.to(self._device), decoder.offset.to(self._device)),
-                self._width,
-                lambda shape: allocate(shape, folder).to(self._device),
+                decoder.to(self._device), self._width, lambda shape: allocate(shape, folder).to(self._device)
             )
             for name, decoder in decoders.items()
         }
@@ -169,8 +167,8 @@ class EndToEnd:
 
     def _outer_layer(self, name: str | None) -> QuantizedLayer | None:
         """The input embedding or the output head, if it is quantized."""
-        owner = self._source.owner(name) if name else None
-        return self._layers(owner)[owner] if owner in self._source.outer_layers(self._format) else None
+        owner = self._source.quantized_owner(name, self._format)
+        return None if owner is None else self._layers(owner)[owner]
 
     def _for_products(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device, products_dtype(self._device))
@@ -189,13 +187,12 @@ class EndToEnd:
                 weight = trained[layer_name].decode(codes[layer_name].float())
             else:
                 weight = layer.decode(self._width, self._format.slicing)
-            parameters[_parameter(layer_name, name)] = self._for_products(weight)
+            parameters[weight_name(layer_name, name)] = self._for_products(weight)
         return parameters, codes
 
     def _run(self, index: int, parameters: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         with fast_products(self._device):
-            output = functional_call(self._source.empty_block(index), parameters, (hidden,), self._arguments[index])
-        return (output[0] if isinstance(output, tuple) else output).float()
+            return call_block(self._source.empty_block(index), hidden, self._arguments[index], parameters).float()
 
     def _forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         parameters, _ = self._prepare(index)
@@ -213,7 +210,7 @@ class EndToEnd:
         """
         parameters, codes = self._prepare(index)
         trained = self._trained[index]
-        leaves = [parameters[_parameter(name, self._blocks[index])].requires_grad_() for name in codes]
+        leaves = [parameters[weight_name(name, self._blocks[index])].requires_grad_() for name in codes]
         with torch.enable_grad():
             output = self._run(index, parameters, hidden.requires_grad_())
             first, *others = torch.autograd.grad(output, [hidden, *leaves], slope)
@@ -244,12 +241,3 @@ class EndToEnd:
             gradient = found.exp_().sub_(probabilities).div_(tokens).to(logits.dtype)
             slope.copy_(torch.autograd.grad(logits, leaf, gradient[None])[0][0])
         return total / tokens, slopes
-
-
-def _parameter(layer: str, block: str) -> str:
-    """The name of a layer's weight within its block."""
-    return f"{layer.removeprefix(f'{block}.')}.weight"
-
-
-def _stored(decoder: Decoder) -> Decoder:
-    return Decoder(decoder.scale.cpu(), decoder.offset.cpu()).stored()

@@ -10,6 +10,7 @@ import torch
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
 from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.columns import shared
 from vllm_matquant.quantize.decoders import Decoder
 
 
@@ -90,9 +91,5 @@ def output_energies(
 
     given = list(zip(layer.decoders.values(), weights, sliced, hessians, strict=True))
     lost = ranks.totals([energy(weight - decoder.decode(codes), hessian) for decoder, weight, codes, hessian in given])
-    known: dict[tuple[int, int], float] = {}  # most widths share weight and Hessian
-    for _, weight, _, hessian in given:
-        if (id(weight), id(hessian)) not in known:
-            known[id(weight), id(hessian)] = energy(weight, hessian)
-    whole = ranks.totals([known[id(weight), id(hessian)] for _, weight, _, hessian in given])
+    whole = ranks.totals(shared(energy, weights, hessians))
     return dict(zip(layer.decoders, zip(lost, whole, strict=True), strict=True))

@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs
+from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs, shared
 from vllm_matquant.quantize.decoders import Decoder, DecoderFit, cell_centres, parent_grid
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
@@ -123,11 +123,7 @@ class Nested(LayerMethod):
         self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], group_size: int
     ) -> list[DecoderFit]:
         """One for each width, the same where weight and Hessian are."""
-        made: dict[tuple[int, int], DecoderFit] = {}
-        for weight, hessian in zip(weights, hessians, strict=True):
-            if (id(weight), id(hessian)) not in made:
-                made[id(weight), id(hessian)] = DecoderFit(weight, hessian, group_size)
-        return [made[id(weight), id(hessian)] for weight, hessian in zip(weights, hessians, strict=True)]
+        return shared(lambda weight, hessian: DecoderFit(weight, hessian, group_size), weights, hessians)
 
     def _refit(self, fits: Sequence[DecoderFit], codes: torch.Tensor, decoders: Sequence[Decoder]) -> list[Decoder]:
         if not self.refit:

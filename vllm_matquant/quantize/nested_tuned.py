@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.columns import ColumnSolver, damp
+from vllm_matquant.quantize.columns import ColumnSolver, column_order, damp
 from vllm_matquant.quantize.decoders import DecoderFit
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
@@ -68,7 +68,7 @@ class NestedTuned(Nested):
         weight, codes, decoders = weight[own], start.codes, start.decoders
         count, trained = len(self.widths), len(self.tuned_widths)
         damped = damp(hessian, self.damping)
-        order = hessian.diagonal().argsort(descending=True, stable=True)
+        order = column_order(hessian, self.activation_order)
         solver = ColumnSolver(self.widths, self.lambdas())
         fit = DecoderFit(weight, hessian, weight.shape[1] // decoders[self.widths[0]].scale.shape[1])
         for sweep in range(self.sweeps + 1 if trained < count else 0):

@@ -470,11 +470,10 @@ def _measure(
     source: SourceModel, tokens: torch.Tensor, format_: Format, work: WorkFolder, folder: Path | None
 ) -> list[dict[str, Any]]:
     """The quality of every width on the held-out ``tokens``, from the finished layers."""
-    outer = source.outer_layers(format_)
 
     def finished(name: str | None) -> QuantizedLayer | None:
-        owner = source.owner(name) if name else None
-        return work.load(owner, format_.widths_of)[owner] if owner in outer else None
+        owner = source.quantized_owner(name, format_)
+        return None if owner is None else work.load(owner, format_.widths_of)[owner]
 
     held_out = HeldOut(source, tokens, format_, finished(source.embedding), folder)
     for index in tqdm(range(source.block_count), desc="measuring", unit="block", disable=_silent()):

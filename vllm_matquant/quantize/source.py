@@ -160,6 +160,11 @@ class SourceModel:
         weight = f"{layer}.weight"
         return self.skeleton.tied.get(weight, weight).removesuffix(".weight")
 
+    def quantized_owner(self, layer: str | None, format_: Format) -> str | None:
+        """The :meth:`owner` of a layer outside of blocks if there is one and ``format_`` quantizes it."""
+        owner = self.owner(layer) if layer else None
+        return owner if owner in self.outer_layers(format_) else None
+
     def outer_layers(self, format_: Format) -> dict[str, tuple[int, int]]:
         """Shape of the layers outside of decoder blocks that ``format_`` quantizes: input embedding and output head."""
         layers = self.skeleton.quantized_layers(format_, self.folder / CONFIG_FILE)
@@ -409,5 +414,19 @@ def run_block(
     """
     sequences = max(1, batch_tokens // inputs.shape[1])
     for batch, filled in zip(inputs.split(sequences), outputs.split(sequences), strict=True):
-        output = functional_call(block, dict(replacing or {}), (batch,), arguments)
-        filled.copy_(output[0] if isinstance(output, tuple) else output)
+        filled.copy_(call_block(block, batch, arguments, replacing))
+
+
+def call_block(
+    block: torch.nn.Module,
+    hidden: torch.Tensor,
+    arguments: dict[str, Any],
+    replacing: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The hidden states that ``block`` makes of ``hidden``: all that some architectures return, the first for others.
+
+    Args:
+        replacing: tensors to use in the place of the block's own, by name.
+    """
+    output = functional_call(block, dict(replacing or {}), (hidden,), arguments)
+    return output[0] if isinstance(output, tuple) else output

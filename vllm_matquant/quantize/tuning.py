@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.func import functional_call
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
@@ -26,7 +25,7 @@ from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import run_block
+from vllm_matquant.quantize.source import call_block, run_block
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
@@ -79,7 +78,7 @@ class TunedLayer:
         self._positions, self._decoders = [], []
         group_size = weight.shape[1] // layer.decoders[widths[0]].scale.shape[1]
         for width in widths:
-            decoder = Decoder(layer.decoders[width].scale.to(device), layer.decoders[width].offset.to(device))
+            decoder = layer.decoders[width].to(device)
             codes = slice_codes(layer.codes, PARENT_BITS, width, "truncate").to(device).float()
             scale, offset = (values.repeat_interleave(group_size, dim=1) for values in (decoder.scale, decoder.offset))
             exact = (weight.to(device) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny) + 0.5
@@ -121,7 +120,7 @@ class TunedLayer:
         lowest = tuned << (PARENT_BITS - widest)
         parents = self._start.codes.to(torch.int32).clamp(lowest, lowest + 2 ** (PARENT_BITS - widest) - 1)
         decoders = {
-            width: Decoder(trained.decoder.scale.cpu(), trained.decoder.offset.cpu()).stored()
+            width: trained.decoder.to("cpu").stored()
             for width, trained in zip(self._widths, self._decoders, strict=True)
         }
         return parents.to(torch.uint8), decoders
@@ -178,8 +177,7 @@ def tune_block(
             with torch.enable_grad():
                 hidden = activations.slices[width][batch].to(device)
                 with fast_products(device):
-                    outputs = functional_call(block, task.local_names(leaves), (hidden,), arguments)
-                outputs = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
+                    outputs = call_block(block, hidden, arguments, task.local_names(leaves)).float()
                 loss = token_error(outputs, target).log()
                 if teacher is not None:
                     loss = loss + settings.distillation * token_error(outputs, teacher[batch].to(device)).log()
