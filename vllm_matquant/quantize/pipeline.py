@@ -433,7 +433,9 @@ def _quantize_blocks(
     """
     names = [source.block_name(index) for index in range(source.block_count)]
     finished = ranks.from_first(work.finished(names))
-    activations = Activations(source, calibration.tokens, method.followed_widths, folder) if calibration else None
+    # Where all blocks are finished, the source's states are wanted, and no slice's.
+    followed = method.followed_widths if finished < len(names) else ()
+    activations = Activations(source, calibration.tokens, followed, folder) if calibration else None
     if activations:
         for index in tqdm(range(finished), desc="resuming", unit="block", disable=_silent() or not finished):
             _replay_block(_block_task(source, index, format_, activations), method, format_, work)
