@@ -1,7 +1,10 @@
-// The layout of codes in memory, shared by every backend.
+// The layout of codes in memory, as the kernels of the CPU read them.
 //
-// A tile is 16 rows (outputs) by 4 columns (inputs) of weights. One plane of a tile is a 64-bit mask with bit
-// row * 4 + column: as bytes of a 512-bit register the codes of a tile lie so that each 32-bit lane is one row.
+// A tile is 16 rows (outputs) by 32 columns (inputs) of weights, taken as 8 steps of 4 columns. A byte of a tile
+// belongs to one row and to one column of each step: byte row * 4 + column % 4, so that each 32-bit lane of a register
+// is one row. A plane of a tile is 64 bytes, whose bit `step` is that of step 0..7. The base field of a tile is two
+// such registers of 2-bit fields: steps 0..3 in the first, 4..7 in the second, that of step s in the bits 2 * (s % 4)
+// and up.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +14,18 @@
 namespace matquant {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileColumns = 4;
+constexpr int64_t kStepColumns = 4;
+constexpr int64_t kTileSteps = 8;
+constexpr int64_t kTileColumns = kTileSteps * kStepColumns;
+constexpr int64_t kPlaneBytes = kTileRows * kStepColumns;  // of a tile
+constexpr int kBaseBits = 2;
 constexpr int kMinWidth = 2;
 constexpr int kMaxWidth = 8;
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// The rows of one tile, all of the same partition: each part of a fused layer (q, k, v) starts a tile of its own.
+// The rows of one row of tiles, all of the same partition: each part of a fused layer (q, k, v) starts a tile of its
+// own.
 struct TileRows {
     int64_t partition;
     int64_t first;

@@ -1,100 +1,130 @@
-// Activations in the form that a kernel reads them, see Product in gemm.h.
+// Activations in fixed point, as gemm.h says, for one instruction set.
+//
+// A token's segment has integers of 16 bits, |q| <= 32639, so that their halves are bytes: q = 256 high + low with both
+// in -128..127. Their scale is a power of two: bfloat16 and float16 within a factor 2^7 or 2^4 of the segment's largest
+// lose nothing, and no value more than 2^-15 of that largest. With 24 bits, for float32, 8 bits of the remainder
+// follow; with 8 bits |q| <= 127, and the scale takes the largest value to 127.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdint>
-#include <memory>
-#include <type_traits>
+#include <limits>
 
 #include "cpu/gemm.h"
-#include "layout.h"
 
 namespace matquant::cpu {
 namespace {
 
-constexpr int64_t kPackingRows = 16;  // the fewest that are worth a thread
+constexpr int kBFloat16Shift = 16;  // a bfloat16 is the upper half of a float32
 
-// As Product::activations asks for.
-template <class T>
-void pack_activations(const T* source, int64_t rows, int64_t columns, float* packed) {
-    torch::stable::parallel_for(0, rows, kPackingRows, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            for (int64_t first = 0; first < columns; first += kBlockColumns) {
-                const int64_t count = std::min(kBlockColumns, columns - first);
-                float* target = packed + first * rows + row * kBlockColumns;
-                std::copy_n(source + row * columns + first, count, target);
-                std::fill(target + count, target + ceil_div(count, kTileColumns) * kTileColumns, 0.0f);
+// The activations of a segment as floats, zeros after them.
+template <class Lanes>
+void load_segment(const Product& product, int64_t token, int64_t begin, int64_t count, float* values) {
+    const int64_t first = token * product.columns + begin;
+    int64_t index = 0;
+    switch (product.element) {
+        case Element::kBFloat16: {
+            const uint16_t* source = static_cast<const uint16_t*>(product.input) + first;
+            for (; index < count; ++index) {
+                values[index] = std::bit_cast<float>(static_cast<uint32_t>(source[index]) << kBFloat16Shift);
             }
+            break;
         }
-    });
-}
-
-// As Product::bfloat16_activations and Product::activation_sums ask for; rows past `rows` are zero.
-void pack_bfloat16(const c10::BFloat16* source, int64_t rows, const Product& product, uint16_t* packed, float* sums) {
-    torch::stable::parallel_for(0, product.rows, kPackingRows, [&](int64_t first_row, int64_t last_row) {
-        for (int64_t row = first_row; row < last_row; ++row) {
-            int64_t segment = 0;
-            for (int64_t begin = 0; begin < product.columns; ++segment) {
-                const int64_t end = segment_end(product, begin);
-                const int64_t in_block = begin % kBlockColumns;
-                uint16_t* target = packed + (begin - in_block) * product.rows + row * kBlockColumns + in_block;
-                float sum = 0.0f;
-                for (int64_t column = begin; column < end; ++column) {
-                    const c10::BFloat16 value = row < rows ? source[row * product.columns + column] : c10::BFloat16(0);
-                    *target++ = value.x;
-                    sum += static_cast<float>(value);
-                }
-                std::fill_n(target, ceil_div(end - begin, kRegisterColumns) * kRegisterColumns - (end - begin),
-                            uint16_t{0});
-                sums[segment * product.rows + row] = sum;
-                begin = end;
+        case Element::kHalf: {
+            const uint16_t* source = static_cast<const uint16_t*>(product.input) + first;
+            for (; index + kTileRows <= count; index += kTileRows) {
+                Lanes::store(values + index, Lanes::load_half(source + index));
             }
+            uint16_t rest[kTileRows] = {};
+            std::copy(source + index, source + count, rest);
+            if (index < count) {
+                Lanes::store(values + index, Lanes::load_half(rest));
+            }
+            index = count;
+            break;
         }
-    });
-}
-
-// Scratch memory for the activations of one block of rows.
-class PackedActivations {
-  public:
-    // At most `rows` rows; `bfloat16` for kernels that take it.
-    PackedActivations(int64_t rows, int64_t columns, bool bfloat16) : bfloat16_(bfloat16) {
-        const int64_t size = padded_rows(rows) * ceil_div(columns, kBlockColumns) * kBlockColumns;
-        if (bfloat16) {
-            halves_.reset(new uint16_t[size]);
-            // A segment has at least the columns of a register, but for the last.
-            sums_.reset(new float[padded_rows(rows) * ceil_div(columns, kRegisterColumns)]);
-        } else {
-            floats_.reset(new float[size]);
+        case Element::kFloat: {
+            const float* source = static_cast<const float*>(product.input) + first;
+            std::copy_n(source, count, values);
+            index = count;
+            break;
         }
     }
+    std::fill(values + index, values + kSegmentColumns, 0.0f);
+}
 
-    template <class T>
-    void pack(const T* source, int64_t rows, Product& product) {
-        product.rows = padded_rows(rows);
-        product.activations = floats_.get();
-        product.bfloat16_activations = halves_.get();
-        product.activation_sums = sums_.get();
-        if constexpr (std::is_same_v<T, c10::BFloat16>) {
-            if (bfloat16_) {
-                return pack_bfloat16(source, rows, product, halves_.get(), sums_.get());
-            }
-        }
-        pack_activations(source, rows, product.columns, floats_.get());
+// The integer nearest to a value below 2^22, ties to even: adding this number leaves no bits of the fraction.
+constexpr float kRounder = 0x1.8p23f;
+inline int32_t round_to_integer(float value) {
+    return std::bit_cast<int32_t>(value + kRounder) - std::bit_cast<int32_t>(kRounder);
+}
+
+// The distance of two neighbouring integers.
+template <int bits>
+float choose_scale(float largest) {
+    constexpr float kSmallest = 0x1p-100f;  // its reciprocal is finite; what is below it counts as zero
+    if constexpr (bits == 8) {
+        return std::max(largest / 127.0f, kSmallest);
     }
+    // Up to the next power of two: past it carries into the exponent, and the fraction is cut.
+    constexpr uint32_t kFraction = 0x7fffff;
+    const uint32_t scale = std::bit_cast<uint32_t>(largest / 32639.0f);
+    return std::max(std::bit_cast<float>((scale + kFraction) & ~kFraction), kSmallest);
+}
 
-  private:
-    // The tile unit takes 16 rows, or all of them where they are fewer.
-    int64_t padded_rows(int64_t rows) const { return bfloat16_ && rows > 16 ? ceil_div(rows, 16) * 16 : rows; }
+// Packs one segment of one token: `high`, `low` and `rest` are its integers' parts, as many as its bits need.
+template <class Lanes, int bits>
+Factor pack_segment(const float* values, uint8_t* target) {
+    constexpr uint32_t kMagnitude = 0x7fffffff;
+    constexpr uint32_t kInfinity = 0x7f800000;
+    uint32_t largest = 0;
+    for (int64_t index = 0; index < kSegmentColumns; ++index) {
+        largest = std::max(largest, std::bit_cast<uint32_t>(values[index]) & kMagnitude);
+    }
+    const bool finite = largest < kInfinity;
+    const float scale = finite ? choose_scale<bits>(std::bit_cast<float>(largest)) : 1.0f;
+    const float factor = finite ? 1.0f / scale : 0.0f;
 
-    bool bfloat16_;
-    std::unique_ptr<float[]> floats_;
-    std::unique_ptr<uint16_t[]> halves_;
-    std::unique_ptr<float[]> sums_;
-};
+    alignas(64) int16_t high[kSegmentColumns];  // the integer itself, for 24 bits its leading 16
+    alignas(64) int8_t rest[kSegmentColumns];
+    int32_t high_sum = 0, rest_sum = 0;
+    for (int64_t index = 0; index < kSegmentColumns; ++index) {
+        const float value = finite ? values[index] * factor : 0.0f;
+        const int32_t integer = round_to_integer(value);
+        high[index] = static_cast<int16_t>(integer);
+        high_sum += integer;
+        if constexpr (bits == 24) {
+            const float remainder = value - static_cast<float>(integer);
+            const int32_t part = std::min(round_to_integer(remainder * 256.0f), 127);
+            rest[index] = static_cast<int8_t>(part);
+            rest_sum += part;
+        }
+    }
+    Lanes::template store_steps<bits>(high, rest, target);
+    if (!finite) {
+        const float nan = std::numeric_limits<float>::quiet_NaN();
+        return {nan, nan};
+    }
+    const float sum = static_cast<float>(high_sum) + static_cast<float>(rest_sum) / 256.0f;
+    return {scale, scale * sum};
+}
+
+template <class Lanes, int bits>
+void pack_tokens(const Product& product, int64_t begin, int64_t end) {
+    constexpr int64_t kBytes = kSegmentSteps * Lanes::template kStepBytes<bits>;
+    for (int64_t token = begin; token < end; ++token) {
+        int64_t index = token;
+        for (int64_t column = 0; column < product.columns; index += product.tokens) {
+            const int64_t next = segment_end(product.columns, product.group_size, column);
+            alignas(64) float values[kSegmentColumns];
+            load_segment<Lanes>(product, token, column, next - column, values);
+            product.factors[index] = pack_segment<Lanes, bits>(values, product.activations + index * kBytes);
+            column = next;
+        }
+    }
+}
 
 }  // namespace
 }  // namespace matquant::cpu

@@ -1,5 +1,13 @@
-// The product on the CPU, as its parts see it: linear.cpp checks, packs the activations and writes the output; a kernel
-// per instruction set, chosen at run time, multiplies.
+// The product on the CPU, as its parts see it: linear.cpp checks the arguments and divides the work; a kernel per
+// instruction set, chosen once at run time, packs the activations, multiplies and writes the output.
+//
+// Activations are rounded to fixed point, a scale for each token and segment of at most 128 columns of one group, so
+// that a segment's products are sums of integers:
+//
+//     sum_k x_k (scale c_k + offset)  =  s (scale sum_k q_k c_k + offset sum_k q_k),     x_k = s q_k
+//
+// These sums are exact, and segments are added in order in float32: a result's bytes depend neither on the instruction
+// set nor on the number of threads, nor on what else is multiplied with it.
 //
 // This header is compiled with the flags of several instruction sets: whatever it defines is in an anonymous namespace,
 // for the linker merges functions of the same name, and would give the baseline code instructions that the machine may
@@ -8,60 +16,91 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace matquant::cpu {
 
-// Columns of weights that are decoded at once: 32 rows of them in float32 fill a third of an L1 cache of 48 KiB.
-constexpr int64_t kBlockColumns = 128;
+// The most columns whose products are summed as integers: codes of 8 bits and activations of 16 stay below 2^31.
+constexpr int64_t kSegmentColumns = 128;
+constexpr int64_t kSegmentSteps = kSegmentColumns / kStepColumns;
 
-// Columns that a register of the tile unit holds in bfloat16.
-constexpr int64_t kRegisterColumns = 32;
+// Tokens that are multiplied at once: bounds the scratch memory, and makes the time to unpack small beside the
+// products.
+constexpr int64_t kBlockTokens = 512;
 
-// One tile-row of the weights: 16 rows, all columns.
-struct Tile {
-    const int64_t* planes;     // masks of the most significant plane, one for each 4 columns
-    const uint16_t* decoders;  // float16 [groups, 2 (scale, offset), 16 rows], for the active width
-    int width;                 // active width: planes that are read
+enum class Element { kBFloat16, kHalf, kFloat };
+
+// What a token's segment is multiplied with: its activations are `scale` times their integers, and these add up to
+// `sum` after scaling.
+struct Factor {
+    float scale;
+    float sum;
 };
 
-// Activations as a kernel reads them, in blocks of columns: [ceil(columns / kBlockColumns), rows, kBlockColumns].
+// One multiplication of a block of tokens, by all threads.
 struct Product {
-    int64_t plane_stride;  // masks from a plane to the next
     int64_t columns;
     int64_t group_size;
-    int64_t rows;
-    const float* activations;  // zeros from `columns` to the next multiple of 4
-    // For kernels that take bfloat16. Rows past 16 are padded to a multiple of 16; zeros follow `columns`.
-    const uint16_t* bfloat16_activations;
-    const float* activation_sums;  // [segments, rows]
+    int64_t plane_stride;  // bytes from a plane to the next
+    int activation_bits;   // 8, 16 or 24
+    Element element;       // of input, output and bias
+    int64_t tokens;
+    const void* input;     // [tokens, columns]
+    uint8_t* activations;  // packed by the kernel: [segments, tokens, kSegmentSteps, bytes of a step]
+    Factor* factors;       // [segments, tokens]
+    const void* bias;      // [rows of all tiles] or nullptr
+    void* output;          // [tokens, output_stride]
+    int64_t output_stride;
+};
+
+// A row of tiles: 16 rows of weights, all columns.
+struct TileRow {
+    const uint8_t* base;       // [tiles, 2, 64]
+    const uint8_t* planes;     // [tiles, 64] of the plane after the base field
+    const uint16_t* decoders;  // float16 [groups, 2 (scale, offset), 16 rows], for the active width
+    int width;                 // active width: bits that are read
+    int64_t first;             // output
+    int64_t count;             // outputs, at most 16
 };
 
 namespace {
 
-// Segments are what is left of the groups when they are cut into blocks: [begin, segment_end) has one decoder.
-inline int64_t segment_end(const Product& product, int64_t begin) {
-    const int64_t group_end = (begin / product.group_size + 1) * product.group_size;
-    const int64_t block_end = (begin / kBlockColumns + 1) * kBlockColumns;
-    const int64_t end = group_end < block_end ? group_end : block_end;
-    return end < product.columns ? end : product.columns;
+// Segments are what is left of the groups when they are cut every kSegmentColumns columns: [begin, segment_end) has one
+// decoder.
+inline int64_t segment_end(int64_t columns, int64_t group_size, int64_t begin) {
+    const int64_t group_end = (begin / group_size + 1) * group_size;
+    const int64_t cut = (begin / kSegmentColumns + 1) * kSegmentColumns;
+    const int64_t end = group_end < cut ? group_end : cut;
+    return end < columns ? end : columns;
+}
+
+inline int64_t count_segments(int64_t columns, int64_t group_size) {
+    int64_t count = 0;
+    for (int64_t begin = 0; begin < columns; begin = segment_end(columns, group_size, begin)) {
+        ++count;
+    }
+    return count;
 }
 
 }  // namespace
 
-// Sets sums [rows, count * 16] to the product of the activations and `count` tiles.
-using Multiply = void (*)(const Product& product, const Tile* tiles, int count, float* sums);
-
 struct Kernel {
-    int tiles;  // the most that `multiply` takes at once
-    Multiply multiply;
+    // Bytes of a packed step of four activations.
+    int64_t (*step_bytes)(int activation_bits);
+    // Packs the tokens [begin, end).
+    void (*pack)(const Product& product, int64_t begin, int64_t end);
+    // Multiplies all tokens with `count` rows of tiles and writes their outputs.
+    void (*multiply)(const Product& product, const TileRow* rows, int64_t count);
 };
 
-constexpr int kMaxTiles = 2;  // over all kernels
-
 extern const Kernel kScalarKernel;
-#ifdef __x86_64__
+#if defined(__x86_64__)
 extern const Kernel kAvx2Kernel;
+extern const Kernel kAvx2VnniKernel;
 extern const Kernel kAvx512Kernel;
-extern const Kernel kAmxKernel;  // bfloat16
+extern const Kernel kAvx512VnniKernel;
+#elif defined(__aarch64__)
+extern const Kernel kNeonKernel;
 #endif
 
 }  // namespace matquant::cpu

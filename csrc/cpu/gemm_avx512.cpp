@@ -1,38 +1,34 @@
-// The kernel for AVX-512 F, BW, VL and DQ: a register holds the 16 rows of a tile in float32, or its 64 codes as bytes.
-#include <immintrin.h>
-
-#include "cpu/codes_avx512.h"
-#include "cpu/gemm_kernel.h"
+// The kernel for AVX-512 without VNNI: codes and activations are multiplied as words.
+#include "cpu/lanes_avx512.h"
 
 namespace matquant::cpu {
 namespace {
 
-struct Avx512Lanes {
-    using Floats = __m512;
-    // 16 sums, 2 weights and the activations' broadcasts of the 32 registers
-    static constexpr int kTiles = 2;
-    static constexpr int kRows = 8;
+struct Lanes : Avx512Lanes, WordSteps {
+    template <int bits>
+    static constexpr int kManyTokens = bits == 24 ? 5 : 10;
+    template <int bits>
+    static constexpr int kFewTokens = bits == 24 ? 1 : 4;
+    static constexpr int kChains = 2;
 
-    static Floats load(const float* source) { return _mm512_loadu_ps(source); }
-    static void store(float* target, Floats value) { _mm512_storeu_ps(target, value); }
-    static Floats broadcast(float value) { return _mm512_set1_ps(value); }
-    static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-    static Floats load_half(const uint16_t* source) {
-        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+    struct Operand {
+        __m512i even, odd;  // columns 0 and 2 of each row, columns 1 and 3
+    };
+    static Operand prepare(Codes codes) {
+        return {_mm512_and_si512(codes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(codes, 8)};
     }
-
-    template <int width>
-    static void decode(const int64_t* masks, int64_t plane_stride, Floats scale, Floats offset, Floats* columns) {
-        const __m512i codes = load_codes<width>(masks, plane_stride);
-        columns[0] = _mm512_fmadd_ps(scale, column_codes<0>(codes), offset);
-        columns[1] = _mm512_fmadd_ps(scale, column_codes<1>(codes), offset);
-        columns[2] = _mm512_fmadd_ps(scale, column_codes<2>(codes), offset);
-        columns[3] = _mm512_fmadd_ps(scale, column_codes<3>(codes), offset);
+    template <int bits>
+    static void dot(Sums* sums, const Operand& operand, const uint8_t* step) {
+        repeat<kSums<bits>>([&](auto sum) MATQUANT_INLINE {
+            const __m512i even = _mm512_madd_epi16(operand.even, broadcast_step(step + 8 * sum));
+            const __m512i odd = _mm512_madd_epi16(operand.odd, broadcast_step(step + 8 * sum + 4));
+            sums[sum] = add(add(sums[sum], even), odd);
+        });
     }
 };
 
 }  // namespace
 
-const Kernel kAvx512Kernel = {Avx512Lanes::kTiles, multiply<Avx512Lanes>};
+const Kernel kAvx512Kernel = KernelOf<Lanes>::kKernel;
 
 }  // namespace matquant::cpu

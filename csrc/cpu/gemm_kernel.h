@@ -1,15 +1,26 @@
-// The product of packed activations and tiles of weights, for one instruction set.
+// The product of packed activations and rows of tiles, for one instruction set.
 //
-// Weights are decoded to float32, a block of columns at a time, into a buffer that stays in the first cache; then every
-// block of rows of the activations runs over that buffer with its sums in registers. Each sum adds its columns in
-// order, whatever the number of rows, tiles and threads, so a result's bytes depend on none of them.
+// Two loops share their parts. While there are few tokens the product waits for memory: `multiply_few` unpacks a tile
+// into registers and multiplies it with every token at once, so that each byte of weights is touched once. With more
+// tokens it waits for the dot products: `multiply_many` unpacks a segment of a few rows of tiles into the first cache
+// and runs blocks of tokens over it with their sums in registers. Both add the same integers and the same floats in the
+// same order.
 //
-// `Lanes` is the policy of an instruction set:
-//   Floats                      the 16 rows of a tile in float32
-//   kTiles, kRows               size of the block whose sums fill the registers
-//   zero, load, store, broadcast, load_half, multiply_add(a, b, c) = a * b + c
-//   decode<width>(masks, plane_stride, scale, offset, Floats[4])
-//                               the four columns of a tile from one 64-bit mask for each plane
+// `Lanes` is the policy of an instruction set, derived from ByteSteps or WordSteps below:
+//   Codes                       the 64 bytes of a tile's plane, or its codes in one step
+//   load_bytes, store_bytes
+//   shift_right<count>(bytes)   left if negative; bits may cross into neighbouring bytes
+//   select(bytes, mask)         bytes & mask, with the same mask for each byte
+//   merge(codes, bytes, mask)   codes | (bytes & mask)
+//   Operand, prepare(codes)     codes as `dot` takes them
+//   Sums, Floats                16 rows of int32 and float32
+//   dot<bits>(sums, operand, step)   adds the products of one step to kSums<bits> sums
+//   add, zero_sums, shift_left_8, to_floats, zero, load, store, broadcast, multiply, multiply_add(a, b, c) = a * b + c
+//   load_half, store_half
+//   kRows                       rows of tiles that multiply_many takes at once
+//   kManyTokens<bits>           tokens that it takes at once, kRows * kSums * kManyTokens sums fill the registers
+//   kFewTokens<bits>            the most tokens of multiply_few
+//   kChains                     sums that must be under way to hide the latency of `dot`
 //
 // Everything is in an anonymous namespace: the linker merges functions of the same name, and would then give the
 // baseline code with instructions that the machine may lack.
@@ -18,115 +29,443 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
+#include "cpu/activations.h"
 #include "cpu/gemm.h"
 #include "layout.h"
+
+// GCC keeps arrays in registers only where every index is a constant before it looks at loops: so bodies that hold sums
+// in arrays are unrolled by the compiler's front end, with a constant for each index.
+#define MATQUANT_INLINE __attribute__((always_inline))
 
 namespace matquant::cpu {
 namespace {
 
-template <class Lanes, int width>
-void decode_steps(const int64_t* masks, int64_t plane_stride, int64_t steps, const uint16_t* decoder, float* weights,
-                  int64_t column_stride) {
-    const typename Lanes::Floats scale = Lanes::load_half(decoder);
-    const typename Lanes::Floats offset = Lanes::load_half(decoder + kTileRows);
-    for (int64_t step = 0; step < steps; ++step) {
-        typename Lanes::Floats columns[kTileColumns];
-        Lanes::template decode<width>(masks + step, plane_stride, scale, offset, columns);
-        for (int column = 0; column < kTileColumns; ++column) {
-            Lanes::store(weights + (step * kTileColumns + column) * column_stride, columns[column]);
-        }
-    }
+template <int... indices, class Body>
+MATQUANT_INLINE inline void repeat_indices(std::integer_sequence<int, indices...>, [[maybe_unused]] Body body) {
+    (body(std::integral_constant<int, indices>()), ...);
 }
 
-template <class Lanes, int... widths>
-constexpr auto decoders_by_width(std::integer_sequence<int, widths...>) {
-    return std::array{&decode_steps<Lanes, kMinWidth + widths>...};
+// Calls body(0), ..., body(count - 1) with constants.
+template <int count, class Body>
+MATQUANT_INLINE inline void repeat(Body body) {
+    repeat_indices(std::make_integer_sequence<int, count>(), body);
 }
 
-// Decodes the columns [begin, end) of a tile, where `begin` starts a step of four columns.
-template <class Lanes>
-void decode_tile(const Product& product, const Tile& tile, int64_t begin, int64_t end, float* weights,
-                 int64_t column_stride) {
-    static constexpr auto kDecode =
-        decoders_by_width<Lanes>(std::make_integer_sequence<int, kMaxWidth - kMinWidth + 1>());
-    for (int64_t column = begin; column < end;) {
-        const int64_t group = column / product.group_size;
-        const int64_t steps = ceil_div(segment_end(product, column) - column, kTileColumns);
-        kDecode[tile.width - kMinWidth](tile.planes + column / kTileColumns, product.plane_stride, steps,
-                                        tile.decoders + group * 2 * kTileRows,
-                                        weights + (column - begin) * column_stride, column_stride);
-        column += steps * kTileColumns;
-    }
-}
+// Activations as signed bytes: the dot product of four with four unsigned bytes is one 32-bit lane. An integer of 16
+// bits is two of them, and two sums.
+struct ByteSteps {
+    template <int bits>
+    static constexpr int kSums = bits / 8;
+    template <int bits>
+    static constexpr int64_t kStepBytes = kSums<bits> * kStepColumns;
 
-template <class Lanes, int rows, int tiles>
-void multiply_block(const float* activations, const float* weights, int64_t columns, float* sums) {
-    using Floats = typename Lanes::Floats;
-    Floats sum[rows][tiles];
-    for (int row = 0; row < rows; ++row) {
-        for (int tile = 0; tile < tiles; ++tile) {
-            sum[row][tile] = Lanes::load(sums + (row * tiles + tile) * kTileRows);
+    template <int bits>
+    static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
+        if constexpr (bits == 8) {
+            std::copy_n(high, kSegmentColumns, reinterpret_cast<int8_t*>(target));
+            return;
         }
-    }
-    for (int64_t column = 0; column < columns; ++column) {
-        Floats weight[tiles];
-        for (int tile = 0; tile < tiles; ++tile) {
-            weight[tile] = Lanes::load(weights + (column * tiles + tile) * kTileRows);
+        alignas(64) int8_t parts[3][kSegmentColumns];
+        for (int64_t column = 0; column < kSegmentColumns; ++column) {
+            const int upper = (high[column] + 128) >> 8;
+            parts[0][column] = static_cast<int8_t>(upper);
+            parts[1][column] = static_cast<int8_t>(high[column] - 256 * upper);
+            parts[2][column] = bits == 24 ? rest[column] : int8_t{0};
         }
-        for (int row = 0; row < rows; ++row) {
-            const Floats activation = Lanes::broadcast(activations[row * kBlockColumns + column]);
-            for (int tile = 0; tile < tiles; ++tile) {
-                sum[row][tile] = Lanes::multiply_add(activation, weight[tile], sum[row][tile]);
+        for (int64_t step = 0; step < kSegmentSteps; ++step) {
+            for (int part = 0; part < kSums<bits>; ++part) {
+                std::memcpy(target + (step * kSums<bits> + part) * kStepColumns, parts[part] + step * kStepColumns,
+                            kStepColumns);
             }
         }
     }
-    for (int row = 0; row < rows; ++row) {
-        for (int tile = 0; tile < tiles; ++tile) {
-            Lanes::store(sums + (row * tiles + tile) * kTileRows, sum[row][tile]);
+
+    template <class Lanes, int bits>
+    static typename Lanes::Floats total(const typename Lanes::Sums* sums) {
+        if constexpr (bits == 8) {
+            return Lanes::to_floats(sums[0]);
+        }
+        const typename Lanes::Floats high = Lanes::to_floats(Lanes::add(Lanes::shift_left_8(sums[0]), sums[1]));
+        if constexpr (bits == 16) {
+            return high;
+        }
+        return Lanes::multiply_add(Lanes::to_floats(sums[kSums<bits> - 1]), Lanes::broadcast(0x1p-8f), high);
+    }
+};
+
+// Activations as words of 16 bits, in the order 0, 2, 1, 3 of a step's columns: the codes of columns 0 and 2 are the
+// even bytes of a lane, those of 1 and 3 the odd ones, and each pair is made words by one instruction.
+struct WordSteps {
+    template <int bits>
+    static constexpr int kSums = bits == 24 ? 2 : 1;
+    template <int bits>
+    static constexpr int64_t kStepBytes = kSums<bits> * kStepColumns * 2;
+
+    template <int bits>
+    static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
+        for (int64_t step = 0; step < kSegmentSteps; ++step) {
+            const int64_t first = step * kStepColumns;
+            const int16_t words[8] = {high[first], high[first + 2], high[first + 1], high[first + 3]};
+            std::memcpy(target + step * kStepBytes<bits>, words, 8);
+            if constexpr (bits == 24) {
+                const int16_t rest_words[4] = {rest[first], rest[first + 2], rest[first + 1], rest[first + 3]};
+                std::memcpy(target + step * kStepBytes<bits> + 8, rest_words, 8);
+            }
+        }
+    }
+
+    template <class Lanes, int bits>
+    static typename Lanes::Floats total(const typename Lanes::Sums* sums) {
+        const typename Lanes::Floats high = Lanes::to_floats(sums[0]);
+        if constexpr (bits != 24) {
+            return high;
+        }
+        return Lanes::multiply_add(Lanes::to_floats(sums[kSums<bits> - 1]), Lanes::broadcast(0x1p-8f), high);
+    }
+};
+
+// The bytes of one tile up to a width, and the codes that they hold.
+template <class Lanes, int width>
+struct PackedTile {
+    using Codes = typename Lanes::Codes;
+    Codes base[2];
+    Codes planes[width - kBaseBits + 1];  // one more, so that there is one
+
+    MATQUANT_INLINE PackedTile(const uint8_t* base_data, const uint8_t* plane_data, int64_t plane_stride) {
+        repeat<2>([&](auto half) MATQUANT_INLINE { base[half] = Lanes::load_bytes(base_data + half * kPlaneBytes); });
+        repeat<width - kBaseBits>(
+            [&](auto plane) MATQUANT_INLINE { planes[plane] = Lanes::load_bytes(plane_data + plane * plane_stride); });
+    }
+
+    // Each field and each bit is shifted to where it stands in the code, and what came along is masked off.
+    template <int step>
+    MATQUANT_INLINE Codes codes() const {
+        constexpr int kBasePlace = width - kBaseBits;
+        Codes codes = Lanes::select(Lanes::template shift_right<step % 4 * kBaseBits - kBasePlace>(base[step / 4]),
+                                    3 << kBasePlace);
+        repeat<width - kBaseBits>([&](auto plane) MATQUANT_INLINE {
+            constexpr int kPlace = kBasePlace - 1 - plane;
+            codes = Lanes::merge(codes, Lanes::template shift_right<step - kPlace>(planes[plane]), 1 << kPlace);
+        });
+        return codes;
+    }
+};
+
+// Asks for what is this many bytes ahead of the tile that is read, over all planes: enough to cover the latency of
+// memory, whatever the width. The tiles of the next row follow, so this runs on into it.
+constexpr int64_t kPrefetchBytes = 8192;
+
+template <int width>
+void prefetch(const TileRow& row, int64_t tile, int64_t plane_stride) {
+    const int64_t ahead = tile + kPrefetchBytes / (width * kPlaneBytes);
+    __builtin_prefetch(row.base + 2 * ahead * kPlaneBytes);
+    __builtin_prefetch(row.base + (2 * ahead + 1) * kPlaneBytes);
+    for (int plane = 0; plane < width - kBaseBits; ++plane) {
+        __builtin_prefetch(row.planes + plane * plane_stride + ahead * kPlaneBytes);
+    }
+}
+
+template <class Lanes>
+struct Decoder {
+    typename Lanes::Floats scale, offset;
+
+    Decoder() = default;
+    Decoder(const TileRow& row, int64_t group) {
+        const uint16_t* decoder = row.decoders + group * 2 * kTileRows;
+        scale = Lanes::load_half(decoder);
+        offset = Lanes::load_half(decoder + kTileRows);
+    }
+
+    // What a segment adds to the result of a token: s (scale sum_k q_k c_k + offset sum_k q_k).
+    typename Lanes::Floats add_segment(typename Lanes::Floats total, const Factor& factor,
+                                       typename Lanes::Floats result) const {
+        total = Lanes::multiply(total, Lanes::broadcast(factor.scale));
+        result = Lanes::multiply_add(scale, total, result);
+        return Lanes::multiply_add(offset, Lanes::broadcast(factor.sum), result);
+    }
+};
+
+// Adds the bias to a token's 16 results, rounds them and writes those that there are.
+template <class Lanes>
+class Writer {
+  public:
+    Writer(const Product& product, const TileRow& row) : product_(product), row_(row) {
+        if (product.bias == nullptr) {
+            return;
+        }
+        Product as_input = product;
+        as_input.input = product.bias;
+        as_input.columns = 0;  // one row of it
+        alignas(64) float values[kSegmentColumns];
+        load_segment<Lanes>(as_input, 0, row.first, row.count, values);
+        std::copy_n(values, kTileRows, bias_);
+    }
+
+    void write(int64_t token, typename Lanes::Floats result) const {
+        const int64_t first = token * product_.output_stride + row_.first;
+        alignas(64) float values[kTileRows];
+        Lanes::store(values, result);
+        for (int64_t lane = 0; lane < kTileRows; ++lane) {
+            values[lane] += bias_[lane];
+        }
+        alignas(64) uint16_t halves[kTileRows];
+        switch (product_.element) {
+            case Element::kBFloat16:
+                for (int64_t lane = 0; lane < kTileRows; ++lane) {
+                    halves[lane] = to_bfloat16(values[lane]);
+                }
+                return copy(halves, static_cast<uint16_t*>(product_.output) + first);
+            case Element::kHalf:
+                Lanes::store_half(halves, Lanes::load(values));
+                return copy(halves, static_cast<uint16_t*>(product_.output) + first);
+            case Element::kFloat:
+                return copy(values, static_cast<float*>(product_.output) + first);
+        }
+    }
+
+  private:
+    // To nearest, ties to even.
+    static uint16_t to_bfloat16(float value) {
+        const uint32_t bits = std::bit_cast<uint32_t>(value);
+        const uint32_t rounded = (bits + 0x7fff + (bits >> kBFloat16Shift & 1)) >> kBFloat16Shift;
+        return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+    }
+
+    template <class T>
+    void copy(const T* values, T* target) const {
+        if (row_.count == kTileRows) {
+            std::memcpy(target, values, kTileRows * sizeof(T));
+        } else {
+            std::copy_n(values, row_.count, target);
+        }
+    }
+
+    const Product& product_;
+    const TileRow& row_;
+    alignas(64) float bias_[kTileRows] = {};
+};
+
+template <class Lanes, int bits>
+constexpr int64_t kSegmentBytes = kSegmentSteps * Lanes::template kStepBytes<bits>;  // of one token
+
+// All of a row of tiles with all tokens; segments are whole tiles.
+template <class Lanes, int bits, int width, int tokens>
+void multiply_few(const Product& product, const TileRow& row) {
+    using Sums = typename Lanes::Sums;
+    constexpr int kSums = Lanes::template kSums<bits>;
+    constexpr int kStepBytes = Lanes::template kStepBytes<bits>;
+    constexpr int kChains = std::clamp<int>(Lanes::kChains / (tokens * kSums), 1, kTileSteps);
+    typename Lanes::Floats results[tokens];
+    repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });
+    int64_t index = 0;
+    for (int64_t begin = 0; begin < product.columns; index += tokens) {
+        const int64_t end = segment_end(product.columns, product.group_size, begin);
+        const uint8_t* activations = product.activations + index * kSegmentBytes<Lanes, bits>;
+        Sums sums[kChains * tokens * kSums];
+        repeat<kChains * tokens * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
+        for (int64_t tile = begin / kTileColumns; tile < ceil_div(end, kTileColumns); ++tile) {
+            prefetch<width>(row, tile, product.plane_stride);
+            const PackedTile<Lanes, width> packed(row.base + 2 * tile * kPlaneBytes, row.planes + tile * kPlaneBytes,
+                                                  product.plane_stride);
+            repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
+                const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
+                repeat<tokens>([&](auto token) MATQUANT_INLINE {
+                    Lanes::template dot<bits>(&sums[(step % kChains * tokens + token) * kSums], operand,
+                                              activations + token * kSegmentBytes<Lanes, bits> + step * kStepBytes);
+                });
+            });
+            activations += kTileSteps * kStepBytes;
+        }
+        repeat<(kChains - 1) * tokens * kSums>([&](auto sum) MATQUANT_INLINE {
+            constexpr int kTarget = sum % (tokens * kSums);
+            sums[kTarget] = Lanes::add(sums[kTarget], sums[sum + tokens * kSums]);
+        });
+        const Decoder<Lanes> decoder(row, begin / product.group_size);
+        repeat<tokens>([&](auto token) MATQUANT_INLINE {
+            results[token] = decoder.add_segment(Lanes::template total<Lanes, bits>(&sums[token * kSums]),
+                                                 product.factors[index + token], results[token]);
+        });
+        begin = end;
+    }
+    const Writer<Lanes> writer(product, row);
+    repeat<tokens>([&](auto token) MATQUANT_INLINE { writer.write(token, results[token]); });
+}
+
+// Unpacks tiles to codes [steps, rows, 64], those of one row.
+template <class Lanes, int width, int rows>
+void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t plane_stride, uint8_t* codes) {
+    for (int64_t tile = first_tile; tile < first_tile + count; ++tile) {
+        prefetch<width>(row, tile, plane_stride);
+        const PackedTile<Lanes, width> packed(row.base + 2 * tile * kPlaneBytes, row.planes + tile * kPlaneBytes,
+                                              plane_stride);
+        repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
+            Lanes::store_bytes(codes + step * rows * kPlaneBytes, packed.template codes<step>());
+        });
+        codes += kTileSteps * rows * kPlaneBytes;
+    }
+}
+
+// A segment of codes [steps, rows, 64], and what a block of tokens needs of it.
+template <class Lanes, int rows>
+struct Segment {
+    const uint8_t* codes;
+    int64_t steps;
+    Decoder<Lanes> decoders[rows];
+};
+
+// Adds the product of a segment and a block of tokens to their results [tokens, rows, 16].
+template <class Lanes, int bits, int rows, int tokens>
+void multiply_block(const Segment<Lanes, rows>& segment, const uint8_t* activations, const Factor* factors,
+                    float* results) {
+    using Sums = typename Lanes::Sums;
+    constexpr int kSums = Lanes::template kSums<bits>;
+    Sums sums[tokens * rows * kSums];
+    repeat<tokens * rows * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
+    const uint8_t* codes = segment.codes;
+    for (int64_t step = 0; step < segment.steps; ++step) {
+        typename Lanes::Operand operands[rows];
+        repeat<rows>([&](auto row) MATQUANT_INLINE {
+            operands[row] = Lanes::prepare(Lanes::load_bytes(codes + row * kPlaneBytes));
+        });
+        repeat<tokens>([&](auto token) MATQUANT_INLINE {
+            repeat<rows>([&](auto row) MATQUANT_INLINE {
+                Lanes::template dot<bits>(&sums[(token * rows + row) * kSums], operands[row],
+                                          activations + token * kSegmentBytes<Lanes, bits>);
+            });
+        });
+        codes += rows * kPlaneBytes;
+        activations += Lanes::template kStepBytes<bits>;
+    }
+    repeat<tokens>([&](auto token) MATQUANT_INLINE {
+        repeat<rows>([&](auto row) MATQUANT_INLINE {
+            float* result = results + (token * rows + row) * kTileRows;
+            Lanes::store(result, segment.decoders[row].add_segment(
+                                     Lanes::template total<Lanes, bits>(&sums[(token * rows + row) * kSums]),
+                                     factors[token], Lanes::load(result)));
+        });
+    });
+}
+
+template <class Lanes, int bits, int rows, int... tokens>
+constexpr auto blocks_by_tokens(std::integer_sequence<int, tokens...>) {
+    return std::array{&multiply_block<Lanes, bits, rows, tokens + 1>...};
+}
+
+// All tokens, in blocks of nearly the same size.
+template <class Lanes, int bits, int rows>
+void multiply_tokens(const Segment<Lanes, rows>& segment, int64_t tokens, const uint8_t* activations,
+                     const Factor* factors, float* results) {
+    constexpr int kMost = Lanes::template kManyTokens<bits>;
+    static constexpr auto kBlocks = blocks_by_tokens<Lanes, bits, rows>(std::make_integer_sequence<int, kMost>());
+    for (int64_t blocks = ceil_div(tokens, kMost); blocks > 0; --blocks) {
+        const int64_t count = ceil_div(tokens, blocks);
+        kBlocks[count - 1](segment, activations, factors, results);
+        tokens -= count;
+        activations += count * kSegmentBytes<Lanes, bits>;
+        factors += count;
+        results += count * rows * kTileRows;
+    }
+}
+
+template <class Lanes, int rows, int... widths>
+constexpr auto unpackers_by_width(std::integer_sequence<int, widths...>) {
+    return std::array{&unpack_tiles<Lanes, kMinWidth + widths, rows>...};
+}
+
+using EachWidth = std::make_integer_sequence<int, kMaxWidth - kMinWidth + 1>;
+
+// All of some rows of tiles, all tokens, any groups.
+template <class Lanes, int bits, int rows>
+void multiply_many(const Product& product, const TileRow* row) {
+    static constexpr auto kUnpack = unpackers_by_width<Lanes, rows>(EachWidth());
+    alignas(64) uint8_t codes[kSegmentSteps * rows * kPlaneBytes];
+    alignas(64) float results[kBlockTokens * rows * kTileRows];
+    std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
+    int64_t index = 0;
+    for (int64_t first = 0; first < product.columns; first += kSegmentColumns) {
+        const int64_t last = std::min(first + kSegmentColumns, product.columns);
+        for (int part = 0; part < rows; ++part) {
+            kUnpack[row[part].width - kMinWidth](row[part], first / kTileColumns, ceil_div(last - first, kTileColumns),
+                                                 product.plane_stride, codes + part * kPlaneBytes);
+        }
+        for (int64_t begin = first; begin < last; index += product.tokens) {
+            const int64_t end = segment_end(product.columns, product.group_size, begin);
+            Segment<Lanes, rows> segment;
+            segment.codes = codes + (begin - first) / kStepColumns * rows * kPlaneBytes;
+            segment.steps = ceil_div(end - begin, kStepColumns);
+            for (int part = 0; part < rows; ++part) {
+                segment.decoders[part] = Decoder<Lanes>(row[part], begin / product.group_size);
+            }
+            multiply_tokens<Lanes, bits, rows>(segment, product.tokens,
+                                               product.activations + index * kSegmentBytes<Lanes, bits>,
+                                               product.factors + index, results);
+            begin = end;
+        }
+    }
+    for (int part = 0; part < rows; ++part) {
+        const Writer<Lanes> writer(product, row[part]);
+        for (int64_t token = 0; token < product.tokens; ++token) {
+            writer.write(token, Lanes::load(results + (token * rows + part) * kTileRows));
         }
     }
 }
 
-// All rows, in blocks of `block` rows, the rest in blocks of half the size and so on.
-template <class Lanes, int block, int tiles>
-void multiply_rows(const float* activations, int64_t rows, const float* weights, int64_t columns, float* sums) {
-    for (; rows >= block; rows -= block) {
-        multiply_block<Lanes, block, tiles>(activations, weights, columns, sums);
-        activations += block * kBlockColumns;
-        sums += block * tiles * kTileRows;
+// multiply_few for each width, one after the other, and in these for each number of tokens.
+template <class Lanes, int bits, int... indices>
+constexpr auto few_by_width_and_tokens(std::integer_sequence<int, indices...>) {
+    constexpr int kTokens = Lanes::template kFewTokens<bits>;
+    return std::array{&multiply_few<Lanes, bits, kMinWidth + indices / kTokens, indices % kTokens + 1>...};
+}
+
+template <class Lanes, int bits>
+void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
+    constexpr int kTokens = Lanes::template kFewTokens<bits>;
+    static constexpr auto kFew =
+        few_by_width_and_tokens<Lanes, bits>(std::make_integer_sequence<int, (kMaxWidth - kMinWidth + 1) * kTokens>());
+    const bool whole_tiles = product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
+    if (product.tokens <= kTokens && whole_tiles) {
+        for (int64_t index = 0; index < count; ++index) {
+            kFew[(rows[index].width - kMinWidth) * kTokens + product.tokens - 1](product, rows[index]);
+        }
+        return;
     }
-    if constexpr (block > 1) {
-        multiply_rows<Lanes, block / 2, tiles>(activations, rows, weights, columns, sums);
+    for (; count >= Lanes::kRows; count -= Lanes::kRows, rows += Lanes::kRows) {
+        multiply_many<Lanes, bits, Lanes::kRows>(product, rows);
+    }
+    for (; count > 0; --count, ++rows) {
+        multiply_many<Lanes, bits, 1>(product, rows);
     }
 }
 
-template <class Lanes, int tiles>
-void multiply_tiles(const Product& product, const Tile* tile, float* sums) {
-    alignas(64) float weights[kBlockColumns * tiles * kTileRows];
-    std::fill_n(sums, product.rows * tiles * kTileRows, 0.0f);
-    const float* activations = product.activations;
-    for (int64_t begin = 0; begin < product.columns; begin += kBlockColumns) {
-        const int64_t end = std::min(begin + kBlockColumns, product.columns);
-        for (int index = 0; index < tiles; ++index) {
-            decode_tile<Lanes>(product, tile[index], begin, end, weights + index * kTileRows, tiles * kTileRows);
+template <class Lanes>
+struct KernelOf {
+    template <class Call>
+    static auto with_bits(int activation_bits, Call call) {
+        switch (activation_bits) {
+            case 8:
+                return call(std::integral_constant<int, 8>());
+            case 16:
+                return call(std::integral_constant<int, 16>());
+            default:
+                return call(std::integral_constant<int, 24>());
         }
-        const int64_t columns = ceil_div(end - begin, kTileColumns) * kTileColumns;
-        multiply_rows<Lanes, Lanes::kRows, tiles>(activations, product.rows, weights, columns, sums);
-        activations += product.rows * kBlockColumns;
     }
-}
 
-template <class Lanes, int tiles = Lanes::kTiles>
-void multiply(const Product& product, const Tile* tile, int count, float* sums) {
-    if constexpr (tiles > 1) {
-        if (count < tiles) {
-            return multiply<Lanes, tiles - 1>(product, tile, count, sums);
-        }
+    static int64_t step_bytes(int activation_bits) {
+        return with_bits(activation_bits, [](auto bits) { return Lanes::template kStepBytes<bits>; });
     }
-    multiply_tiles<Lanes, tiles>(product, tile, sums);
-}
+    static void pack(const Product& product, int64_t begin, int64_t end) {
+        with_bits(product.activation_bits, [&](auto bits) { pack_tokens<Lanes, bits>(product, begin, end); });
+    }
+    static void multiply(const Product& product, const TileRow* rows, int64_t count) {
+        with_bits(product.activation_bits, [&](auto bits) { multiply_rows<Lanes, bits>(product, rows, count); });
+    }
+
+    static constexpr Kernel kKernel = {step_bytes, pack, multiply};
+};
 
 }  // namespace
 }  // namespace matquant::cpu

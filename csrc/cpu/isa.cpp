@@ -6,29 +6,8 @@
 #include <cstdlib>
 #include <string>
 
-#ifdef __x86_64__
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace matquant::cpu {
 namespace {
-
-#ifdef __x86_64__
-// Linux keeps the tile registers from a process until it asks for them.
-bool request_amx_bfloat16() {
-    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
-        return false;
-    }
-    constexpr unsigned int kBfloat16 = 1u << 22;
-    constexpr unsigned int kTile = 1u << 24;
-    constexpr int kArchRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-    constexpr int kTileData = 18;                   // XFEATURE_XTILEDATA
-    return (edx & kBfloat16) && (edx & kTile) && syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
-}
-#endif
 
 Isa choose_isa() {
     const std::vector<Isa> isas = available_isas();
@@ -59,21 +38,26 @@ std::vector<std::string> cpu_isas() {
 }  // namespace
 
 std::vector<Isa> available_isas() {
-    std::vector<Isa> isas = {{"scalar", &kScalarKernel, nullptr}};
-#ifdef __x86_64__
+    std::vector<Isa> isas = {{"scalar", &kScalarKernel}};
+#if defined(__x86_64__)
     // Every machine with AVX2 has F16C, which older compilers cannot ask for.
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
         return isas;
     }
-    isas.push_back({"avx2", &kAvx2Kernel, nullptr});
+    isas.push_back({"avx2", &kAvx2Kernel});
+    if (__builtin_cpu_supports("avxvnni")) {
+        isas.push_back({"avx2_vnni", &kAvx2VnniKernel});
+    }
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
         return isas;
     }
-    isas.push_back({"avx512", &kAvx512Kernel, nullptr});
-    if (request_amx_bfloat16()) {
-        isas.push_back({"amx", &kAvx512Kernel, &kAmxKernel});
+    isas.push_back({"avx512", &kAvx512Kernel});
+    if (__builtin_cpu_supports("avx512vnni")) {
+        isas.push_back({"avx512_vnni", &kAvx512VnniKernel});
     }
+#elif defined(__aarch64__)
+    isas.push_back({"neon", &kNeonKernel});
 #endif
     return isas;
 }

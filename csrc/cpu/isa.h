@@ -10,7 +10,6 @@ namespace matquant::cpu {
 struct Isa {
     const char* name;
     const Kernel* kernel;
-    const Kernel* bfloat16_kernel;  // for bfloat16 activations where it applies; nullptr if there is none
 };
 
 // The instruction sets that this machine has, slowest first.

@@ -1,17 +1,14 @@
-// matquant::linear on the CPU: checks, choice of the kernel, output.
+// matquant::linear on the CPU: checks the arguments and divides the work between threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "check.h"
-#include "cpu/activations.h"
 #include "cpu/isa.h"
 #include "layout.h"
 
@@ -21,16 +18,24 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of activations that are multiplied at once: bounds the scratch memory, and is enough for the time to decode the
-// weights to be small beside the product's.
-constexpr int64_t kBlockRows = 128;
+// Rows of tiles that are never divided: their outputs for a token fill a cache line, which one thread writes.
+constexpr int64_t kUnitRows = 2;
 
-// The weights with what is active now looked up, and where each tile's rows go.
-struct Weights {
-    std::vector<Tile> tiles;
-    std::vector<TileRows> rows;
-    int64_t out_features;
-};
+constexpr int64_t kPackingTokens = 8;  // the fewest that are worth a thread
+
+Element element_of(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::BFloat16:
+            return Element::kBFloat16;
+        case ScalarType::Half:
+            return Element::kHalf;
+        case ScalarType::Float:
+            return Element::kFloat;
+        default:
+            STD_TORCH_CHECK(false, "x: found dtype ", torch::headeronly::toString(dtype),
+                            ", expected BFloat16, Half or Float");
+    }
+}
 
 int64_t find_decoder(const std::vector<int64_t>& decoder_widths, int64_t width, int64_t resident_width) {
     const auto found = std::find(decoder_widths.begin(), decoder_widths.end(), width);
@@ -41,118 +46,127 @@ int64_t find_decoder(const std::vector<int64_t>& decoder_widths, int64_t width, 
     return found - decoder_widths.begin();
 }
 
-Weights check_weights(const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
-                      const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes,
-                      int64_t in_features, int64_t group_size) {
+// The rows of tiles with what is active now looked up.
+std::vector<TileRow> check_weights(const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
+                                   const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes,
+                                   int64_t in_features, int64_t group_size) {
     check_output_sizes(output_sizes);
     for (const int64_t width : decoder_widths) {
         STD_TORCH_CHECK(kMinWidth <= width && width <= kMaxWidth, "decoder_widths: found ", to_string(decoder_widths),
                         ", expected widths in ", kMinWidth, "..", kMaxWidth);
     }
-    STD_TORCH_CHECK(group_size > 0 && (group_size % kTileColumns == 0 || group_size >= in_features),
-                    "group_size: found ", group_size, ", expected a multiple of ", kTileColumns, " or at least the ",
+    STD_TORCH_CHECK(group_size > 0 && (group_size % kStepColumns == 0 || group_size >= in_features),
+                    "group_size: found ", group_size, ", expected a multiple of ", kStepColumns, " or at least the ",
                     in_features, " input features");
-    Weights weights{{}, split_into_tiles(output_sizes), 0};
-    weights.out_features = weights.rows.back().first + weights.rows.back().count;
-    const int64_t tiles = static_cast<int64_t>(weights.rows.size());
-    const int64_t steps = ceil_div(in_features, kTileColumns);
+    const std::vector<TileRows> tile_rows = split_into_tiles(output_sizes);
+    const int64_t rows = static_cast<int64_t>(tile_rows.size());
+    const int64_t tiles = ceil_div(in_features, kTileColumns);
     const int64_t groups = ceil_div(in_features, group_size);
-    STD_TORCH_CHECK(planes.dim() == 3, "planes: found ", planes.dim(), " dimensions, expected 3");
+    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
     const int64_t resident_width = planes.size(0);
-    check_tensor("planes", planes, ScalarType::Long, {resident_width, tiles, steps});
+    check_tensor("planes", planes, ScalarType::Byte, {resident_width, rows, tiles, kPlaneBytes});
     check_tensor("decoders", decoders, ScalarType::Half,
-                 {static_cast<int64_t>(decoder_widths.size()), tiles, groups, 2, kTileRows});
+                 {static_cast<int64_t>(decoder_widths.size()), rows, groups, 2, kTileRows});
     check_tensor("active_width", active_width, ScalarType::Int, {static_cast<int64_t>(output_sizes.size())});
 
-    const int64_t* masks = planes.const_data_ptr<int64_t>();
+    const uint8_t* base = planes.const_data_ptr<uint8_t>();
     const uint16_t* decoder_data = static_cast<const uint16_t*>(decoders.const_data_ptr());
     const int32_t* widths = active_width.const_data_ptr<int32_t>();
+    const int64_t row_bytes = tiles * kPlaneBytes;
     const int64_t decoder_size = groups * 2 * kTileRows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int32_t width = widths[weights.rows[tile].partition];
-        const int64_t decoder = find_decoder(decoder_widths, width, resident_width);
-        weights.tiles.push_back({masks + tile * steps, decoder_data + (decoder * tiles + tile) * decoder_size, width});
-    }
-    return weights;
-}
-
-template <class T>
-void write_rows(const float* sums, int64_t sums_stride, int64_t rows, const TileRows& tile, const T* bias,
-                int64_t out_features, T* output) {
+    std::vector<TileRow> result;
+    result.reserve(rows);
     for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t lane = 0; lane < tile.count; ++lane) {
-            const float added = bias == nullptr ? 0.0f : static_cast<float>(bias[tile.first + lane]);
-            output[row * out_features + tile.first + lane] = static_cast<T>(sums[row * sums_stride + lane] + added);
-        }
+        const TileRows& part = tile_rows[row];
+        const int32_t width = widths[part.partition];
+        const int64_t decoder = find_decoder(decoder_widths, width, resident_width);
+        result.push_back({base + kBaseBits * row * row_bytes, base + (kBaseBits * rows + row) * row_bytes,
+                          decoder_data + (decoder * rows + row) * decoder_size, width, part.first, part.count});
     }
+    return result;
 }
 
-// Packs and multiplies blocks of rows.
-template <class T>
-void multiply(const T* x, int64_t rows, const Weights& weights, Product product, const T* bias, T* output) {
-    const Isa& isa = isa_in_use();
-    // Registers of the tile unit take columns of one group.
-    const bool groups_fit = product.group_size % kRegisterColumns == 0 || product.group_size >= product.columns;
-    const bool bfloat16 = std::is_same_v<T, c10::BFloat16> && isa.bfloat16_kernel != nullptr && groups_fit;
-    const Kernel& kernel = bfloat16 ? *isa.bfloat16_kernel : *isa.kernel;
-    const int64_t tiles = static_cast<int64_t>(weights.tiles.size());
-    PackedActivations activations(std::min(rows, kBlockRows), product.columns, bfloat16);
-    for (int64_t first_row = 0; first_row < rows; first_row += kBlockRows) {
-        const int64_t block_rows = std::min(kBlockRows, rows - first_row);
-        activations.pack(x + first_row * product.columns, block_rows, product);
-        T* block_output = output + first_row * weights.out_features;
-        torch::stable::parallel_for(0, ceil_div(tiles, kernel.tiles), 1, [&](int64_t begin, int64_t end) {
-            alignas(64) float sums[kBlockRows * kMaxTiles * kTileRows];
-            for (int64_t first = begin * kernel.tiles; first < std::min(end * kernel.tiles, tiles);
-                 first += kernel.tiles) {
-                const int count = static_cast<int>(std::min<int64_t>(kernel.tiles, tiles - first));
-                kernel.multiply(product, &weights.tiles[first], count, sums);
-                for (int index = 0; index < count; ++index) {
-                    write_rows(sums + index * kTileRows, count * kTileRows, block_rows, weights.rows[first + index],
-                               bias, weights.out_features, block_output);
-                }
+// Where each thread's rows of tiles begin, and the end: units of kUnitRows, so that all have about as many bits to
+// read.
+std::vector<int64_t> divide(const std::vector<TileRow>& rows, int64_t threads) {
+    const int64_t count = static_cast<int64_t>(rows.size());
+    int64_t bits = 0;
+    for (const TileRow& row : rows) {
+        bits += row.width;
+    }
+    std::vector<int64_t> begins;
+    int64_t row = 0, before = 0;
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        for (; row < count && before * threads < bits * thread; row += kUnitRows) {
+            for (int64_t index = row; index < std::min(row + kUnitRows, count); ++index) {
+                before += rows[index].width;
             }
+        }
+        begins.push_back(std::min(row, count));
+    }
+    begins.push_back(count);
+    return begins;
+}
+
+// Packs and multiplies blocks of tokens.
+void multiply(const std::vector<TileRow>& rows, int64_t tokens, Product product) {
+    const Kernel& kernel = *isa_in_use().kernel;
+    const int64_t segments = count_segments(product.columns, product.group_size);
+    const int64_t most = std::min(tokens, kBlockTokens);
+    const std::unique_ptr<uint8_t[]> activations(
+        new uint8_t[segments * most * kSegmentSteps * kernel.step_bytes(product.activation_bits)]);
+    const std::unique_ptr<Factor[]> factors(new Factor[segments * most]);
+    product.activations = activations.get();
+    product.factors = factors.get();
+    const int64_t element_size = product.element == Element::kFloat ? 4 : 2;
+    const int64_t threads = torch::stable::get_num_threads();
+    const std::vector<int64_t> begins = divide(rows, threads);
+    for (; tokens > 0; tokens -= product.tokens) {
+        product.tokens = std::min(tokens, kBlockTokens);
+        torch::stable::parallel_for(0, product.tokens, kPackingTokens,
+                                    [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            kernel.multiply(product, rows.data() + begins[begin], begins[end] - begins[begin]);
         });
+        product.input = static_cast<const uint8_t*>(product.input) + product.tokens * product.columns * element_size;
+        product.output = static_cast<uint8_t*>(product.output) + product.tokens * product.output_stride * element_size;
     }
 }
 
 Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
               const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes, int64_t group_size,
-              const std::optional<Tensor>& bias) {
+              const std::optional<Tensor>& bias, int64_t activation_bits) {
     STD_TORCH_CHECK(x.dim() > 0, "x: found a scalar, expected at least one dimension");
     const ScalarType dtype = x.scalar_type();
+    const Element element = element_of(dtype);
+    STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 16 || activation_bits == 24, "activation_bits: found ",
+                    activation_bits, ", expected 8, 16 or 24");
     const int64_t in_features = x.size(-1);
-    const Weights weights =
+    const std::vector<TileRow> rows =
         check_weights(planes, decoders, active_width, decoder_widths, output_sizes, in_features, group_size);
+    const int64_t out_features = rows.back().first + rows.back().count;
     if (bias) {
-        check_tensor("bias", *bias, dtype, {weights.out_features});
+        check_tensor("bias", *bias, dtype, {out_features});
     }
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    sizes.back() = weights.out_features;
+    sizes.back() = out_features;
     Tensor output = torch::stable::empty(sizes, dtype);
-    const int64_t rows = output.numel() / weights.out_features;
     const Tensor input = torch::stable::contiguous(x);
-    const Product product{planes.size(1) * planes.size(2), in_features, group_size, 0, nullptr, nullptr, nullptr};
-
-    const auto run = [&]<class T>(T) {
-        multiply(static_cast<const T*>(input.const_data_ptr()), rows, weights, product,
-                 bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
-                 static_cast<T*>(output.mutable_data_ptr()));
+    const Product product = {
+        .columns = in_features,
+        .group_size = group_size,
+        .plane_stride = planes.size(1) * planes.size(2) * kPlaneBytes,
+        .activation_bits = static_cast<int>(activation_bits),
+        .element = element,
+        .tokens = 0,
+        .input = input.const_data_ptr(),
+        .activations = nullptr,
+        .factors = nullptr,
+        .bias = bias ? bias->const_data_ptr() : nullptr,
+        .output = output.mutable_data_ptr(),
+        .output_stride = out_features,
     };
-    switch (dtype) {
-        case ScalarType::BFloat16:
-            run(c10::BFloat16());
-            break;
-        case ScalarType::Half:
-            run(c10::Half());
-            break;
-        case ScalarType::Float:
-            run(float());
-            break;
-        default:
-            STD_TORCH_CHECK(false, "x: found dtype ", torch::headeronly::toString(dtype),
-                            ", expected BFloat16, Half or Float");
-    }
+    multiply(rows, output.numel() / out_features, product);
     return output;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Layer:
             "output_sizes": self.output_sizes,
             "group_size": self.group_size,
             "bias": bias,
+            "activation_bits": None,
         }
 
     def weights(self, widths: Sequence[int], absolute: bool = False) -> np.ndarray:
@@ -58,22 +60,56 @@ class Layer:
         return scale * (self.codes.numpy().astype(np.int64) >> (8 - width_of_row)[:, None]) + offset
 
     def check(
-        self, result: torch.Tensor, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        widths: Sequence[int],
+        bias: torch.Tensor | None = None,
+        activation_bits: int | None = None,
+        rounds: bool = True,
     ) -> None:
-        """Compare with the product in float64, to within the rounding of sums in float32 and of the result."""
-        weights = self.weights(widths)
-        inputs = x.double().numpy()
-        expected = inputs @ weights.T
-        magnitude = np.abs(inputs) @ self.weights(widths, absolute=True).T
-        if bias is not None:
-            expected = expected + bias.double().numpy()
-            magnitude = magnitude + np.abs(bias.double().numpy())
+        """Compare with products in float64: that of the rounded activations, to within the rounding of sums in float32
+        and of the result, and that of the activations themselves, to within what their rounding may change. ``rounds`` is False for
+        what does not round them."""
+        bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
+        weights, absolute = self.weights(widths), self.weights(widths, absolute=True)
+        rounded, largest = round_activations(x.double().numpy(), self.group_size, bits)
+        if not rounds:
+            rounded = x.double().numpy()
+        added = 0.0 if bias is None else bias.double().numpy()
+        expected = rounded @ weights.T + added
         assert result.dtype == x.dtype
         assert result.shape == expected.shape
         # Errors of float32 sums grow as the square root of their length; 8 standard deviations.
+        magnitude = np.abs(rounded) @ absolute.T + np.abs(added)
         tolerance = magnitude * 2**-24 * 8 + np.abs(expected) * ROUNDING[x.dtype] + 1e-30
         error = np.abs(result.double().numpy() - expected)
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
+
+        most = 1 / 254 if bits == 8 else 2.0 ** (1 - bits)  # of the largest
+        tolerance += largest @ np.abs(weights).T * most * 1.001
+        error = np.abs(result.double().numpy() - (x.double().numpy() @ weights.T + added))
+        assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times what rounding may change"
+
+
+def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Activations [M, K] as the kernels round them, and for each the largest of its segment."""
+    rounded, largest = np.empty_like(x), np.empty_like(x)
+    columns = x.shape[1]
+    cuts = sorted({*range(0, columns, group_size), *range(0, columns, 128), columns})
+    for begin, end in itertools.pairwise(cuts):
+        segment = x[:, begin:end]
+        most = np.abs(segment).max(axis=1, keepdims=True)
+        largest[:, begin:end] = np.maximum(most, 2.0**-86)  # what is below 2^-100 counts as zero
+        if bits == 8:  # computed in float32: a value halfway between two integers may go either way
+            scale = np.maximum(most.astype(np.float32) / np.float32(127), np.float32(2.0**-100))
+            integers = np.round(segment.astype(np.float32) * (np.float32(1) / scale))
+        else:
+            scale = 2.0 ** np.maximum(np.ceil(np.log2(np.maximum(most, 2.0**-149) / 32639)), -100)
+            steps = 256 if bits == 24 else 1
+            integers = np.round(segment / scale * steps) / steps
+        rounded[:, begin:end] = integers * scale.astype(np.float64)
+    return rounded, largest
 
 
 def make_layer(output_sizes: Sequence[int], columns: int, group_size: int, seed: int = 0) -> Layer:

@@ -8,6 +8,7 @@ import torch
 from tests.kernels.random_layers import Layer, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.embedding import embedding
+from vllm_matquant.kernels.layout import split_planes
 from vllm_matquant.kernels.support import DTYPES
 
 SHAPES = [(1, 8, 8), (16, 64, 32), (53, 70, 32), (40, 41, 64), (160, 96, 96)]  # rows, columns, group size
@@ -45,13 +46,16 @@ def test_rows_come_in_the_shape_and_dtype_asked_for(rows, dtype):
     assert torch.equal(result, every[rows].to(dtype))
 
 
-def test_only_the_bytes_of_the_row_and_its_neighbour_matter():
+def test_only_the_bytes_of_the_row_matter():
     layer = make_layer([53], 70, 32)
-    expected = look_up(layer, torch.tensor([20, 21]), active(8))
-    mine = 0xFF << 16  # rows 20 and 21 are the third pair of tile 1
-    layer.planes[:, 1] &= mine
-    layer.planes[:, [0, 2, 3]] = -1
-    assert torch.equal(look_up(layer, torch.tensor([20, 21]), active(8)), expected)
+    expected = look_up(layer, torch.tensor([21]), active(8))
+    spoiled = torch.full_like(layer.planes, 255)
+    mine = slice(20, 24)  # row 21 is the sixth of tile row 1
+    (spoiled_base, spoiled_planes), (base, planes) = split_planes(spoiled), split_planes(layer.planes)
+    spoiled_base[1, :, :, mine] = base[1, :, :, mine]
+    spoiled_planes[:, 1, :, mine] = planes[:, 1, :, mine]
+    layer.planes = spoiled
+    assert torch.equal(look_up(layer, torch.tensor([21]), active(8)), expected)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -59,7 +63,7 @@ def test_planes_past_the_active_width_do_not_matter(width):
     layer = make_layer([53], 70, 32)
     rows = torch.tensor([0, 31, 52])
     expected = look_up(layer, rows, active(width))
-    layer.planes[width:] = -1
+    layer.planes[width:] = 255
     assert torch.equal(look_up(layer, rows, active(width)), expected)
     layer.planes = layer.planes[:width].clone()
     assert torch.equal(look_up(layer, rows, active(width)), expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.test_linear import SHAPES
 from vllm_matquant.kernels import ops
 
 
@@ -42,3 +43,29 @@ def test_linear(isa):
     of_every_isa = "not contradicting and not registered and not compiled"
     result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", of_every_isa, path)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+PRINT_DIGESTS = """
+import hashlib
+from tests.kernels.test_linear import DTYPES, SHAPES, WIDTHS, bytes_of, make_input, make_layer
+
+for output_sizes, columns, group_size in SHAPES:
+    layer = make_layer(output_sizes, columns, group_size)
+    digest = hashlib.sha256()
+    for width in WIDTHS:
+        for activation_bits in (8, 16, 24):
+            for dtype in DTYPES:
+                for rows in (1, 3, 8, 30):
+                    x = make_input(rows, columns, dtype)
+                    digest.update(bytes_of(layer.run(x, [width], activation_bits=activation_bits)))
+    print(output_sizes, columns, group_size, digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_bytes():
+    results = {isa: run(isa, "-c", PRINT_DIGESTS) for isa in ops.cpu_isas()}
+    assert {isa: result.stderr for isa, result in results.items()} == dict.fromkeys(results, "")
+    digests = {isa: result.stdout.splitlines() for isa, result in results.items()}
+    assert len(digests["scalar"]) == len(SHAPES)
+    for isa, digest in digests.items():
+        assert digest == digests["scalar"], isa

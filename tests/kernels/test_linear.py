@@ -16,7 +16,7 @@ from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.layout import repack_decoders
 from vllm_matquant.kernels.support import DTYPES
 
-ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 64, 65)
+ROWS = (*range(18), 31, 33, 64, 65)
 SHAPES = [  # output_sizes, columns, group size
     ([1], 8, 8),
     ([15], 36, 12),
@@ -49,12 +49,44 @@ def test_product(output_sizes, columns, group_size, width):
         layer.check(result, torch.cat(inputs), [width])
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
+@pytest.mark.parametrize("activation_bits", [8, 16, 24])
+def test_bits_of_activations(activation_bits, output_sizes, columns, group_size, width):
+    layer = make_layer(output_sizes, columns, group_size, seed=width)
+    for dtype in DTYPES:
+        inputs = [make_input(rows, columns, dtype, seed=rows) for rows in (1, 2, 7, 8, 9, 30)]
+        result = torch.cat([layer.run(x, [width], activation_bits=activation_bits) for x in inputs])
+        layer.check(result, torch.cat(inputs), [width], activation_bits=activation_bits)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [128, 130, 300])
+@pytest.mark.parametrize("rows", [511, 512, 513, 1100])
 def test_more_rows_than_a_block(rows, dtype):
     layer = make_layer([35], 200, 64)
     x = make_input(rows, 200, dtype)
     layer.check(layer.run(x, [5]), x, [5])
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16, 24])
+def test_the_largest_codes_and_activations_do_not_overflow(activation_bits):
+    layer = make_layer([16], 1024, 1024)
+    layer.codes.fill_(255)
+    layer.planes.fill_(255)
+    for sign in (1, -1):
+        x = torch.full((9, 1024), sign * 32639 / 32768)
+        layer.check(layer.run(x, [8], activation_bits=activation_bits), x, [8], activation_bits=activation_bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation_bits", [8, 16, 24])
+@pytest.mark.parametrize("exponent", [-140, -120, -90, -20, 100])
+def test_scales_of_activations(exponent, activation_bits, dtype):
+    """From values that count as zero, below 2^-100, to large ones; far apart from one group to the next."""
+    layer = make_layer([20], 96, 32)
+    x = make_input(5, 96).double() * torch.tensor([1.0, 2.0**-30, 0.0]).repeat_interleave(32)
+    x = (x * 2.0**exponent).to(dtype)
+    layer.check(layer.run(x, [6], activation_bits=activation_bits), x, [6], activation_bits=activation_bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +118,7 @@ def test_leading_dimensions_and_strides():
 
 def test_no_input_features():
     layer = make_layer([20], 8, 8)
-    empty = {"planes": layer.planes[..., :0], "decoders": layer.decoders[:, :, :0]}
+    empty = {"planes": layer.planes[:, :, :0], "decoders": layer.decoders[:, :, :0]}
     bias = make_input(1, 20)[0]
     result = layer.run(torch.empty(3, 0), [4], bias, **{name: t.contiguous() for name, t in empty.items()})
     assert torch.equal(result, bias.expand(3, 20))
@@ -100,7 +132,7 @@ def test_planes_past_the_active_width_change_nothing(width, dtype):
         x = make_input(rows, 264, dtype)
         expected = bytes_of(layer.run(x, [width]))
         poisoned = layer.planes.clone()
-        poisoned[width:] = torch.randint(-(2**63), 2**63 - 1, poisoned[width:].shape)
+        poisoned[width:] = torch.randint(0, 256, poisoned[width:].shape)
         assert bytes_of(layer.run(x, [width], planes=poisoned)) == expected
         assert bytes_of(layer.run(x, [width], planes=layer.planes[:width].clone())) == expected
 
@@ -122,11 +154,11 @@ def map_memory(size):
 def forbid(address, size):
     assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) == 0
 
-layer = make_layer([256], 32 * mmap.PAGESIZE // 4096 * 4, 32)
+layer = make_layer([256], 128 * mmap.PAGESIZE // 4096, 32)
 plane_bytes = layer.planes[0].nbytes
 assert plane_bytes % mmap.PAGESIZE == 0
 memory, address = map_memory(layer.planes.nbytes)
-planes = torch.frombuffer(memory, dtype=torch.int64).view(layer.planes.shape)
+planes = torch.frombuffer(memory, dtype=torch.uint8).view(layer.planes.shape)
 planes.copy_(layer.planes)
 input_memory, input_address = map_memory(17 * mmap.PAGESIZE)
 forbid(input_address + 16 * mmap.PAGESIZE, mmap.PAGESIZE)
@@ -194,24 +226,25 @@ def test_float16_decoders_are_read_exactly():
     [
         ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x: found dtype Double, expected BFloat16, Half or Float"),
         ({"x": torch.tensor(1.0)}, "x: found a scalar, expected at least one dimension"),
-        ({"x": torch.zeros(2, 60)}, r"planes: found shape \[8, 4, 16\], expected \[8, 4, 15\]"),
-        ({"planes": torch.zeros(4, 16, dtype=torch.int64)}, "planes: found 2 dimensions, expected 3"),
-        ({"planes": torch.zeros(8, 4, 16, dtype=torch.int32)}, "planes: found dtype Int, expected Long"),
-        ({"planes": torch.zeros(8, 16, 4, dtype=torch.int64).mT}, "planes: found strides .*, expected a contiguous"),
+        ({"x": torch.zeros(2, 32)}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 4, 1, 64\]"),
+        ({"planes": torch.zeros(4, 16, dtype=torch.uint8)}, "planes: found 2 dimensions, expected 4"),
+        ({"planes": torch.zeros(8, 4, 2, 64, dtype=torch.int8)}, "planes: found dtype Char, expected Byte"),
+        ({"planes": torch.zeros(8, 4, 64, 2).byte().mT}, "planes: found strides .*, expected a contiguous"),
         ({"decoders": torch.zeros(7, 4, 1, 2, 16).half()}, r"decoders: found shape .*, expected \[7, 4, 2, 2, 16\]"),
         ({"decoders": torch.zeros(7, 4, 2, 2, 16)}, "decoders: found dtype Float, expected Half"),
         ({"active_width": torch.tensor([4])}, "active_width: found dtype Long, expected Int"),
         ({"active_width": torch.tensor([4], dtype=torch.int32)}, r"active_width: found shape \[1\], expected \[2\]"),
         ({"active_width": torch.tensor([4, 9], dtype=torch.int32)}, "active_width: found 9, expected one of decoder"),
         ({"active_width": torch.tensor([-1, 4], dtype=torch.int32)}, "active_width: found -1, expected one of decoder"),
-        ({"planes": torch.zeros(3, 4, 16, dtype=torch.int64)}, "active_width: found 4, expected at most .* width 3"),
+        ({"planes": torch.zeros(3, 4, 2, 64).byte()}, "active_width: found 4, expected at most .* width 3"),
         ({"decoder_widths": [1, 2, 3, 4, 5, 6, 7]}, r"decoder_widths: found .*, expected widths in 2\.\.8"),
         ({"decoder_widths": [2, 3, 4]}, r"decoders: found shape .*, expected \[3, 4, 2, 2, 16\]"),
         ({"output_sizes": []}, "output_sizes: found none, expected at least one"),
         ({"output_sizes": [20, 0]}, r"output_sizes: found \[20, 0\], expected positive sizes"),
-        ({"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 16\], expected \[8, 5, 16\]"),
+        ({"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 5, 2, 64\]"),
         ({"group_size": 0}, "group_size: found 0, expected a multiple of 4"),
         ({"group_size": 30}, "group_size: found 30, expected a multiple of 4 or at least the 64 input features"),
+        ({"activation_bits": 12}, "activation_bits: found 12, expected 8, 16 or 24"),
         ({"bias": torch.zeros(51)}, r"bias: found shape \[51\], expected \[52\]"),
         ({"bias": torch.zeros(52).half()}, "bias: found dtype Half, expected Float"),
     ],
@@ -226,9 +259,8 @@ def test_contradicting_arguments(changed, message):
 def test_operator_is_registered_soundly():
     layer = make_layer([20, 32], 64, 32)
     for bias in (None, make_input(1, 52)[0]):
-        torch.library.opcheck(
-            torch.ops.matquant.linear.default, tuple(layer.arguments(make_input(3, 64), [4, 2], bias).values())
-        )
+        arguments = layer.arguments(make_input(3, 64), [4, 2], bias) | {"activation_bits": 16}
+        torch.library.opcheck(torch.ops.matquant.linear.default, tuple(arguments.values()))
 
 
 def test_one_compiled_graph_serves_every_width():

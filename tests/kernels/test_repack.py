@@ -22,7 +22,7 @@ def tile_of_row(row: int, output_sizes: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("output_sizes", [[1], [16], [37], [5, 16, 18]])
-@pytest.mark.parametrize("columns", [1, 3, 4, 6, 8, 41])
+@pytest.mark.parametrize("columns", [1, 3, 8, 29, 32, 41, 67])
 @pytest.mark.parametrize("resident_width", WIDTHS)
 def test_every_bit_has_its_place(output_sizes, columns, resident_width):
     rows = sum(output_sizes)
@@ -31,17 +31,21 @@ def test_every_bit_has_its_place(output_sizes, columns, resident_width):
     base, planes = pack_codes(codes, resident_width)
     result = ops.repack_codes(base, planes, output_sizes)
     assert result.shape == layout.planes_shape(resident_width, output_sizes, columns)
-    expected = torch.zeros(resident_width, *result.shape[1:], 64, dtype=torch.uint8)
+    base_bytes = torch.zeros(result[:2].numel(), dtype=torch.uint8)
+    plane_bytes = torch.zeros_like(result[2:])
+    column_tiles = result.shape[2]
     for row in range(rows):
         tile, lane = tile_of_row(row, output_sizes)
         for column in range(columns):
-            for plane in range(resident_width):
-                bit = int(codes[row, column]) >> (7 - plane) & 1
-                expected[plane, tile, column // 4, lane * 4 + column % 4] = bit
-    shifts = torch.arange(64)
-    assert torch.equal(((result.unsqueeze(-1) >> shifts) & 1).to(torch.uint8), expected)
-    unpacked = layout.strip_padding(layout.unpack_planes(result, resident_width, columns), output_sizes)
-    assert torch.equal(unpacked, codes >> (8 - resident_width))
+            code, step, byte = int(codes[row, column]), column % 32 // 4, lane * 4 + column % 4
+            first_byte = (tile * column_tiles + column // 32) * 128 + step // 4 * 64
+            base_bytes[first_byte + byte] |= (code >> 6) << (step % 4 * 2)
+            for plane in range(2, resident_width):
+                plane_bytes[plane - 2, tile, column // 32, byte] |= (code >> (7 - plane) & 1) << step
+    assert torch.equal(result[:2].flatten(), base_bytes)
+    assert torch.equal(result[2:], plane_bytes)
+    unpacked = layout.unpack_tiles(*layout.split_planes(result), columns)
+    assert torch.equal(layout.strip_padding(unpacked, output_sizes), codes >> (8 - resident_width))
 
 
 @pytest.mark.parametrize("output_sizes", [[1], [16], [37], [5, 16, 18]])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.kernels.layout import TILE_COLUMNS, TILE_ROWS
+from vllm_matquant.kernels.layout import STEP_COLUMNS, TILE_ROWS, split_planes, unpack_steps
 from vllm_matquant.kernels.reference import dequantize
 
 
@@ -30,8 +30,8 @@ def embedding(
 
     Args:
         rows: int64 [...], each below the layer's rows.
-        planes: int64 [resident width, tiles, ceil(in_features/4)].
-        decoders: float16 [len(decoder_widths), tiles, groups, 2, 16].
+        planes: uint8 [resident width, tile rows, tile columns, 64].
+        decoders: float16 [len(decoder_widths), tile rows, groups, 2, 16].
         active_width: int32 [1].
         decoder_widths: the widths whose decoders are resident, in the order of ``decoders``.
         in_features: columns.
@@ -44,18 +44,13 @@ def embedding(
     Raises:
         RuntimeError: the active width has no decoder (on a GPU: when the host next waits for it).
     """
-    resident_width, tiles, column_tiles = planes.shape
     tile, lane = rows // TILE_ROWS, rows % TILE_ROWS
 
-    # A byte of a mask holds two rows of its tile, the even one in the low half; see layout.unpack_planes.
-    masks = planes.view(torch.uint8).view(resident_width, tiles, column_tiles, TILE_ROWS // 2)
-    pairs = masks[:, tile, :, lane // 2]  # [..., resident width, column tiles]
-    shifts = (lane % 2)[..., None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS, device=rows.device)
-    bits = (pairs[..., None] >> shifts.to(torch.uint8)[..., None, None, :]) & 1
-    codes = bits.new_zeros(*rows.shape, column_tiles, TILE_COLUMNS)
-    for plane in bits.unbind(-3):
-        codes = (codes << 1) | plane
-    codes = codes.flatten(-2)[..., :in_features] >> (resident_width - active_width).to(torch.uint8)
+    # The four bytes of the row in each tile: [..., tile columns, 2, 4] and [..., resident width - 2, tile columns, 4].
+    base, further_planes = (part.unflatten(-1, (TILE_ROWS, STEP_COLUMNS)) for part in split_planes(planes))
+    base, further_planes = base[tile, :, :, lane], further_planes[:, tile, :, lane]
+    codes = unpack_steps(base, further_planes.movedim(-3, 0)).flatten(-3)[..., :in_features]
+    codes = codes >> (len(planes) - active_width).to(torch.uint8)
 
     matches = torch.stack([active_width == width for width in decoder_widths])
     torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")

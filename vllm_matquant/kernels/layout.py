@@ -1,15 +1,19 @@
 """The layout of codes and decoders in memory, as every kernel reads them.
 
-A tile is 16 rows (outputs) by 4 columns (inputs) of weights; one plane of a tile is a 64-bit mask with bit
-``row * 4 + column``. Each part of a fused layer (q, k, v; gate, up) is padded to whole tiles of its own, so that each
-can have its own active width.
+A tile is 16 rows (outputs) by 32 columns (inputs) of weights, taken as 8 steps of 4 columns. A byte of a tile belongs
+to one row and to one column of each step: byte ``row * 4 + column % 4``. A plane of a tile is 64 bytes, whose bit
+``step`` is that of step 0..7; the base field is twice 64 bytes of 2-bit fields, the first with steps 0..3, the second
+with 4..7. Each part of a fused layer (q, k, v; gate, up) is padded to whole tiles of its own, so that each can have its
+own active width.
 
-=========  =======  ============================================  ===========================================
-tensor     dtype    shape                                         order
-=========  =======  ============================================  ===========================================
-planes     int64    [resident width, tiles, ceil(in_features/4)]  most significant plane first
-decoders   float16  [decoder widths, tiles, groups, 2, 16]        scale, then offset, for the 16 rows of a tile
-=========  =======  ============================================  ===========================================
+=========  =======  =================================================  ==========================================
+tensor     dtype    shape                                              order
+=========  =======  =================================================  ==========================================
+planes     uint8    [resident width, tile rows, tile columns, 64]      most significant plane first; the first two
+                                                                       are one, the base field: their memory is
+                                                                       [tile rows, tile columns, 2, 64]
+decoders   float16  [decoder widths, tile rows, groups, 2, 16]         scale, then offset, for the 16 rows of a tile
+=========  =======  =================================================  ==========================================
 """
 
 from __future__ import annotations
@@ -18,8 +22,13 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_matquant.checkpoint.spec import BASE_BITS
+
 TILE_ROWS = 16
-TILE_COLUMNS = 4
+TILE_COLUMNS = 32
+STEP_COLUMNS = 4
+TILE_STEPS = TILE_COLUMNS // STEP_COLUMNS
+PLANE_BYTES = TILE_ROWS * STEP_COLUMNS  # of a tile
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -27,13 +36,13 @@ def ceil_div(value: int, divisor: int) -> int:
 
 
 def tile_count(output_sizes: Sequence[int]) -> int:
-    """Tiles over all partitions, each padded to whole tiles."""
+    """Rows of tiles over all partitions, each padded to whole tiles."""
     return sum(ceil_div(size, TILE_ROWS) for size in output_sizes)
 
 
-def planes_shape(resident_width: int, output_sizes: Sequence[int], in_features: int) -> tuple[int, int, int]:
-    """Shape of the planes tensor (int64)."""
-    return resident_width, tile_count(output_sizes), ceil_div(in_features, TILE_COLUMNS)
+def planes_shape(resident_width: int, output_sizes: Sequence[int], in_features: int) -> tuple[int, int, int, int]:
+    """Shape of the planes tensor (uint8)."""
+    return resident_width, tile_count(output_sizes), ceil_div(in_features, TILE_COLUMNS), PLANE_BYTES
 
 
 def decoders_shape(
@@ -77,21 +86,49 @@ def repack_decoders(
     return tiles.permute(2, 0, 3, 4, 1).contiguous()
 
 
-def unpack_planes(planes: torch.Tensor, width: int, in_features: int) -> torch.Tensor:
-    """The ``width``-bit codes of tiles; planes past ``width`` are not read.
+def split_planes(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base field and the further planes of a planes tensor, both views.
 
     Args:
-        planes: int64 [resident width, tiles, ceil(in_features/4)].
-        width: bits of each code to read.
+        planes: uint8 [resident width, tile rows, tile columns, 64].
+
+    Returns:
+        uint8 [tile rows, tile columns, 2, 64] and uint8 [resident width - 2, tile rows, tile columns, 64].
+    """
+    base = planes[:BASE_BITS].view(*planes.shape[1:3], 2, PLANE_BYTES)
+    return base, planes[BASE_BITS:]
+
+
+def unpack_steps(base: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+    """The codes of tiles, or of some of their bytes.
+
+    Args:
+        base: uint8 [..., 2, bytes], the base field.
+        planes: uint8 [width - 2, ..., bytes], the planes to read.
+
+    Returns:
+        uint8 [..., 8 steps, bytes], codes of ``width`` bits.
+    """
+
+    def shifts(step: int) -> torch.Tensor:
+        return torch.arange(0, 8, step, dtype=torch.uint8, device=base.device).unsqueeze(-1)
+
+    codes = ((base.unsqueeze(-2) >> shifts(BASE_BITS)) & 3).flatten(-3, -2)
+    for plane in planes:
+        codes = (codes << 1) | ((plane.unsqueeze(-2) >> shifts(1)) & 1)
+    return codes
+
+
+def unpack_tiles(base: torch.Tensor, planes: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The codes of rows of tiles.
+
+    Args:
+        base: uint8 [tile rows, tile columns, 2, 64].
+        planes: uint8 [width - 2, tile rows, tile columns, 64].
         in_features: columns.
 
     Returns:
-        uint8 [tiles, 16, in_features].
+        uint8 [tile rows, 16, in_features].
     """
-    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    codes = planes.new_zeros(*planes.shape[1:], TILE_ROWS, TILE_COLUMNS, dtype=torch.uint8)
-    for plane in planes[:width]:
-        # As on every machine that torch supports, the bytes of a mask lie from the least significant on.
-        lanes = (plane.view(torch.uint8).unsqueeze(-1) >> shifts) & 1
-        codes = (codes << 1) | lanes.view(codes.shape)
-    return codes.transpose(1, 2).flatten(2)[..., :in_features]
+    steps = unpack_steps(base, planes).flatten(1, 2)  # [tile rows, steps, 64]
+    return steps.unflatten(-1, (TILE_ROWS, STEP_COLUMNS)).transpose(1, 2).flatten(2)[..., :in_features]

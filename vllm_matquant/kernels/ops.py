@@ -48,6 +48,7 @@ def _linear_shape(
     output_sizes: Sequence[int],
     group_size: int,
     bias: torch.Tensor | None,
+    activation_bits: int,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(output_sizes))
 
@@ -61,22 +62,28 @@ def linear(
     output_sizes: Sequence[int],
     group_size: int,
     bias: torch.Tensor | None = None,
+    activation_bits: int | None = None,
 ) -> torch.Tensor:
     """The product of ``x`` and the slices that are active now; planes past them are not read.
 
-    Codes and activations are multiplied without rounding either, sums are float32, and a result is rounded once to
-    the dtype of ``x``. Its bytes depend neither on the number of threads nor on the other rows of ``x``.
-    ``active_width`` is data: a compiled graph serves every width.
+    Activations are rounded to integers of ``activation_bits`` with a scale for each token and each segment of at most
+    128 columns of a group; products with codes are summed exactly within a segment, segments in float32, and a result
+    is rounded once to the dtype of ``x``. Its bytes depend neither on the number of threads nor on the instruction set
+    nor on the other rows of ``x``. A token with an infinity or a NaN gives NaNs. ``active_width`` is data: a compiled
+    graph serves every width.
 
     Args:
         x: bfloat16, float16 or float32 [..., in_features].
-        planes: int64 [resident width, tiles, ceil(in_features/4)], see :mod:`vllm_matquant.kernels.layout`.
-        decoders: float16 [len(decoder_widths), tiles, groups, 2, 16].
+        planes: uint8 [resident width, tile rows, tile columns, 64], see :mod:`vllm_matquant.kernels.layout`.
+        decoders: float16 [len(decoder_widths), tile rows, groups, 2, 16].
         active_width: int32 [len(output_sizes)], the width of each partition.
         decoder_widths: the widths whose decoders are resident, in the order of ``decoders``.
         output_sizes: rows of each partition (q, k, v of a fused layer).
         group_size: columns that share a decoder: a multiple of 4, or at least in_features.
         bias: [sum(output_sizes)] of the dtype of ``x``.
+        activation_bits: 16 loses no more than 2^-15 of a segment's largest activation, and nothing of bfloat16 and
+            float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-23; 8 loses up to
+            1/254 of the largest and is faster. By default 16, for float32 24.
 
     Returns:
         [..., sum(output_sizes)] of the dtype of ``x``.
@@ -85,8 +92,10 @@ def linear(
         RuntimeError: an argument contradicts another; the message names it, what was found and what was expected.
     """
     load_library()
+    if activation_bits is None:
+        activation_bits = 24 if x.dtype == torch.float32 else 16
     result: torch.Tensor = torch.ops.matquant.linear(
-        x, planes, decoders, active_width, decoder_widths, output_sizes, group_size, bias
+        x, planes, decoders, active_width, decoder_widths, output_sizes, group_size, bias, activation_bits
     )
     return result
 
@@ -100,7 +109,7 @@ def repack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], output_size
         output_sizes: rows of each partition.
 
     Returns:
-        int64 [2 + len(planes), tiles, ceil(in_features/4)].
+        uint8 [2 + len(planes), tile rows, tile columns, 64].
 
     Raises:
         RuntimeError: an argument contradicts another.

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.kernels.layout import ceil_div, strip_padding, tile_count, unpack_planes
+from vllm_matquant.checkpoint.spec import BASE_BITS
+from vllm_matquant.kernels.layout import ceil_div, split_planes, strip_padding, tile_count, unpack_tiles
 
 
 def dequantize(
@@ -69,25 +70,28 @@ def reference_linear(
     output_sizes: Sequence[int],
     group_size: int,
     bias: torch.Tensor | None = None,
+    activation_bits: int | None = None,
 ) -> torch.Tensor:
     """The same as :func:`vllm_matquant.kernels.ops.linear`, on any device.
 
-    It dequantizes the whole weight and waits for the device to read ``active_width``: correct, not fast.
+    It dequantizes the whole weight and waits for the device to read ``active_width``: correct, not fast. Activations
+    are multiplied as they are: ``activation_bits``, which says how far a kernel may round them, changes nothing.
 
     Raises:
         ValueError: an active width has no decoder or is more than the resident width.
     """
     in_features = x.shape[-1]
+    base, further_planes = split_planes(planes)
     weights = []
-    tile = 0  # the first of the partition
+    tile = 0  # the first row of tiles of the partition
     for size, width in zip(output_sizes, active_width.tolist(), strict=True):
         if width not in decoder_widths or width > len(planes):
             raise ValueError(f"active_width: found {width}, expected one of {decoder_widths}, at most {len(planes)}")
         tiles = slice(tile, tile + tile_count([size]))
-        codes = strip_padding(unpack_planes(planes[:, tiles], width, in_features), [size])
+        codes = unpack_tiles(base[tiles], further_planes[: width - BASE_BITS, tiles], in_features)
         decoder = decoders[list(decoder_widths).index(width), tiles].permute(2, 0, 3, 1)  # [2, tiles, 16, groups]
         scale, offset = (strip_padding(values, [size]) for values in decoder)
-        weights.append(dequantize(codes, scale, offset, group_size))
+        weights.append(dequantize(strip_padding(codes, [size]), scale, offset, group_size))
         tile = tiles.stop
     return _product(x, torch.cat(weights), bias)
 
@@ -102,5 +106,6 @@ def _(
     output_sizes: Sequence[int],
     group_size: int,
     bias: torch.Tensor | None = None,
+    activation_bits: int | None = None,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(output_sizes))

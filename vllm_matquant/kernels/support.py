@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops, reference
-from vllm_matquant.kernels.layout import TILE_COLUMNS
+from vllm_matquant.kernels.layout import STEP_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Kernel:
 
 
 REFERENCE = Kernel("reference", None, WIDTHS, DTYPES, 1, None, reference.reference_linear)
-KERNELS = (Kernel("cpu", "cpu", WIDTHS, DTYPES, TILE_COLUMNS, "linear", ops.linear),)
+KERNELS = (Kernel("cpu", "cpu", WIDTHS, DTYPES, STEP_COLUMNS, "linear", ops.linear),)
 
 
 def select_kernel(

@@ -94,7 +94,7 @@ class MatquantLinearMethod(LinearMethodBase):
         layer.register_buffer("active_width", active_widths, persistent=False)
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Replace the disk form by the kernel's: ``planes`` int64 and ``decoders`` float16 (see kernels.layout).
+        """Replace the disk form by the kernel's: ``planes`` uint8 and ``decoders`` float16 (see kernels.layout).
 
         Raises:
             MissingTensorError: a tensor of one of the layer's parts did not come from the checkpoint.

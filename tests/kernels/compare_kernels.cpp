@@ -1,0 +1,156 @@
+// Multiplies random layers with every kernel of this processor's architecture and compares the bytes with those of the
+// scalar kernel. Needs no torch, so that it can be built for other architectures and with sanitizers.
+//
+// Buffers have exactly the size that they need: a sanitizer sees every access past them.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/gemm.h"
+
+using namespace matquant;
+using namespace matquant::cpu;
+
+namespace {
+
+struct Named {
+    const char* name;
+    const Kernel& kernel;
+};
+
+std::vector<Named> other_kernels() {
+    std::vector<Named> kernels;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        kernels.push_back({"avx2", kAvx2Kernel});
+    }
+    if (__builtin_cpu_supports("avxvnni")) {
+        kernels.push_back({"avx2_vnni", kAvx2VnniKernel});
+    }
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+        kernels.push_back({"avx512", kAvx512Kernel});
+    }
+    if (__builtin_cpu_supports("avx512vnni")) {
+        kernels.push_back({"avx512_vnni", kAvx512VnniKernel});
+    }
+#elif defined(__aarch64__)
+    kernels.push_back({"neon", kNeonKernel});
+#endif
+    return kernels;
+}
+
+struct Case {
+    int64_t outputs, columns, group_size, tokens;
+    int width, activation_bits;
+    Element element;
+};
+
+class Layer {
+  public:
+    explicit Layer(const Case& shape) : case_(shape), rows_(ceil_div(shape.outputs, kTileRows)) {
+        const int64_t tiles = ceil_div(shape.columns, kTileColumns);
+        groups_ = ceil_div(shape.columns, shape.group_size);
+        row_bytes_ = tiles * kPlaneBytes;
+        planes_.resize(shape.width * rows_ * row_bytes_);
+        for (uint8_t& byte : planes_) {
+            byte = static_cast<uint8_t>(random_());
+        }
+        decoders_.resize(rows_ * groups_ * 2 * kTileRows);
+        for (uint16_t& value : decoders_) {
+            value = half();
+        }
+        input_ = elements(shape.tokens * shape.columns);
+        bias_ = elements(shape.outputs);
+    }
+
+    std::vector<uint8_t> multiply(const Kernel& kernel) const {
+        const int64_t segments = count_segments(case_.columns, case_.group_size);
+        std::vector<uint8_t> activations(segments * case_.tokens * kSegmentSteps *
+                                         kernel.step_bytes(case_.activation_bits));
+        std::vector<Factor> factors(segments * case_.tokens);
+        std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
+        const Product product = {case_.columns,  case_.group_size, rows_ * row_bytes_, case_.activation_bits,
+                                 case_.element,  case_.tokens,     input_.data(),      activations.data(),
+                                 factors.data(), bias_.data(),     output.data(),      case_.outputs};
+        kernel.pack(product, 0, case_.tokens);
+        std::vector<TileRow> tile_rows;
+        for (int64_t row = 0; row < rows_; ++row) {
+            const int64_t first = row * kTileRows;
+            tile_rows.push_back({planes_.data() + kBaseBits * row * row_bytes_,
+                                 planes_.data() + (kBaseBits * rows_ + row) * row_bytes_,
+                                 decoders_.data() + row * groups_ * 2 * kTileRows, case_.width, first,
+                                 std::min(kTileRows, case_.outputs - first)});
+        }
+        kernel.multiply(product, tile_rows.data(), rows_);
+        return output;
+    }
+
+  private:
+    int64_t element_size() const { return case_.element == Element::kFloat ? 4 : 2; }
+
+    // A sign, an exponent around 1 and a random fraction.
+    uint16_t half() { return static_cast<uint16_t>((random_() & 0x83ff) | (12 + random_() % 6) << 10); }
+
+    std::vector<uint8_t> elements(int64_t count) {
+        std::vector<uint8_t> bytes(count * element_size());
+        for (int64_t index = 0; index < count; ++index) {
+            uint8_t* target = bytes.data() + index * element_size();
+            const float value = std::normal_distribution<float>()(random_);
+            const uint16_t bits = half();
+            switch (case_.element) {
+                case Element::kFloat:
+                    std::memcpy(target, &value, 4);
+                    break;
+                case Element::kHalf:
+                    std::memcpy(target, &bits, 2);
+                    break;
+                case Element::kBFloat16:
+                    std::memcpy(target, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+                    break;
+            }
+        }
+        return bytes;
+    }
+
+    std::mt19937 random_{1};
+    Case case_;
+    int64_t rows_, groups_, row_bytes_;
+    std::vector<uint8_t> planes_;
+    std::vector<uint16_t> decoders_;
+    std::vector<uint8_t> input_, bias_;
+};
+
+}  // namespace
+
+int main() {
+    const int64_t shapes[][3] = {{1, 8, 8},     {33, 9, 4},     {15, 36, 12},  {16, 64, 64},
+                                 {52, 130, 32}, {20, 300, 300}, {77, 416, 96}, {48, 7, 512}};
+    int64_t compared = 0, different = 0;
+    for (const auto& [outputs, columns, group_size] : shapes) {
+        for (int width = kMinWidth; width <= kMaxWidth; ++width) {
+            for (const int bits : {8, 16, 24}) {
+                for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31}) {
+                    const Element element = static_cast<Element>((tokens + width) % 3);
+                    const Layer layer({outputs, columns, group_size, tokens, width, bits, element});
+                    const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
+                    for (const auto& [name, kernel] : other_kernels()) {
+                        ++compared;
+                        if (layer.multiply(kernel) != expected) {
+                            ++different;
+                            std::printf("%s: %d x %d, group size %d, %d tokens, %d bits, activations of %d bits\n",
+                                        name, int(outputs), int(columns), int(group_size), int(tokens), width, bits);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    std::string names;
+    for (const auto& [name, kernel] : other_kernels()) {
+        names += std::string(" ") + name;
+    }
+    std::printf("compared %d products of:%s\n", int(compared), names.c_str());
+    return different == 0 && compared > 0 ? 0 : 1;
+}
