@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(matquant, m) {
         "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
         "Tensor? current, int fixed_bits, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> "
         "(Tensor, Tensor)");
+    m.def("read_memory(Tensor data) -> int");
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str[]");
 }

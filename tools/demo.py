@@ -12,7 +12,7 @@ from typing import Any
 
 import fetch_model
 import quantize
-from bench import PROMPT, bench_serve
+from bench import PROMPT, Load, bench_serve
 
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
@@ -50,7 +50,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
     quality = list(evaluate(open_checkpoint(nested), model, tokens, WIDTHS))
     rows = []
-    for measured, served in zip(quality, bench_serve(nested, WIDTHS), strict=True):
+    for measured, served in zip(quality, bench_serve(nested, WIDTHS, Load()), strict=True):
         print(f"served {served['bits']} bits", flush=True)
         rows.append(measured | served | {"resident_megabytes": served["resident_bytes"] / 1e6})
     return rows

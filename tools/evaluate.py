@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sequence-length", type=positive, default=512, help="tokens in each window (default: %(default)s)"
     )
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        help="round what quantized layers read, as the kernels of the CPU do; default: not at all",
+    )
     parser.add_argument("--json", type=output_file, metavar="OUT", help="write the rows there (JSON)")
     return parser
 
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples=options.samples,
             sequence_length=options.sequence_length,
         )
-        rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, widths))
+        rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, widths, options.activation_bits))
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(headings(COLUMNS))

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -20,33 +21,47 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Exchanges the bits that `mask` selects with those `shift` places above them.
-constexpr uint64_t exchange(uint64_t word, int shift, uint64_t mask) {
-    const uint64_t difference = (word ^ word >> shift) & mask;
+constexpr uint32_t exchange(uint32_t word, int shift, uint32_t mask) {
+    const uint32_t difference = (word ^ word >> shift) & mask;
     return word ^ difference ^ difference << shift;
 }
 
-// Two times 4 steps x 4 columns of 2-bit fields to 4 columns x 4 steps. A field's place in its half is the number
-// (step, column) of 2 + 2 bits, and becomes (column, step): two exchanges of bits of that number.
-constexpr uint64_t transpose_base(uint64_t word) {
-    word = exchange(word, 6, 0x00cc00cc00cc00cc);
-    return exchange(word, 12, 0x0000f0f00000f0f0);
+// 4 steps x 4 columns of 2-bit fields to 4 columns x 4 steps. A field's place is the number (step, column) of 2 + 2
+// bits, and becomes (column, step): two exchanges of bits of that number.
+constexpr uint32_t transpose_base(uint32_t word) {
+    word = exchange(word, 6, 0x00cc00cc);
+    return exchange(word, 12, 0x0000f0f0);
 }
 
-// Two times 8 steps x 4 columns of bits to 4 columns x 8 steps: the place (step, column) of 3 + 2 bits becomes
-// (column, step), a cycle of all five, which is four exchanges.
-constexpr uint64_t transpose_plane(uint64_t word) {
-    word = exchange(word, 14, 0x0000cccc0000cccc);
-    word = exchange(word, 7, 0x00aa00aa00aa00aa);
-    word = exchange(word, 2, 0x0c0c0c0c0c0c0c0c);
-    return exchange(word, 1, 0x2222222222222222);
+// 8 steps x 4 columns of bits to 4 columns x 8 steps: the place (step, column) of 3 + 2 bits becomes (column, step), a
+// cycle of all five, which is four exchanges.
+constexpr uint32_t transpose_plane(uint32_t word) {
+    word = exchange(word, 14, 0x0000cccc);
+    word = exchange(word, 7, 0x00aa00aa);
+    word = exchange(word, 2, 0x0c0c0c0c);
+    return exchange(word, 1, 0x22222222);
 }
 
-// The bytes of one tile in one row of the form on disk, zeros where the row ends before the tile does.
-template <int64_t bytes>
-uint64_t load(const uint8_t* row, int64_t row_bytes, int64_t first) {
-    uint64_t word = 0;
-    std::memcpy(&word, row + first, static_cast<size_t>(std::min(bytes, row_bytes - first)));
-    return word;
+// Four bytes of each row of the form on disk make up 64 bytes of a tile: those of one plane, or one half of its base
+// field. Rows may end before the tile does, and a tile may have rows that the layer has not: zeros.
+template <uint32_t (*transpose)(uint32_t)>
+void repack_words(const uint8_t* source, int64_t row_bytes, int64_t rows, uint8_t* target) {
+    for (int64_t first = 0; first < row_bytes; first += 4, target += kPlaneBytes) {
+        uint32_t words[kTileRows] = {};
+        if (rows == kTileRows && first + 4 <= row_bytes) {
+            for (int64_t row = 0; row < kTileRows; ++row) {
+                std::memcpy(&words[row], source + row * row_bytes + first, 4);
+            }
+        } else {
+            for (int64_t row = 0; row < rows; ++row) {
+                std::memcpy(&words[row], source + row * row_bytes + first, std::min<int64_t>(4, row_bytes - first));
+            }
+        }
+        for (uint32_t& word : words) {
+            word = transpose(word);
+        }
+        std::memcpy(target, words, kPlaneBytes);
+    }
 }
 
 // Pages of two megabytes where the system has them: a quarter of the time to read weights goes into finding pages of
@@ -61,8 +76,6 @@ void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t 
     }
 #endif
 }
-
-constexpr int64_t kBaseHalf = kPlaneBytes;  // of a tile's base field
 
 Tensor repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const std::vector<int64_t>& output_sizes) {
     check_output_sizes(output_sizes);
@@ -92,26 +105,15 @@ Tensor repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const
     torch::stable::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const TileRows& part = tile_rows[row];
-            uint8_t* target = result_data + row * tiles * kBaseBits * kPlaneBytes;
-            for (int64_t tile = 0; tile < tiles; ++tile, target += kBaseBits * kPlaneBytes) {
-                for (int64_t lane = 0; lane < kTileRows; ++lane) {
-                    const uint8_t* source = base_data + (part.first + lane) * base_bytes;
-                    const uint64_t word = lane < part.count ? transpose_base(load<8>(source, base_bytes, tile * 8)) : 0;
-                    std::memcpy(target + lane * kStepColumns, &word, 4);
-                    std::memcpy(target + kBaseHalf + lane * kStepColumns, reinterpret_cast<const uint8_t*>(&word) + 4,
-                                4);
-                }
+            uint8_t* target = result_data + kBaseBits * row * tiles * kPlaneBytes;
+            if (tiles > 0) {  // the last tile's second half has no bytes on disk where rows end in its first
+                std::memset(target + (kBaseBits * tiles - 1) * kPlaneBytes, 0, kPlaneBytes);
             }
+            repack_words<transpose_base>(base_data + part.first * base_bytes, base_bytes, part.count, target);
             for (size_t plane = 0; plane < plane_data.size(); ++plane) {
                 target = result_data + ((kBaseBits + plane) * row_count + row) * tiles * kPlaneBytes;
-                for (int64_t tile = 0; tile < tiles; ++tile, target += kPlaneBytes) {
-                    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-                        const uint8_t* source = plane_data[plane] + (part.first + lane) * plane_bytes;
-                        const uint64_t word =
-                            lane < part.count ? transpose_plane(load<4>(source, plane_bytes, tile * 4)) : 0;
-                        std::memcpy(target + lane * kStepColumns, &word, 4);
-                    }
-                }
+                repack_words<transpose_plane>(plane_data[plane] + part.first * plane_bytes, plane_bytes, part.count,
+                                              target);
             }
         }
     });

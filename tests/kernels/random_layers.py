@@ -69,8 +69,8 @@ class Layer:
         rounds: bool = True,
     ) -> None:
         """Compare with products in float64: that of the rounded activations, to within the rounding of sums in float32
-        and of the result, and that of the activations themselves, to within what their rounding may change. ``rounds`` is False for
-        what does not round them."""
+        and of the result, and that of the activations themselves, to within what their rounding may change. What does
+        not round them has ``rounds`` False."""
         bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
         weights, absolute = self.weights(widths), self.weights(widths, absolute=True)
         rounded, largest = round_activations(x.double().numpy(), self.group_size, bits)

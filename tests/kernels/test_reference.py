@@ -51,3 +51,14 @@ def test_operator_refuses_widths_that_are_not_there(width, resident):
     arguments = layer.arguments(make_input(4, 70), [width]) | {"planes": layer.planes[:resident]}
     with pytest.raises(ValueError, match=f"active_width: found {width}, expected one of"):
         reference.reference_linear(**arguments)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize(("columns", "group_size"), [(9, 4), (96, 32), (300, 300), (416, 96)])
+def test_activations_are_rounded_as_kernels_do(columns, group_size, activation_bits):
+    layer = make_layer([20], columns, group_size)
+    x = make_input(7, columns)
+    rounded = reference.round_activations(x, group_size, activation_bits)
+    layer.check(layer.run(x, [5], activation_bits=activation_bits), rounded, [5], rounds=False)
+    with pytest.raises(AssertionError, match="times the tolerance"):
+        layer.check(layer.run(x, [5], activation_bits=activation_bits), x, [5], rounds=False)

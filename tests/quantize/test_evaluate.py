@@ -30,6 +30,15 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
     return open_checkpoint(folder)
 
 
+def test_activations_are_rounded_for_the_slices_alone(llama: Path, checkpoint: Checkpoint) -> None:
+    exact, near, coarse = (
+        next(evaluate(checkpoint, llama, TOKENS, (8,), activation_bits)) for activation_bits in (None, 16, 8)
+    )
+    assert exact["reference_perplexity"] == near["reference_perplexity"] == coarse["reference_perplexity"]
+    assert 0 < abs(near["perplexity"] - exact["perplexity"]) < abs(coarse["perplexity"] - exact["perplexity"])
+    assert near["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-4)
+
+
 @torch.no_grad()
 def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH_TOKENS", 50)  # two windows at a time

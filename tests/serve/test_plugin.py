@@ -1,4 +1,4 @@
-"""The --bits argument, as vLLM's own parsers see it; no engine is started."""
+"""The --bits and --activation-bits arguments, as vLLM's own parsers see it; no engine is started."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def parsed(parser: FlexibleArgumentParser, *args: str) -> dict:
 def test_bits_lands_in_additional_config(parser: FlexibleArgumentParser, bits: int) -> None:
     assert parsed(parser, "--bits", str(bits)) == {"matquant": {"bits": bits}}
     assert parsed(parser, f"--bits={bits}") == {"matquant": {"bits": bits}}
+
+
+def test_activation_bits_stand_beside_bits(parser: FlexibleArgumentParser) -> None:
+    assert parsed(parser, "--activation-bits", "8") == {"matquant": {"activation_bits": 8}}
+    both = {"matquant": {"bits": 3, "activation_bits": 16}}
+    assert parsed(parser, "--bits", "3", "--activation-bits", "16") == both
+    assert parsed(parser, "--activation-bits", "16", "--bits", "3") == both
+
+
+@pytest.mark.parametrize("bits", ["4", "24", "", "eight"])
+def test_other_activation_bits_exit_with_2(
+    parser: FlexibleArgumentParser, bits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        parser.parse_args([f"--activation-bits={bits}"])
+    assert exit_status.value.code == 2
+    assert "--activation-bits" in capsys.readouterr().err
 
 
 def test_without_bits_nothing_is_added(parser: FlexibleArgumentParser) -> None:

@@ -8,7 +8,14 @@ import pytest
 from tests.serve.tiny_models import write_checkpoint
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, WidthError
 from vllm_matquant.checkpoint.spec import WIDTHS, Format
-from vllm_matquant.serve.precision import LayerPrecision, Precision, requested_bits, resolve, with_bits
+from vllm_matquant.serve.precision import (
+    LayerPrecision,
+    Precision,
+    requested_activation_bits,
+    requested_bits,
+    resolve,
+    with_bits,
+)
 
 OFFERED = Format(widths=(2, 3, 4, 6), group_size=64)
 
@@ -28,6 +35,18 @@ def test_no_bits_requested(config: Any) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_requested_bits(bits: int) -> None:
     assert requested_bits({"matquant": {"bits": bits}, "other": 1}) == bits
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 4}, {"activation_bits": 8}, {"bits": 3, "activation_bits": 16}])
+def test_requested_activation_bits(settings: dict[str, int]) -> None:
+    assert requested_activation_bits({"matquant": settings}) == settings.get("activation_bits")
+
+
+@pytest.mark.parametrize("value", [4, 24, "8", 8.0, True])
+def test_wrong_activation_bits_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"matquant.activation_bits") as error:
+        requested_activation_bits({"matquant": {"activation_bits": value}})
+    assert repr(value) in str(error.value)
 
 
 @pytest.mark.parametrize(

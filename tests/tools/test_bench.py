@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_kernel
 import pytest
+
+from vllm_matquant.kernels import ops
 
 
 @pytest.fixture
@@ -18,15 +22,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
     """What the benchmark was asked to measure, while it measures nothing."""
     asked: list[tuple[Path, tuple[int, ...], dict[str, Any]]] = []
 
-    def measure(folder: Path, widths: Sequence[int], **options: Any) -> Iterator[dict[str, Any]]:
-        asked.append((folder, tuple(widths), options))
-        for bits in widths:
+    def measure(
+        folder: Path, widths: Sequence[int], load: bench.Load, reference: Path | None = None
+    ) -> Iterator[dict[str, Any]]:
+        asked.append((folder, tuple(widths), dataclasses.asdict(load) | {"reference": reference}))
+        for bits in widths if reference is None else (16, *widths):
             yield {
                 "bits": bits,
                 "output_tokens_per_s": 100.0 / bits,
                 "resident_bytes": 1_000_000 * bits,
                 "load_seconds": 2.5,
-                "batch": options["batch"],
+                "batch": load.batch,
                 "model": folder.name,
                 "answer": "Paris",
             }
@@ -44,7 +50,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["serve", str(nested), "--batch", "3", "--output-tokens", "16", "--prompt", "Why?"]
     assert bench.main([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
-    assert calls == [(nested, (2, 4, 8), {"batch": 3, "output_tokens": 16, "prompt": "Why?"})]
+    load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "reference": None}
+    assert calls == [(nested, (2, 4, 8), load)]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
     named = {"bits", "output_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
@@ -90,6 +97,95 @@ def test_refusals(
     assert found == status
     assert message in said
     assert calls == []
+
+
+def test_reference_and_llama_cpp(
+    nested: Path, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"  # stands for an interpreter that has llama.cpp
+    line = '{"type": "Q4_0", "output_tokens_per_s": 12.5, "bits_per_weight": 4.5}'
+    python.write_text(f"#!/bin/sh\necho '{line}'\necho $* > {tmp_path}/asked\n")
+    python.chmod(0o755)
+    rows, picture = tmp_path / "rows.json", tmp_path / "plot.png"
+    options = ["--reference", tmp_path, "--activation-bits", "8", "--llama-cpp", python, "--json", rows]
+    assert bench.main(["serve", str(nested), *map(str, options), "--plot", str(picture)]) == 0
+    assert calls[0][2]["activation_bits"] == 8
+    assert calls[0][2]["reference"] == tmp_path
+    assert f"peer_llama_cpp.py {nested}/config.json --threads" in (tmp_path / "asked").read_text()
+    written = json.loads(rows.read_text())
+    assert [row.get("bits") for row in written] == [16, 2, 4, 8, None]
+    llama = {"model": "llama.cpp Q4_0", "batch": 1, "output_tokens_per_s": 12.5, "bits_per_weight": 4.5}
+    assert written[-1] == llama
+    assert "llama.cpp Q4_0: 12.5 tokens per second, batch 1" in capsys.readouterr().out
+    assert picture.is_file()
+
+
+def test_llama_cpp_fails(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'no module xllamacpp' >&2\nexit 1\n")
+    python.chmod(0o755)
+    status, said = refusal(capsys, "serve", nested, "--llama-cpp", python)
+    assert status == 1
+    assert "no module xllamacpp" in said
+
+
+def test_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Really measured, on small layers and for a moment."""
+    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**16)
+    monkeypatch.setattr(bench_kernel, "SECONDS", 0.0)
+    rows_file, picture = tmp_path / "rows.json", tmp_path / "plot.png"
+    arguments = ["kernel", "--shapes", "48x64,33x96", "--bits", "2,5,8", "--batch", "1,3", "--threads", "1,2"]
+    arguments += ["--group-size", "32", "--peers", "torch-bf16"]
+    assert bench.main([*arguments, "--json", str(rows_file), "--plot", str(picture)]) == 0
+    rows = json.loads(rows_file.read_text())
+    measured = [(row["n"], row["k"], row["threads"], row["m"], row["bits"]) for row in rows]
+    assert measured == [
+        (n, k, threads, m, bits)
+        for n, k in ((48, 64), (33, 96))
+        for threads in (1, 2)
+        for m in (1, 3)
+        for bits in (2, 5, 8)
+    ]
+    assert (
+        rows[0]
+        | {
+            "backend": "cpu",
+            "isa": ops.cpu_isa(),
+            "group_size": 32,
+            "bytes": 3 * (2 * 2 * 64) + 3 * 2 * 2 * 16 * 2,  # rows of tiles, columns of tiles, planes; groups, decoders
+        }
+        == rows[0]
+    )
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["roofline"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
+        assert row["peer_seconds"].keys() == {"torch-bf16"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--shapes", "llama", "found 'llama', expected some of smollm2-135m"),
+        ("--shapes", "64x65", "found '64x65', expected some of smollm2-135m"),
+        ("--shapes", "64x64x64", "found '64x64x64'"),
+        ("--peers", "torch", "found 'torch', expected some of torch-bf16, vllm-int4, or none"),
+        ("--batch", "1,0", "found '0', expected a positive integer"),
+        ("--bits", "9", "found '9'"),
+        ("--activation-bits", "4", "invalid choice"),
+    ],
+)
+def test_kernel_refusals(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = refusal(capsys, "kernel", option, value)
+    assert status == 2
+    assert message in said
+
+
+def test_shapes_of_models() -> None:
+    options = bench.build_parser().parse_args(["kernel", "--shapes", "llama-3-8b,4096x4096,32x64"])
+    assert options.shapes == (*bench_kernel.SHAPES["llama-3-8b"], (32, 64))
 
 
 def test_no_such_folder(tmp_path: Path, calls: list, capsys: pytest.CaptureFixture[str]) -> None:

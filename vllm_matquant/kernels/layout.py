@@ -28,6 +28,7 @@ TILE_ROWS = 16
 TILE_COLUMNS = 32
 STEP_COLUMNS = 4
 TILE_STEPS = TILE_COLUMNS // STEP_COLUMNS
+SEGMENT_COLUMNS = 128  # the most whose activations have one scale
 PLANE_BYTES = TILE_ROWS * STEP_COLUMNS  # of a tile
 
 

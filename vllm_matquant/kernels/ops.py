@@ -166,6 +166,20 @@ def solve_columns(
     return result
 
 
+def read_memory(data: torch.Tensor) -> int:
+    """Read memory with all threads and do nothing else (on the CPU): what benchmarks measure kernels against.
+
+    Args:
+        data: uint8 [n]; a rest of less than 64 bytes is not read.
+
+    Returns:
+        The exclusive or of its 64-bit words.
+    """
+    load_library()
+    result: int = torch.ops.matquant.read_memory(data)
+    return result
+
+
 def cpu_isa() -> str:
     """The instruction set in use on the CPU; the environment variable MATQUANT_CPU_ISA forces one of :func:`cpu_isas`.
 

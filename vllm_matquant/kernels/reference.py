@@ -5,12 +5,20 @@ Every kernel is tested against it, and it serves where no kernel does (see :mod:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from vllm_matquant.checkpoint.spec import BASE_BITS
-from vllm_matquant.kernels.layout import ceil_div, split_planes, strip_padding, tile_count, unpack_tiles
+from vllm_matquant.kernels.layout import (
+    SEGMENT_COLUMNS,
+    ceil_div,
+    split_planes,
+    strip_padding,
+    tile_count,
+    unpack_tiles,
+)
 
 
 def dequantize(
@@ -54,6 +62,32 @@ def linear(
 ) -> torch.Tensor:
     """The product of ``x`` [..., in_features] and dequantized weights in float32, rounded once to ``x``'s dtype."""
     return _product(x, dequantize(codes, scale, offset, group_size), bias)
+
+
+def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) -> torch.Tensor:
+    """Activations as kernels that take ``activation_bits`` of them multiply them.
+
+    Each token's segment, what is left of a group of columns when groups are cut every 128 columns, has integers with
+    a scale: for 16 bits up to 32639 in magnitude with a power of two, for 8 bits up to 127, the largest activation.
+
+    Args:
+        x: [..., in_features].
+        group_size: columns that share a decoder.
+        activation_bits: 8 or 16.
+
+    Returns:
+        [..., in_features] of ``x``'s dtype.
+    """
+    cuts = sorted({*range(0, x.shape[-1], group_size), *range(0, x.shape[-1], SEGMENT_COLUMNS), x.shape[-1]})
+    segments = x.float().split([end - begin for begin, end in itertools.pairwise(cuts)], dim=-1)
+
+    def rounded(segment: torch.Tensor) -> torch.Tensor:
+        largest = segment.abs().amax(-1, keepdim=True)
+        scale = largest / 127 if activation_bits == 8 else torch.exp2(torch.ceil(torch.log2(largest / 32639)))
+        scale = scale.clamp(min=2.0**-100)
+        return (segment * (1 / scale)).round() * scale
+
+    return torch.cat([rounded(segment) for segment in segments], -1).to(x.dtype)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.kernels.reference import dequantize
+from vllm_matquant.kernels.reference import dequantize, round_activations
 
 _BATCH_TOKENS = 2048
 
@@ -41,9 +42,20 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int,
 
 
 def evaluate(
-    checkpoint: Checkpoint, reference: Path, tokens: torch.Tensor, widths: Sequence[int]
+    checkpoint: Checkpoint,
+    reference: Path,
+    tokens: torch.Tensor,
+    widths: Sequence[int],
+    activation_bits: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Compare each width of a nested checkpoint with the reference, see :func:`compare`.
+
+    Args:
+        checkpoint: the nested checkpoint.
+        reference: folder of the source model.
+        tokens: int64 [samples, sequence_length].
+        widths: to compare.
+        activation_bits: round what quantized layers read as the kernels do, 8 or 16; by default not at all.
 
     Yields:
         For each width ``bits``, the figures of :func:`compare` and ``bits_per_weight`` (codes and decoder).
@@ -53,7 +65,12 @@ def evaluate(
     """
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     slices = ((f"{width} bits", slice_weights(checkpoint, width)) for width in widths)
-    for width, quality in zip(widths, compare(reference, tokens, checkpoint.layers, slices), strict=True):
+    group_sizes = {
+        layer: checkpoint.format.group_size_of(columns, layer) for layer, (_, columns) in checkpoint.layers.items()
+    }
+    rounding = partial(_round_inputs, group_sizes, activation_bits) if activation_bits else None
+    compared = compare(reference, tokens, checkpoint.layers, slices, rounding)
+    for width, quality in zip(widths, compared, strict=True):
         yield {"bits": width} | quality | {"bits_per_weight": 8 * checkpoint.resident_bytes(width) / weights}
 
 
@@ -63,6 +80,7 @@ def compare(
     tokens: torch.Tensor,
     layers: Mapping[str, tuple[int, int]],
     candidates: Iterable[tuple[str, LayerWeights]],
+    prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Compare quantized models with the reference they were made from, all computed in float32 by transformers.
 
@@ -71,6 +89,7 @@ def compare(
         tokens: int64 [samples, sequence_length]; a window's first token is not predicted.
         layers: name and shape [out_features, in_features] of the quantized layers; all else is the reference's.
         candidates: for each model what to call it and the weights of just these layers.
+        prepare: changes the model once, between the reference and the candidates.
 
     Yields:
         For each candidate ``perplexity``, ``reference_perplexity``, ``kl`` (nats per token, from the reference to the
@@ -97,6 +116,8 @@ def compare(
             logs, loss = _log_probabilities(model, batch)
             reference_logs[start : start + len(logs)] = logs
             reference_loss, start = reference_loss + loss, start + len(logs)
+        if prepare:
+            prepare(model)
         for name, weights in candidates:
             load_weights(model, _checked(name, weights, layers))
             divergence, total, start = 0.0, 0.0, 0
@@ -111,6 +132,17 @@ def compare(
                 "kl": divergence / predicted,
                 "tokens": predicted,
             }
+
+
+def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: PreTrainedModel) -> None:
+    """Have linear layers round what they read."""
+
+    def rounding(group_size: int) -> Callable[..., Any]:
+        return lambda module, inputs: (round_activations(inputs[0], group_size, activation_bits), *inputs[1:])
+
+    for name, module in model.named_modules():
+        if name in group_sizes and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounding(group_sizes[name]))
 
 
 def slice_weights(checkpoint: Checkpoint, width: int) -> LayerWeights:

@@ -85,7 +85,8 @@ class MatquantConfig(QuantizationConfig):
         """
         if self.precision is None:
             bits = precision.requested_bits(additional_config)
-            self.precision = precision.resolve(bits, self.format, self.folder)
+            activation_bits = precision.requested_activation_bits(additional_config)
+            self.precision = replace(precision.resolve(bits, self.format, self.folder), activation_bits=activation_bits)
             if bits is None:
                 logger.info(
                     "No --bits given: serving at %d bits, the widest of the offered widths %s that %s holds",
@@ -145,6 +146,7 @@ def settle_precision(vllm_config: Any) -> None:
         CheckpointError: the settings are wrong, or the checkpoint cannot serve them.
     """
     bits = precision.requested_bits(vllm_config.additional_config)
+    activation_bits = precision.requested_activation_bits(vllm_config.additional_config)
     quant_config = vllm_config.quant_config
     if isinstance(quant_config, MatquantConfig):
         load_format = vllm_config.load_config.load_format
@@ -152,9 +154,12 @@ def settle_precision(vllm_config: Any) -> None:
             raise ConfigError("load_config", "load_format", load_format, f"one of {list(LOAD_FORMATS)}")
         settled = quant_config.resolve_precision(vllm_config.additional_config)
         vllm_config.additional_config = precision.with_bits(vllm_config.additional_config, settled.bits)
-    elif bits is not None and not _has_matquant_draft(vllm_config):
-        found = f"{bits} for a model whose quantization is {vllm_config.model_config.quantization}"
-        raise ConfigError("additional_config", "matquant.bits", found, f"no bits, or a {QUANT_METHOD} checkpoint")
+    elif not _has_matquant_draft(vllm_config):
+        for name, value in (("bits", bits), ("activation_bits", activation_bits)):
+            if value is not None:
+                found = f"{value} for a model whose quantization is {vllm_config.model_config.quantization}"
+                expected = f"no {name}, or a {QUANT_METHOD} checkpoint"
+                raise ConfigError("additional_config", f"matquant.{name}", found, expected)
 
 
 def _has_matquant_draft(vllm_config: Any) -> bool:

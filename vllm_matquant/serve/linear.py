@@ -124,6 +124,7 @@ class MatquantLinearMethod(LinearMethodBase):
             self.output_sizes,
             self.group_size,
             bias,
+            self.model_precision.activation_bits,
         )
 
     def predicted_bytes(self) -> int:

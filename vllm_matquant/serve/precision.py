@@ -17,7 +17,8 @@ from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS, Format, served_width
 
 SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
-SETTINGS = ("bits",)
+SETTINGS = ("bits", "activation_bits")
+ACTIVATION_BITS = (8, 16)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ class Precision:
 
     Attributes:
         bits: the width of every layer that has no widths of its own.
+        activation_bits: bits to which kernels round activations, None for what keeps all but nothing of them, see
+            :func:`vllm_matquant.kernels.ops.linear`.
     """
 
     bits: int
+    activation_bits: int | None = None
 
     def of_layer(self, widths: Sequence[Sequence[int]]) -> LayerPrecision:
         """The widths of a layer whose output partitions have ``widths``, each ascending."""
@@ -62,16 +66,29 @@ def requested_bits(additional_config: Any) -> int | None:
     Raises:
         ConfigError: the settings are not an object, hold an unknown key, or bits is not an integer in 2..8.
     """
+    return _setting(additional_config, "bits", WIDTHS)
+
+
+def requested_activation_bits(additional_config: Any) -> int | None:
+    """``activation_bits`` of ``additional_config["matquant"]``, None where it is not given.
+
+    Raises:
+        ConfigError: the settings are not an object, hold an unknown key, or activation_bits is not 8 or 16.
+    """
+    return _setting(additional_config, "activation_bits", ACTIVATION_BITS)
+
+
+def _setting(additional_config: Any, name: str, expected: Sequence[int]) -> int | None:
     settings = additional_config.get(SETTINGS_KEY, {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(settings, Mapping):
         raise ConfigError("additional_config", SETTINGS_KEY, repr(settings), 'an object such as {"bits": 4}')
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ConfigError("additional_config", SETTINGS_KEY, f"unknown keys {unknown}", f"keys of {list(SETTINGS)}")
-    bits = settings.get("bits")
-    if bits is not None and (type(bits) is not int or bits not in WIDTHS):
-        raise ConfigError("additional_config", f"{SETTINGS_KEY}.bits", repr(bits), f"one of {list(WIDTHS)}")
-    return bits
+    value = settings.get(name)
+    if value is not None and (type(value) is not int or value not in expected):
+        raise ConfigError("additional_config", f"{SETTINGS_KEY}.{name}", repr(value), f"one of {list(expected)}")
+    return value
 
 
 def with_bits(additional_config: Mapping[str, Any], bits: int) -> dict[str, Any]:

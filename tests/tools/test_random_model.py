@@ -1,0 +1,64 @@
+"""Models of random weights, of a small shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import random_model
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.serve.tiny_models import log_probabilities, reference_model
+from vllm_matquant.checkpoint.reader import open_checkpoint
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(random_model.SHAPES, "tinyllama-1.1b", SHAPE)
+
+
+def test_both_models_have_the_shape(tmp_path: Path) -> None:
+    assert random_model.main(["--output", str(tmp_path), "--group-size", "32"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    checkpoint = open_checkpoint(tmp_path / "nested")
+    assert plain.dtype == torch.bfloat16
+    assert plain.config.hidden_size == checkpoint.config["hidden_size"] == 64
+    assert checkpoint.servable_widths == tuple(range(2, 9))
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in plain.named_parameters()}
+    assert checkpoint.layers.items() <= shapes.items()
+    assert len(checkpoint.layers) == 2 * 7
+    for width in (2, 8):
+        logs = log_probabilities(reference_model(tmp_path / "nested", width), [1, 2, 3])
+        assert logs.isfinite().all()
+        assert logs.std() > 0.01
+
+
+def test_slices_agree(tmp_path: Path) -> None:
+    """A slice decodes to the middle of the weights that share it."""
+    codes, decoders = random_model.random_layer(32, 64, 32, torch.Generator().manual_seed(0))
+    for width, (scale, offset) in decoders.items():
+        weights = scale[0, 0] * (codes >> (8 - width)) + offset[0, 0]
+        assert weights.min() > -random_model.LARGEST - 1e-6
+        assert weights.max() < random_model.LARGEST + 1e-6
+        assert (weights.mean()).abs() < 0.003
+        parents = decoders[8][0][0, 0] * codes + decoders[8][1][0, 0]
+        assert (weights - parents).abs().max() <= scale[0, 0] / 2 + 1e-6
+
+
+def test_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--output", str(tmp_path), "--group-size", "32"]
+    random_model.main(arguments)
+    with pytest.raises(SystemExit) as stop:
+        random_model.main(arguments)
+    assert stop.value.code == 1
+    assert "nested" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Make a model of a known shape with random weights, in bfloat16 and as a nested checkpoint: for benchmarks of speed.
+
+Nothing is downloaded. OUTPUT/bf16 has the unquantized model, OUTPUT/nested a checkpoint of the same shape whose codes
+are random too: to quantize the first would take longer, and speed does not depend on what the codes are. Neither has a
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import positive  # before torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vllm_matquant.checkpoint.errors import CheckpointError
+from vllm_matquant.checkpoint.spec import PARENT_BITS, WIDTHS, Format
+from vllm_matquant.checkpoint.writer import CheckpointWriter
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "tinyllama-1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+STANDARD_DEVIATION = 0.02  # of weights
+LARGEST = 3 * STANDARD_DEVIATION  # the codes stand for weights of up to this magnitude
+
+
+def random_layer(
+    rows: int, columns: int, group_size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Random parent codes, uint8 [rows, columns], and decoders to the middle of what a slice stands for."""
+    codes = torch.randint(0, 2**PARENT_BITS, (rows, columns), dtype=torch.uint8, generator=generator)
+    whole = torch.ones(rows, columns // group_size)
+    step = 2 * LARGEST / (2**PARENT_BITS - 1)
+    decoders = {}
+    for width in WIDTHS:
+        merged = 2 ** (PARENT_BITS - width)
+        decoders[width] = (whole * (step * merged), whole * (step * (merged - 1) / 2 - LARGEST))
+    return codes, decoders
+
+
+def write_models(shape: str, output: Path, group_size: int, seed: int) -> None:
+    """Write OUTPUT/bf16 and OUTPUT/nested.
+
+    Raises:
+        CheckpointError: the group size does not divide the columns of a layer, or the output holds a model.
+    """
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    with CheckpointWriter(output / "nested", Format(group_size=group_size)) as writer:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        quantized = {
+            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        }
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in tqdm(model.state_dict().items(), desc=shape, unit="tensor"):
+            layer = name.removesuffix(".weight")
+            if layer in quantized:
+                rows, columns = tensor.shape
+                writer.add_layer(layer, *random_layer(rows, columns, group_size, generator))
+            else:
+                writer.add_tensor(name, tensor)
+        model.save_pretrained(output / "bf16")
+        writer.finish(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the two models")
+    parser.add_argument("--group-size", type=positive, default=128, help="columns of a group (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        write_models(options.shape, options.output, options.group_size, options.seed)
+    except (CheckpointError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(options.output / "nested")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
