@@ -71,7 +71,7 @@ class Layer:
         """Compare with products in float64: that of the rounded activations, to within the rounding of sums in float32
         and of the result, and that of the activations themselves, to within what their rounding may change. What does
         not round them has ``rounds`` False."""
-        bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
+        bits = activation_bits or (24 if x.dtype == torch.float32 else 8 if set(widths) == {2} else 16)
         weights, absolute = self.weights(widths), self.weights(widths, absolute=True)
         rounded, largest = round_activations(x.double().numpy(), self.group_size, bits)
         if not rounds:

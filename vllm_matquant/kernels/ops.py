@@ -48,7 +48,7 @@ def _linear_shape(
     output_sizes: Sequence[int],
     group_size: int,
     bias: torch.Tensor | None,
-    activation_bits: int,
+    activation_bits: int | None,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(output_sizes))
 
@@ -83,7 +83,7 @@ def linear(
         bias: [sum(output_sizes)] of the dtype of ``x``.
         activation_bits: 16 loses no more than 2^-15 of a segment's largest activation, and nothing of bfloat16 and
             float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-23; 8 loses up to
-            1/254 of the largest and is faster. By default 16, for float32 24.
+            1/254 of the largest and is faster. By default 16, for float32 24, and 8 while every partition is at 2 bits.
 
     Returns:
         [..., sum(output_sizes)] of the dtype of ``x``.
@@ -92,8 +92,6 @@ def linear(
         RuntimeError: an argument contradicts another; the message names it, what was found and what was expected.
     """
     load_library()
-    if activation_bits is None:
-        activation_bits = 24 if x.dtype == torch.float32 else 16
     result: torch.Tensor = torch.ops.matquant.linear(
         x, planes, decoders, active_width, decoder_widths, output_sizes, group_size, bias, activation_bits
     )

@@ -48,7 +48,7 @@ class Precision:
 
     Attributes:
         bits: the width of every layer that has no widths of its own.
-        activation_bits: bits to which kernels round activations, None for what keeps all but nothing of them, see
+        activation_bits: bits to which kernels round activations, None for the default of each width, see
             :func:`vllm_matquant.kernels.ops.linear`.
     """
 
