@@ -15,6 +15,7 @@ import torch
 from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.layout import TILE_ROWS
+from vllm_matquant.kernels.memory import WeightMemory
 
 SHAPES = {  # out_features, in_features
     "smollm2-135m": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
@@ -64,16 +65,16 @@ class Layer:
     uses: int = 0
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator, memory = torch.Generator().manual_seed(0), WeightMemory()
         groups = -(-self.columns // self.settings.group_size)
         for _ in range(copies_of(self.rows * self.columns)):
             packed = [
                 torch.randint(0, 256, (self.rows, self.columns * bits // 8), dtype=torch.uint8, generator=generator)
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
             ]
-            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows]))
+            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows], memory))
             decoders = torch.rand(1, -(-self.rows // TILE_ROWS), groups, 2, TILE_ROWS, generator=generator)
-            self.decoders.append(decoders.half())
+            self.decoders.append(memory.copy(decoders.half()))
 
     def bytes_read(self, width: int) -> int:
         return self.planes[0][:width].nbytes + self.decoders[0].nbytes

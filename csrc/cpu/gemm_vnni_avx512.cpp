@@ -6,7 +6,8 @@ namespace {
 
 struct Lanes : Avx512Lanes, ByteSteps {
     template <int bits>
-    static constexpr int kManyTokens = 14 / kSums<bits>;  // at most 28 sums, 2 operands and an activation of 32 registers
+    static constexpr int kManyTokens =
+        14 / kSums<bits>;  // at most 28 sums, 2 operands and an activation of 32 registers
     template <int bits>
     static constexpr int kFewTokens = bits == 24 ? 1 : 8;
     static constexpr int kChains = 8;  // two dot products a cycle, of four cycles each

@@ -7,10 +7,6 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "check.h"
 #include "layout.h"
 
@@ -64,20 +60,8 @@ void repack_words(const uint8_t* source, int64_t row_bytes, int64_t rows, uint8_
     }
 }
 
-// Pages of two megabytes where the system has them: a quarter of the time to read weights goes into finding pages of
-// four kilobytes. Advice, so that a refusal changes nothing else.
-void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t size) {
-#ifdef __linux__
-    constexpr uintptr_t kHugePage = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) / kHugePage * kHugePage;
-    if (begin < end) {
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    }
-#endif
-}
-
-Tensor repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const std::vector<int64_t>& output_sizes) {
+void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const std::vector<int64_t>& output_sizes,
+                  const Tensor& out) {
     check_output_sizes(output_sizes);
     STD_TORCH_CHECK(base.dim() == 2, "base: found ", base.dim(), " dimensions, expected 2");
     STD_TORCH_CHECK(planes.size() <= kMaxWidth - kMinWidth, "planes: found ", planes.size(), ", expected at most ",
@@ -97,10 +81,9 @@ Tensor repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const
     const int64_t tiles = ceil_div(base_bytes, kTileSteps);
     const int64_t row_count = static_cast<int64_t>(tile_rows.size());
     const int64_t resident_width = kBaseBits + static_cast<int64_t>(planes.size());
-    Tensor result = torch::stable::empty({resident_width, row_count, tiles, kPlaneBytes}, ScalarType::Byte);
+    check_tensor("out", out, ScalarType::Byte, {resident_width, row_count, tiles, kPlaneBytes});
     const uint8_t* base_data = base.const_data_ptr<uint8_t>();
-    uint8_t* result_data = result.mutable_data_ptr<uint8_t>();
-    advise_huge_pages(result_data, result.numel());
+    uint8_t* result_data = out.mutable_data_ptr<uint8_t>();
 
     torch::stable::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
@@ -117,7 +100,6 @@ Tensor repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const
             }
         }
     });
-    return result;
 }
 
 }  // namespace

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_matquant.checkpoint.spec import BASE_BITS
+from vllm_matquant.kernels.layout import STEP_COLUMNS, planes_shape
+from vllm_matquant.kernels.memory import WeightMemory
+
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
@@ -98,13 +102,19 @@ def linear(
     return result
 
 
-def repack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
+def repack_codes(
+    base: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    output_sizes: Sequence[int],
+    memory: WeightMemory | None = None,
+) -> torch.Tensor:
     """Codes as on disk to the planes that kernels read (on the CPU).
 
     Args:
         base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
         planes: for each further bit uint8 [sum(output_sizes), ceil(in_features/8)].
         output_sizes: rows of each partition.
+        memory: where the result is to lie, by default in memory of its own.
 
     Returns:
         uint8 [2 + len(planes), tile rows, tile columns, 64].
@@ -113,7 +123,10 @@ def repack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], output_size
         RuntimeError: an argument contradicts another.
     """
     load_library()
-    result: torch.Tensor = torch.ops.matquant.repack_codes(base, planes, output_sizes)
+    in_features = STEP_COLUMNS * base.shape[-1]
+    shape = planes_shape(BASE_BITS + len(planes), output_sizes, in_features)
+    result = (memory or WeightMemory()).take(shape, torch.uint8)
+    torch.ops.matquant.repack_codes(base, planes, output_sizes, result)
     return result
 
 

@@ -25,10 +25,13 @@ from vllm_matquant.checkpoint.spec import (
     scale_name,
 )
 from vllm_matquant.kernels import layout, ops
+from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.kernels.support import select_kernel
 from vllm_matquant.serve.precision import Precision
 
 _Setting = TypeVar("_Setting")
+
+_memory = WeightMemory()  # of all layers, on the CPU
 
 
 @register_weight_loader_v2_supported_method
@@ -110,9 +113,9 @@ class MatquantLinearMethod(LinearMethodBase):
         scales = [disk[scale_name(width)] for width in widths]
         offsets = [disk[offset_name(width)] for width in widths]
         decoders = layout.repack_decoders(scales, offsets, self.output_sizes)
-        codes = ops.repack_codes(base, planes, self.output_sizes)
+        codes = ops.repack_codes(base, planes, self.output_sizes, _memory)
         layer.planes = Parameter(codes.to(device), requires_grad=False)
-        layer.decoders = Parameter(decoders.to(device), requires_grad=False)
+        layer.decoders = Parameter(_memory.copy(decoders).to(device), requires_grad=False)
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.kernel.linear(

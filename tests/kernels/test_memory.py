@@ -1,0 +1,68 @@
+"""Memory for weights: apart, aligned, alive as long as it is used."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_matquant.kernels import memory
+from vllm_matquant.kernels.memory import CHUNK_BYTES, WeightMemory
+
+SHAPES = [(3,), (2, 5, 7), (0, 4), (1000, 1000), (1,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_tensors_are_apart_and_keep_their_values(dtype: torch.dtype) -> None:
+    weights = WeightMemory()
+    tensors = [weights.copy(torch.full(shape, index, dtype=dtype)) for index, shape in enumerate(SHAPES)]
+    for index, (shape, tensor) in enumerate(zip(SHAPES, tensors, strict=True)):
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert tensor.is_contiguous()
+        assert (tensor == index).all()
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_small_tensors_share_a_chunk_and_large_ones_have_their_own() -> None:
+    weights = WeightMemory()
+    first, large, second = (weights.take((size,), torch.uint8) for size in (100, CHUNK_BYTES, 100))
+    assert second.data_ptr() - first.data_ptr() == 128
+    assert large.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+
+
+def test_a_full_chunk_is_followed_by_another() -> None:
+    weights = WeightMemory()
+    tensors = [weights.take((CHUNK_BYTES // 2,), torch.uint8) for _ in range(3)]
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    assert storages[0] == storages[1] != storages[2]
+
+
+def test_tensors_outlive_the_memory_they_came_from() -> None:
+    weights = WeightMemory()
+    tensor = weights.copy(torch.arange(100, dtype=torch.uint8))
+    del weights
+    gc.collect()
+    assert torch.equal(tensor, torch.arange(100, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages here")
+def test_huge_pages() -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("huge pages are switched off")
+    before = huge_bytes()
+    tensor = WeightMemory().take((CHUNK_BYTES,), torch.uint8).fill_(1)
+    assert huge_bytes() - before >= tensor.numel() // 2
+
+
+def test_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
+    assert not WeightMemory().take((3, 3), torch.uint8).any()
+
+
+def huge_bytes() -> int:
+    lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
