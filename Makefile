@@ -1,6 +1,6 @@
 # Everything runs in .venv, which tools/environment.sh makes on first use.
 BIN := .venv/bin
-CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help environment demo test lint format wheel clean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import time
@@ -241,7 +242,8 @@ def run_kernel(options: argparse.Namespace) -> int:
     rows = []
     for row in bench_kernel(settings):
         rows.append(row)
-        print(figures(row | row["peer_seconds"], (*KERNEL_COLUMNS, *options.peers)), flush=True)
+        peers = dict.fromkeys(options.peers, math.nan) | row["peer_seconds"]
+        print(figures(row | peers, (*KERNEL_COLUMNS, *options.peers)), flush=True)
     if options.json:
         publish_json(options.json, rows)
     if options.plot:

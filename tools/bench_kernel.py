@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,24 @@ def torch_bfloat16(rows: int, columns: int, group_size: int) -> Callable[[torch.
     return lambda x: void(torch.nn.functional.linear(x, weights[next(uses) % len(weights)]))
 
 
+def vllm_bfloat16(rows: int, columns: int, group_size: int) -> Callable[[torch.Tensor], None]:
+    """vLLM's layer for weights in bfloat16 on a CPU, which packs them first."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layers = []
+    for _ in range(copies_of(2 * rows * columns)):
+        layer: Any = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        layers.append(layer)
+    uses = iter(range(2**62))
+
+    def multiply(x: torch.Tensor) -> None:
+        layer = layers[next(uses) % len(layers)]
+        void(layer.cpu_linear(x, layer.weight, None))
+
+    return multiply
+
+
 def vllm_int4(rows: int, columns: int, group_size: int) -> Callable[[torch.Tensor], None]:
     """vLLM's layer for 4-bit weights on a CPU."""
     from vllm import _custom_ops
@@ -130,6 +149,7 @@ def vllm_int4(rows: int, columns: int, group_size: int) -> Callable[[torch.Tenso
 
 PEERS: dict[str, Callable[[int, int, int], Callable[[torch.Tensor], None]]] = {
     "torch-bf16": torch_bfloat16,
+    "vllm-bf16": vllm_bfloat16,
     "vllm-int4": vllm_int4,
 }
 
@@ -155,13 +175,25 @@ def bench_kernel(settings: Settings) -> Iterator[dict[str, Any]]:
     try:
         for rows, columns in settings.shapes:
             layer = Layer(settings, rows, columns)
-            peers = {name: PEERS[name](rows, columns, settings.group_size) for name in settings.peers}
+            peers = dict(willing_peers(settings, rows, columns))
             for threads in settings.threads:
                 torch.set_num_threads(threads)
                 for batch in settings.batches:
                     yield from measure(settings, layer, peers, threads, batch)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def willing_peers(settings: Settings, rows: int, columns: int) -> Iterator[tuple[str, Callable[[torch.Tensor], None]]]:
+    """The peers that take a layer of this shape; of the others stderr tells."""
+    for name in settings.peers:
+        try:
+            peer = PEERS[name](rows, columns, settings.group_size)
+            peer(torch.zeros(1, columns).bfloat16())
+        except RuntimeError as error:
+            print(f"{name} refuses {rows} x {columns}: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            yield name, peer
 
 
 def measure(

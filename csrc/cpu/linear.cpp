@@ -118,16 +118,33 @@ std::vector<int64_t> divide(const std::vector<TileRow>& rows, int64_t threads) {
     return begins;
 }
 
+// Memory that is kept from call to call: fresh pages would cost a hundredth of a prompt's time.
+template <class T>
+class Scratch {
+  public:
+    T* take(int64_t count) {
+        if (count > capacity_) {
+            data_.reset(new T[count]);
+            capacity_ = count;
+        }
+        return data_.get();
+    }
+
+  private:
+    std::unique_ptr<T[]> data_;
+    int64_t capacity_ = 0;
+};
+
 // Packs and multiplies blocks of tokens.
 void multiply(const std::vector<TileRow>& rows, int64_t tokens, Product product) {
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t segments = count_segments(product.columns, product.group_size);
     const int64_t most = std::min(tokens, kBlockTokens);
-    const std::unique_ptr<uint8_t[]> activations(
-        new uint8_t[segments * most * kSegmentSteps * kernel.step_bytes(product.activation_bits)]);
-    const std::unique_ptr<Factor[]> factors(new Factor[segments * most]);
-    product.activations = activations.get();
-    product.factors = factors.get();
+    thread_local Scratch<uint8_t> activations;
+    thread_local Scratch<Factor> factors;
+    product.activations =
+        activations.take(segments * most * kSegmentSteps * kernel.step_bytes(product.activation_bits));
+    product.factors = factors.take(segments * most);
     const int64_t element_size = product.element == Element::kFloat ? 4 : 2;
     const int64_t threads = torch::stable::get_num_threads();
     const std::vector<int64_t> begins = divide(rows, threads);

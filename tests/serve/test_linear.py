@@ -264,3 +264,16 @@ def test_a_width_without_a_decoder_in_memory_is_refused() -> None:
     layer.active_width.fill_(3)
     with pytest.raises(RuntimeError, match="active_width"):
         layer.quant_method.apply(layer, torch.randn(1, COLUMNS))
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16, None])
+def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int | None) -> None:
+    source = Source(Format(group_size=32))
+    layer = new_layer(source.format, Precision(4, activation_bits))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, COLUMNS)
+    rounded = x if activation_bits is None else reference.round_activations(x, 32, activation_bits)
+    weight = torch.cat([source.weight(part, 4) for part in range(3)])
+    expected = torch.nn.functional.linear(rounded, weight)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-5)

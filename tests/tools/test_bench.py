@@ -165,13 +165,40 @@ def test_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_a_peer_that_refuses_a_shape_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(rows: int, columns: int, group_size: int) -> None:
+        raise RuntimeError("rows: expected a multiple of 32\nand more")
+
+    monkeypatch.setitem(bench_kernel.PEERS, "vllm-int4", refuse)
+    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**14)
+    monkeypatch.setattr(bench_kernel, "SECONDS", 0.0)
+    arguments = [
+        "--shapes",
+        "33x64",
+        "--bits",
+        "3",
+        "--batch",
+        "1",
+        "--threads",
+        "1",
+        "--peers",
+        "vllm-int4,torch-bf16",
+    ]
+    assert bench.main(["kernel", *arguments]) == 0
+    said = capsys.readouterr()
+    assert said.err == "vllm-int4 refuses 33 x 64: rows: expected a multiple of 32\n"
+    assert said.out.splitlines()[1].split()[-2] == "nan"
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--shapes", "llama", "found 'llama', expected some of smollm2-135m"),
         ("--shapes", "64x65", "found '64x65', expected some of smollm2-135m"),
         ("--shapes", "64x64x64", "found '64x64x64'"),
-        ("--peers", "torch", "found 'torch', expected some of torch-bf16, vllm-int4, or none"),
+        ("--peers", "torch", "found 'torch', expected some of torch-bf16, vllm-bf16, vllm-int4, or none"),
         ("--batch", "1,0", "found '0', expected a positive integer"),
         ("--bits", "9", "found '9'"),
         ("--activation-bits", "4", "invalid choice"),
