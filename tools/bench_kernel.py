@@ -176,7 +176,8 @@ def bench_kernel(settings: Settings) -> Iterator[dict[str, Any]]:
         for rows, columns in settings.shapes:
             layer = Layer(settings, rows, columns)
             peers = dict(willing_peers(settings, rows, columns))
-            for threads in settings.threads:
+            # The most threads first: oneDNN keeps to no more than it first ran with.
+            for threads in sorted(settings.threads, reverse=True):
                 torch.set_num_threads(threads)
                 for batch in settings.batches:
                     yield from measure(settings, layer, peers, threads, batch)
