@@ -170,4 +170,4 @@ def test_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -
     assert package == str(site_packages / "vllm_matquant" / "__init__.py")
     assert Path(door).is_relative_to(site_packages)
     assert entry == "vllm_matquant.plugin:register"
-    assert shape == "[2, 1, 2]"  # two planes, one tile of 16 rows, two tiles of 4 columns
+    assert shape == "[2, 1, 1, 64]"  # two planes of one tile of 16 rows and 32 columns

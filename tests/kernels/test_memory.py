@@ -66,3 +66,19 @@ def test_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def huge_bytes() -> int:
     lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
+
+
+@pytest.mark.skipif(not hasattr(memory._libc, "malloc_trim"), reason="another libc than glibc")
+def test_what_was_freed_before_is_given_back() -> None:
+    torch.ones(30 * 2**20, dtype=torch.uint8)  # freed at once: from now on such sizes come from the heap
+    tensors = [torch.ones(2**20, dtype=torch.uint8) for _ in range(200)]
+    last = tensors.pop()  # keeps the heap from shrinking by itself
+    tensors.clear()
+    before = resident_bytes()
+    WeightMemory().take((1,), torch.uint8)
+    assert before - resident_bytes() > 150 * 2**20
+    assert last.all()
+
+
+def resident_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])

@@ -7,12 +7,14 @@ models are smaller than a huge page, so they share chunks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from collections.abc import Sequence
 
 import torch
 
 CHUNK_BYTES = 64 * 2**20
+_libc = ctypes.CDLL(None)
 _LINE = 64  # bytes of a cache line, where each tensor begins
 
 
@@ -43,6 +45,9 @@ def _map(size: int) -> torch.Tensor:
     """Bytes in a mapping of their own, zero; pages that are never written take no memory."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
+    # What the weights were repacked from is freed by now, but glibc keeps it for itself: a second copy of the model.
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
     # Not shared, as it would be by default: such mappings get no huge pages.
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
