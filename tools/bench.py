@@ -26,6 +26,7 @@ from bench_kernel import COLUMNS as KERNEL_COLUMNS
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import CONFIG_FILE, WIDTHS
+from vllm_matquant.serve.precision import ACTIVATION_BITS
 
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 48
@@ -266,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-tokens", type=positive, default=64, help="tokens to generate for each request (default: %(default)s)"
     )
     serve.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
-    serve.add_argument("--activation-bits", type=int, choices=(8, 16), help="as that of vllm serve")
+    serve.add_argument("--activation-bits", type=int, choices=ACTIVATION_BITS, help="as that of vllm serve")
     serve.add_argument(
         "--reference", type=Path, metavar="MODEL", help="folder of a model that is not quantized, measured first"
     )

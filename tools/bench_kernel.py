@@ -175,9 +175,11 @@ def bench_kernel(settings: Settings) -> Iterator[dict[str, Any]]:
     try:
         for rows, columns in settings.shapes:
             layer = Layer(settings, rows, columns)
+            # The most threads first, also where peers are tried: oneDNN keeps to no more than it first ran with.
+            descending = sorted(settings.threads, reverse=True)
+            torch.set_num_threads(descending[0])
             peers = dict(willing_peers(settings, rows, columns))
-            # The most threads first: oneDNN keeps to no more than it first ran with.
-            for threads in sorted(settings.threads, reverse=True):
+            for threads in descending:
                 torch.set_num_threads(threads)
                 for batch in settings.batches:
                     yield from measure(settings, layer, peers, threads, batch)

@@ -14,6 +14,7 @@ from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize.calibration import read_text
 from vllm_matquant.quantize.evaluate import evaluate, text_windows
 from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.serve.precision import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
 
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation-bits",
         type=int,
-        choices=(8, 16),
+        choices=ACTIVATION_BITS,
         help="round what quantized layers read, as the kernels of the CPU do; default: not at all",
     )
     parser.add_argument("--json", type=output_file, metavar="OUT", help="write the rows there (JSON)")

@@ -46,6 +46,8 @@ def register() -> None:
 
 
 def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_matquant.serve.precision import ACTIVATION_BITS
+
     @functools.wraps(add_cli_args)
     def wrapper(parser: Any) -> Any:
         parser = add_cli_args(parser)
@@ -56,7 +58,7 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--activation-bits",
             type=int,
-            choices=(8, 16),
+            choices=ACTIVATION_BITS,
             action=_StoreSetting,
             default=argparse.SUPPRESS,
             help=_ACTIVATION_BITS_HELP,

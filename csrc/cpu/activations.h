@@ -74,7 +74,7 @@ float choose_scale(float largest) {
     return std::max(std::bit_cast<float>((scale + kFraction) & ~kFraction), kSmallest);
 }
 
-// Packs one segment of one token: `high`, `low` and `rest` are its integers' parts, as many as its bits need.
+// Packs one segment of one token.
 template <class Lanes, int bits>
 Factor pack_segment(const float* values, uint8_t* target) {
     constexpr uint32_t kMagnitude = 0x7fffffff;

@@ -97,7 +97,8 @@ int default_activation_bits(const std::vector<TileRow>& rows, Element element) {
     if (element == Element::kFloat) {
         return 24;
     }
-    const bool narrow = std::all_of(rows.begin(), rows.end(), [](const TileRow& row) { return row.width == 2; });
+    const bool narrow =
+        std::all_of(rows.begin(), rows.end(), [](const TileRow& row) { return row.width == kMinWidth; });
     return narrow ? 8 : 16;
 }
 
