@@ -2,9 +2,9 @@
 //
 // A tile is 16 rows (outputs) by 32 columns (inputs) of weights, taken as 8 steps of 4 columns. A byte of a tile
 // belongs to one row and to one column of each step: byte row * 4 + column % 4, so that each 32-bit lane of a register
-// is one row. A plane of a tile is 64 bytes, whose bit `step` is that of step 0..7. The base field of a tile is two
-// such registers of 2-bit fields: steps 0..3 in the first, 4..7 in the second, that of step s in the bits 2 * (s % 4)
-// and up.
+// is one row. A plane of a tile is 64 bytes, whose bit `step` is that of step 0..7. Two planes in a pair, as the base
+// field is, are 128 bytes of 2-bit fields: steps 0..3 in the first 64, 4..7 in the others, that of step s in the bits
+// 2 * (s % 4) and up.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,14 @@ struct TileRows {
     int64_t first;
     int64_t count;  // at most kTileRows
 };
+
+// Planes lie in pairs where no width that is used parts them, for a core reads few streams faster than many: all of
+// them (but the last of an odd number) unless a width below the resident one is odd. The first two, the base field,
+// always do.
+inline bool are_paired(const std::vector<int64_t>& decoder_widths, int64_t resident_width) {
+    return std::none_of(decoder_widths.begin(), decoder_widths.end(),
+                        [=](int64_t width) { return width < resident_width && width % 2 != 0; });
+}
 
 inline std::vector<TileRows> split_into_tiles(const std::vector<int64_t>& output_sizes) {
     std::vector<TileRows> tiles;

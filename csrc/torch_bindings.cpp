@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def(
         "linear(Tensor x, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
         "int[] output_sizes, int group_size, Tensor? bias, int? activation_bits) -> Tensor");
-    m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, Tensor(a!) out) -> ()");
+    m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, int[] decoder_widths, Tensor(a!) out) -> ()");
     m.def(
         "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
         "Tensor? current, int fixed_bits, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> "

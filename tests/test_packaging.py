@@ -161,7 +161,7 @@ def test_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -
         print(vllm_matquant.__file__)
         print(ops.__file__)
         print([entry.value for entry in entry_points(group="vllm.general_plugins", name="matquant")][0])
-        print(list(ops.repack_codes(base, [], [1]).shape))
+        print(list(ops.repack_codes(base, [], [1], [2]).shape))
         """,
         python=python,
         cwd=tmp_path,

@@ -73,7 +73,7 @@ class Layer:
                 torch.randint(0, 256, (self.rows, self.columns * bits // 8), dtype=torch.uint8, generator=generator)
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
             ]
-            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows], memory))
+            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows], [WIDTHS[-1]], memory))
             decoders = torch.rand(1, -(-self.rows // TILE_ROWS), groups, 2, TILE_ROWS, generator=generator)
             self.decoders.append(memory.copy(decoders.half()))
 
@@ -81,11 +81,11 @@ class Layer:
         return self.planes[0][:width].nbytes + self.decoders[0].nbytes
 
     def multiply(self, x: torch.Tensor, width: int, active_width: torch.Tensor) -> None:
+        # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
         index = self._next()
+        planes, decoders = self.planes[index][:width], self.decoders[index]
         group_size, bits = self.settings.group_size, self.settings.activation_bits
-        ops.linear(
-            x, self.planes[index], self.decoders[index], active_width, [width], [self.rows], group_size, None, bits
-        )
+        ops.linear(x, planes, decoders, active_width, [width], [self.rows], group_size, None, bits)
 
     def read(self, width: int) -> None:
         """A plain read of the planes that a product at ``width`` reads."""

@@ -41,7 +41,8 @@ struct Factor {
 struct Product {
     int64_t columns;
     int64_t group_size;
-    int64_t plane_stride;  // bytes from a plane to the next
+    int64_t plane_stride;  // bytes of a plane
+    bool paired;           // planes past the base field too, see layout.h
     int activation_bits;   // 8, 16 or 24
     Element element;       // of input, output and bias
     int64_t tokens;
@@ -55,8 +56,8 @@ struct Product {
 
 // A row of tiles: 16 rows of weights, all columns.
 struct TileRow {
-    const uint8_t* base;       // [tiles, 2, 64]
-    const uint8_t* planes;     // [tiles, 64] of the plane after the base field
+    const uint8_t* pairs;      // [tiles, 2, 64] of the base field, and 2 * plane_stride bytes on of the next pair
+    const uint8_t* planes;     // [tiles, 64] of plane 0 if it were not in a pair, and plane_stride bytes on of plane 1
     const uint16_t* decoders;  // float16 [groups, 2 (scale, offset), 16 rows], for the active width
     int width;                 // active width: bits that are read
     int64_t first;             // output

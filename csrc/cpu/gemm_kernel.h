@@ -40,46 +40,61 @@
 namespace matquant::cpu {
 namespace {
 
+// The planes of a tile up to a width: of so many pairs, then single ones.
+template <int width, int pairs>
+struct TilePlanes {
+    const TileRow& row;
+    int64_t plane_stride;
+
+    template <int plane>
+    MATQUANT_INLINE const uint8_t* address(int64_t tile) const {
+        if constexpr (plane < 2 * pairs) {
+            return row.pairs + plane / 2 * 2 * plane_stride + (2 * tile + plane % 2) * kPlaneBytes;
+        }
+        return row.planes + plane * plane_stride + tile * kPlaneBytes;
+    }
+
+    // Asks for what is this many bytes ahead of the tile that is read, over all planes: enough to cover the latency of
+    // memory, whatever the width. The tiles of the next row follow, so this runs on into it.
+    static constexpr int64_t kPrefetchBytes = 8192;
+    MATQUANT_INLINE void prefetch(int64_t tile) const {
+        repeat<width>([&](auto plane) MATQUANT_INLINE {
+            __builtin_prefetch(address<plane>(tile + kPrefetchBytes / (width * kPlaneBytes)));
+        });
+    }
+};
+
 // The bytes of one tile up to a width, and the codes that they hold.
-template <class Lanes, int width>
+template <class Lanes, int width, int pairs>
 struct PackedTile {
     using Codes = typename Lanes::Codes;
-    Codes base[2];
-    Codes planes[width - kBaseBits + 1];  // one more, so that there is one
+    Codes planes[width];
 
-    MATQUANT_INLINE PackedTile(const uint8_t* base_data, const uint8_t* plane_data, int64_t plane_stride) {
-        repeat<2>([&](auto half) MATQUANT_INLINE { base[half] = Lanes::load_bytes(base_data + half * kPlaneBytes); });
-        repeat<width - kBaseBits>(
-            [&](auto plane) MATQUANT_INLINE { planes[plane] = Lanes::load_bytes(plane_data + plane * plane_stride); });
+    MATQUANT_INLINE PackedTile(const TilePlanes<width, pairs>& source, int64_t tile) {
+        source.prefetch(tile);
+        repeat<width>([&](auto plane)
+                          MATQUANT_INLINE { planes[plane] = Lanes::load_bytes(source.template address<plane>(tile)); });
     }
 
     // Each field and each bit is shifted to where it stands in the code, and what came along is masked off.
     template <int step>
     MATQUANT_INLINE Codes codes() const {
-        constexpr int kBasePlace = width - kBaseBits;
-        Codes codes = Lanes::select(Lanes::template shift_right<step % 4 * kBaseBits - kBasePlace>(base[step / 4]),
-                                    3 << kBasePlace);
-        repeat<width - kBaseBits>([&](auto plane) MATQUANT_INLINE {
-            constexpr int kPlace = kBasePlace - 1 - plane;
-            codes = Lanes::merge(codes, Lanes::template shift_right<step - kPlace>(planes[plane]), 1 << kPlace);
+        constexpr int kField = step % 4 * 2;  // where the step's fields begin, in the half of each pair that has them
+        constexpr int kBasePlace = width - 2;
+        Codes codes =
+            Lanes::select(Lanes::template shift_right<kField - kBasePlace>(planes[step / 4]), 3 << kBasePlace);
+        repeat<pairs - 1>([&](auto pair) MATQUANT_INLINE {
+            constexpr int kPlace = kBasePlace - 2 * (pair + 1);
+            codes = Lanes::merge(codes, Lanes::template shift_right<kField - kPlace>(planes[2 * (pair + 1) + step / 4]),
+                                 3 << kPlace);
+        });
+        repeat<width - 2 * pairs>([&](auto single) MATQUANT_INLINE {
+            constexpr int kPlane = 2 * pairs + single, kPlace = width - 1 - kPlane;
+            codes = Lanes::merge(codes, Lanes::template shift_right<step - kPlace>(planes[kPlane]), 1 << kPlace);
         });
         return codes;
     }
 };
-
-// Asks for what is this many bytes ahead of the tile that is read, over all planes: enough to cover the latency of
-// memory, whatever the width. The tiles of the next row follow, so this runs on into it.
-constexpr int64_t kPrefetchBytes = 8192;
-
-template <int width>
-void prefetch(const TileRow& row, int64_t tile, int64_t plane_stride) {
-    const int64_t ahead = tile + kPrefetchBytes / (width * kPlaneBytes);
-    __builtin_prefetch(row.base + 2 * ahead * kPlaneBytes);
-    __builtin_prefetch(row.base + (2 * ahead + 1) * kPlaneBytes);
-    for (int plane = 0; plane < width - kBaseBits; ++plane) {
-        __builtin_prefetch(row.planes + plane * plane_stride + ahead * kPlaneBytes);
-    }
-}
 
 template <class Lanes>
 struct Decoder {
@@ -88,9 +103,12 @@ struct Decoder {
     Decoder() = default;
     Decoder(const TileRow& row, int64_t group) {
         const uint16_t* decoder = row.decoders + group * 2 * kTileRows;
+        __builtin_prefetch(decoder + kAhead * 2 * kTileRows);
         scale = Lanes::load_half(decoder);
         offset = Lanes::load_half(decoder + kTileRows);
     }
+
+    static constexpr int64_t kAhead = 4;  // decoders of a row that are asked for before their turn
 
     // What a segment adds to the result of a token: s (scale sum_k q_k c_k + offset sum_k q_k).
     typename Lanes::Floats add_segment(typename Lanes::Floats total, const Factor& factor,
@@ -165,12 +183,13 @@ template <class Lanes, int bits>
 constexpr int64_t kSegmentBytes = kSegmentSteps * Lanes::template kStepBytes<bits>;  // of one token
 
 // All of a row of tiles with all tokens; segments are whole tiles.
-template <class Lanes, int bits, int width, int tokens>
+template <class Lanes, int bits, int width, int pairs, int tokens>
 void multiply_few(const Product& product, const TileRow& row) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
     constexpr int kStepBytes = Lanes::template kStepBytes<bits>;
     constexpr int kChains = std::clamp<int>(Lanes::kChains / (tokens * kSums), 1, kTileSteps);
+    const TilePlanes<width, pairs> planes{row, product.plane_stride};
     typename Lanes::Floats results[tokens];
     repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });
     int64_t index = 0;
@@ -180,9 +199,7 @@ void multiply_few(const Product& product, const TileRow& row) {
         Sums sums[kChains * tokens * kSums];
         repeat<kChains * tokens * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
         for (int64_t tile = begin / kTileColumns; tile < ceil_div(end, kTileColumns); ++tile) {
-            prefetch<width>(row, tile, product.plane_stride);
-            const PackedTile<Lanes, width> packed(row.base + 2 * tile * kPlaneBytes, row.planes + tile * kPlaneBytes,
-                                                  product.plane_stride);
+            const PackedTile<Lanes, width, pairs> packed(planes, tile);
             repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
                 const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
                 repeat<tokens>([&](auto token) MATQUANT_INLINE {
@@ -208,12 +225,11 @@ void multiply_few(const Product& product, const TileRow& row) {
 }
 
 // Unpacks tiles to codes [steps, rows, 64], those of one row.
-template <class Lanes, int width, int rows>
+template <class Lanes, int width, int pairs, int rows>
 void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t plane_stride, uint8_t* codes) {
+    const TilePlanes<width, pairs> planes{row, plane_stride};
     for (int64_t tile = first_tile; tile < first_tile + count; ++tile) {
-        prefetch<width>(row, tile, plane_stride);
-        const PackedTile<Lanes, width> packed(row.base + 2 * tile * kPlaneBytes, row.planes + tile * kPlaneBytes,
-                                              plane_stride);
+        const PackedTile<Lanes, width, pairs> packed(planes, tile);
         repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
             Lanes::store_bytes(codes + step * rows * kPlaneBytes, packed.template codes<step>());
         });
@@ -283,17 +299,21 @@ void multiply_tokens(const Segment<Lanes, rows>& segment, int64_t tokens, const 
     }
 }
 
-template <class Lanes, int rows, int... widths>
-constexpr auto unpackers_by_width(std::integer_sequence<int, widths...>) {
-    return std::array{&unpack_tiles<Lanes, kMinWidth + widths, rows>...};
-}
+// Functions that are made for each width and for planes in pairs or not stand in tables in this order.
+constexpr int kForms = 2 * (kMaxWidth - kMinWidth + 1);
+constexpr int form_of(int width, bool paired) { return 2 * (width - kMinWidth) + (paired ? 1 : 0); }
+constexpr int width_of(int form) { return kMinWidth + form / 2; }
+constexpr int pairs_of(int form) { return form % 2 != 0 ? width_of(form) / 2 : 1; }
 
-using EachWidth = std::make_integer_sequence<int, kMaxWidth - kMinWidth + 1>;
+template <class Lanes, int rows, int... forms>
+constexpr auto unpackers_by_form(std::integer_sequence<int, forms...>) {
+    return std::array{&unpack_tiles<Lanes, width_of(forms), pairs_of(forms), rows>...};
+}
 
 // All of some rows of tiles, all tokens, any groups.
 template <class Lanes, int bits, int rows>
 void multiply_many(const Product& product, const TileRow* row) {
-    static constexpr auto kUnpack = unpackers_by_width<Lanes, rows>(EachWidth());
+    static constexpr auto kUnpack = unpackers_by_form<Lanes, rows>(std::make_integer_sequence<int, kForms>());
     alignas(64) uint8_t codes[kSegmentSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
@@ -301,8 +321,9 @@ void multiply_many(const Product& product, const TileRow* row) {
     for (int64_t first = 0; first < product.columns; first += kSegmentColumns) {
         const int64_t last = std::min(first + kSegmentColumns, product.columns);
         for (int part = 0; part < rows; ++part) {
-            kUnpack[row[part].width - kMinWidth](row[part], first / kTileColumns, ceil_div(last - first, kTileColumns),
-                                                 product.plane_stride, codes + part * kPlaneBytes);
+            kUnpack[form_of(row[part].width, product.paired)](row[part], first / kTileColumns,
+                                                              ceil_div(last - first, kTileColumns),
+                                                              product.plane_stride, codes + part * kPlaneBytes);
         }
         for (int64_t begin = first; begin < last; index += product.tokens) {
             const int64_t end = segment_end(product.columns, product.group_size, begin);
@@ -326,22 +347,23 @@ void multiply_many(const Product& product, const TileRow* row) {
     }
 }
 
-// multiply_few for each width, one after the other, and in these for each number of tokens.
+// multiply_few for each form, one after the other, and in these for each number of tokens.
 template <class Lanes, int bits, int... indices>
-constexpr auto few_by_width_and_tokens(std::integer_sequence<int, indices...>) {
+constexpr auto few_by_form_and_tokens(std::integer_sequence<int, indices...>) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
-    return std::array{&multiply_few<Lanes, bits, kMinWidth + indices / kTokens, indices % kTokens + 1>...};
+    return std::array{
+        &multiply_few<Lanes, bits, width_of(indices / kTokens), pairs_of(indices / kTokens), indices % kTokens + 1>...};
 }
 
 template <class Lanes, int bits>
 void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
     static constexpr auto kFew =
-        few_by_width_and_tokens<Lanes, bits>(std::make_integer_sequence<int, (kMaxWidth - kMinWidth + 1) * kTokens>());
+        few_by_form_and_tokens<Lanes, bits>(std::make_integer_sequence<int, kForms * kTokens>());
     const bool whole_tiles = product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
     if (product.tokens <= kTokens && whole_tiles) {
         for (int64_t index = 0; index < count; ++index) {
-            kFew[(rows[index].width - kMinWidth) * kTokens + product.tokens - 1](product, rows[index]);
+            kFew[form_of(rows[index].width, product.paired) * kTokens + product.tokens - 1](product, rows[index]);
         }
         return;
     }

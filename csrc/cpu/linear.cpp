@@ -74,7 +74,7 @@ std::vector<TileRow> check_weights(const Tensor& planes, const Tensor& decoders,
                  {static_cast<int64_t>(decoder_widths.size()), rows, groups, 2, kTileRows});
     check_tensor("active_width", active_width, ScalarType::Int, {static_cast<int64_t>(output_sizes.size())});
 
-    const uint8_t* base = planes.const_data_ptr<uint8_t>();
+    const uint8_t* data = planes.const_data_ptr<uint8_t>();
     const uint16_t* decoder_data = static_cast<const uint16_t*>(decoders.const_data_ptr());
     const int32_t* widths = active_width.const_data_ptr<int32_t>();
     const int64_t row_bytes = tiles * kPlaneBytes;
@@ -85,7 +85,7 @@ std::vector<TileRow> check_weights(const Tensor& planes, const Tensor& decoders,
         const TileRows& part = tile_rows[row];
         const int32_t width = widths[part.partition];
         const int64_t decoder = find_decoder(decoder_widths, width, resident_width);
-        result.push_back({base + kBaseBits * row * row_bytes, base + (kBaseBits * rows + row) * row_bytes,
+        result.push_back({data + 2 * row * row_bytes, data + row * row_bytes,
                           decoder_data + (decoder * rows + row) * decoder_size, width, part.first, part.count});
     }
     return result;
@@ -199,6 +199,7 @@ Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, con
         .columns = in_features,
         .group_size = group_size,
         .plane_stride = planes.size(1) * planes.size(2) * kPlaneBytes,
+        .paired = are_paired(decoder_widths, planes.size(0)),
         .activation_bits =
             activation_bits ? static_cast<int>(*activation_bits) : default_activation_bits(rows, element),
         .element = element,

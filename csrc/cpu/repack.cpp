@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -38,30 +39,74 @@ constexpr uint32_t transpose_plane(uint32_t word) {
     return exchange(word, 1, 0x22222222);
 }
 
-// Four bytes of each row of the form on disk make up 64 bytes of a tile: those of one plane, or one half of its base
-// field. Rows may end before the tile does, and a tile may have rows that the layer has not: zeros.
-template <uint32_t (*transpose)(uint32_t)>
-void repack_words(const uint8_t* source, int64_t row_bytes, int64_t rows, uint8_t* target) {
-    for (int64_t first = 0; first < row_bytes; first += 4, target += kPlaneBytes) {
-        uint32_t words[kTileRows] = {};
-        if (rows == kTileRows && first + 4 <= row_bytes) {
+// The lower or upper four steps of each byte of a transposed plane, as the lower bits of 2-bit fields.
+constexpr uint32_t spread(uint32_t word, int half) {
+    word = word >> 4 * half & 0x0f0f0f0f;
+    word = (word | word << 2) & 0x33333333;
+    return (word | word << 1) & 0x55555555;
+}
+
+// What one row of tiles has of a tensor on disk: rows may end before the tile does, and a tile may have rows that the
+// layer has not. Both are zeros.
+struct DiskRows {
+    const uint8_t* data;
+    int64_t row_bytes;
+    int64_t count;
+
+    // Four bytes of each row.
+    std::array<uint32_t, kTileRows> words(int64_t first) const {
+        std::array<uint32_t, kTileRows> result = {};
+        if (count == kTileRows && first + 4 <= row_bytes) {
             for (int64_t row = 0; row < kTileRows; ++row) {
-                std::memcpy(&words[row], source + row * row_bytes + first, 4);
+                std::memcpy(&result[row], data + row * row_bytes + first, 4);
             }
-        } else {
-            for (int64_t row = 0; row < rows; ++row) {
-                std::memcpy(&words[row], source + row * row_bytes + first, std::min<int64_t>(4, row_bytes - first));
+        } else if (first < row_bytes) {
+            for (int64_t row = 0; row < count; ++row) {
+                std::memcpy(&result[row], data + row * row_bytes + first, std::min<int64_t>(4, row_bytes - first));
             }
         }
+        return result;
+    }
+};
+
+// Each writes the tiles of one row of tiles.
+void repack_base(const DiskRows& base, int64_t tiles, uint8_t* target) {
+    for (int64_t half = 0; half < 2 * tiles; ++half, target += kPlaneBytes) {
+        std::array<uint32_t, kTileRows> words = base.words(4 * half);
         for (uint32_t& word : words) {
-            word = transpose(word);
+            word = transpose_base(word);
         }
-        std::memcpy(target, words, kPlaneBytes);
+        std::memcpy(target, words.data(), kPlaneBytes);
+    }
+}
+
+void repack_plane(const DiskRows& plane, int64_t tiles, uint8_t* target) {
+    for (int64_t tile = 0; tile < tiles; ++tile, target += kPlaneBytes) {
+        std::array<uint32_t, kTileRows> words = plane.words(4 * tile);
+        for (uint32_t& word : words) {
+            word = transpose_plane(word);
+        }
+        std::memcpy(target, words.data(), kPlaneBytes);
+    }
+}
+
+void repack_pair(const DiskRows& upper, const DiskRows& lower, int64_t tiles, uint8_t* target) {
+    for (int64_t tile = 0; tile < tiles; ++tile, target += 2 * kPlaneBytes) {
+        std::array<uint32_t, kTileRows> high = upper.words(4 * tile), low = lower.words(4 * tile);
+        std::array<uint32_t, kTileRows> fields[2];
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            high[row] = transpose_plane(high[row]);
+            low[row] = transpose_plane(low[row]);
+            for (int half = 0; half < 2; ++half) {
+                fields[half][row] = spread(high[row], half) << 1 | spread(low[row], half);
+            }
+        }
+        std::memcpy(target, fields, 2 * kPlaneBytes);
     }
 }
 
 void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const std::vector<int64_t>& output_sizes,
-                  const Tensor& out) {
+                  const std::vector<int64_t>& decoder_widths, const Tensor& out) {
     check_output_sizes(output_sizes);
     STD_TORCH_CHECK(base.dim() == 2, "base: found ", base.dim(), " dimensions, expected 2");
     STD_TORCH_CHECK(planes.size() <= kMaxWidth - kMinWidth, "planes: found ", planes.size(), ", expected at most ",
@@ -83,20 +128,26 @@ void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const s
     const int64_t resident_width = kBaseBits + static_cast<int64_t>(planes.size());
     check_tensor("out", out, ScalarType::Byte, {resident_width, row_count, tiles, kPlaneBytes});
     const uint8_t* base_data = base.const_data_ptr<uint8_t>();
-    uint8_t* result_data = out.mutable_data_ptr<uint8_t>();
+    uint8_t* out_data = out.mutable_data_ptr<uint8_t>();
+    const int64_t row_size = tiles * kPlaneBytes;
+    const bool paired = are_paired(decoder_widths, resident_width);
 
     torch::stable::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const TileRows& part = tile_rows[row];
-            uint8_t* target = result_data + kBaseBits * row * tiles * kPlaneBytes;
-            if (tiles > 0) {  // the last tile's second half has no bytes on disk where rows end in its first
-                std::memset(target + (kBaseBits * tiles - 1) * kPlaneBytes, 0, kPlaneBytes);
-            }
-            repack_words<transpose_base>(base_data + part.first * base_bytes, base_bytes, part.count, target);
-            for (size_t plane = 0; plane < plane_data.size(); ++plane) {
-                target = result_data + ((kBaseBits + plane) * row_count + row) * tiles * kPlaneBytes;
-                repack_words<transpose_plane>(plane_data[plane] + part.first * plane_bytes, plane_bytes, part.count,
-                                              target);
+            const auto disk_plane = [&](int64_t plane) {
+                return DiskRows{plane_data[plane - kBaseBits] + part.first * plane_bytes, plane_bytes, part.count};
+            };
+            repack_base({base_data + part.first * base_bytes, base_bytes, part.count}, tiles,
+                        out_data + 2 * row * row_size);
+            for (int64_t plane = kBaseBits; plane < resident_width; ++plane) {
+                uint8_t* target = out_data + plane * row_count * row_size;
+                if (paired && plane + 1 < resident_width) {
+                    repack_pair(disk_plane(plane), disk_plane(plane + 1), tiles, target + 2 * row * row_size);
+                    ++plane;
+                } else {
+                    repack_plane(disk_plane(plane), tiles, target + row * row_size);
+                }
             }
         }
     });

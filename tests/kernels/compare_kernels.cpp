@@ -44,6 +44,7 @@ std::vector<Named> other_kernels() {
 struct Case {
     int64_t outputs, columns, group_size, tokens;
     int width, activation_bits;
+    bool paired;
     Element element;
 };
 
@@ -71,15 +72,24 @@ class Layer {
                                          kernel.step_bytes(case_.activation_bits));
         std::vector<Factor> factors(segments * case_.tokens);
         std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
-        const Product product = {case_.columns,  case_.group_size, rows_ * row_bytes_, case_.activation_bits,
-                                 case_.element,  case_.tokens,     input_.data(),      activations.data(),
-                                 factors.data(), bias_.data(),     output.data(),      case_.outputs};
+        const Product product = {.columns = case_.columns,
+                                 .group_size = case_.group_size,
+                                 .plane_stride = rows_ * row_bytes_,
+                                 .paired = case_.paired,
+                                 .activation_bits = case_.activation_bits,
+                                 .element = case_.element,
+                                 .tokens = case_.tokens,
+                                 .input = input_.data(),
+                                 .activations = activations.data(),
+                                 .factors = factors.data(),
+                                 .bias = bias_.data(),
+                                 .output = output.data(),
+                                 .output_stride = case_.outputs};
         kernel.pack(product, 0, case_.tokens);
         std::vector<TileRow> tile_rows;
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
-            tile_rows.push_back({planes_.data() + kBaseBits * row * row_bytes_,
-                                 planes_.data() + (kBaseBits * rows_ + row) * row_bytes_,
+            tile_rows.push_back({planes_.data() + 2 * row * row_bytes_, planes_.data() + row * row_bytes_,
                                  decoders_.data() + row * groups_ * 2 * kTileRows, case_.width, first,
                                  std::min(kTileRows, case_.outputs - first)});
         }
@@ -133,7 +143,8 @@ int main() {
             for (const int bits : {8, 16, 24}) {
                 for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
-                    const Layer layer({outputs, columns, group_size, tokens, width, bits, element});
+                    const bool paired = (tokens + bits / 8) % 2 != 0;
+                    const Layer layer({outputs, columns, group_size, tokens, width, bits, paired, element});
                     const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
                     for (const auto& [name, kernel] : other_kernels()) {
                         ++compared;

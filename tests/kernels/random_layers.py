@@ -13,6 +13,15 @@ from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import layout, ops
 
+# A width, and those whose decoders are in memory with it: all of them, so that planes past the base field are single;
+# its own alone, as it is served today, or even ones, so that planes lie in pairs.
+EVEN_WIDTHS = (2, 4, 6, 8)
+FORMS = [
+    *((width, WIDTHS) for width in WIDTHS),
+    *((width, (width,)) for width in WIDTHS),
+    *((width, EVEN_WIDTHS) for width in EVEN_WIDTHS),
+]
+
 # Of the result alone: half a unit in the last place.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
@@ -26,6 +35,7 @@ class Layer:
     offsets: torch.Tensor
     output_sizes: list[int]
     group_size: int
+    decoder_widths: list[int]
     planes: torch.Tensor
     decoders: torch.Tensor
 
@@ -38,7 +48,7 @@ class Layer:
             "planes": self.planes,
             "decoders": self.decoders,
             "active_width": torch.tensor(widths, dtype=torch.int32),
-            "decoder_widths": list(WIDTHS),
+            "decoder_widths": self.decoder_widths,
             "output_sizes": self.output_sizes,
             "group_size": self.group_size,
             "bias": bias,
@@ -112,15 +122,23 @@ def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.nda
     return rounded, largest
 
 
-def make_layer(output_sizes: Sequence[int], columns: int, group_size: int, seed: int = 0) -> Layer:
+def make_layer(
+    output_sizes: Sequence[int],
+    columns: int,
+    group_size: int,
+    seed: int = 0,
+    decoder_widths: Sequence[int] = WIDTHS,
+) -> Layer:
+    """Planes are in memory up to the largest of ``decoder_widths``."""
     generator = torch.Generator().manual_seed(seed)
     rows, groups = sum(output_sizes), -(-columns // group_size)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     scales = torch.stack([torch.rand(rows, groups, generator=generator) / 2**width for width in WIDTHS]).half()
     offsets = torch.randn(len(WIDTHS), rows, groups, generator=generator).half()
-    planes = ops.repack_codes(*pack_codes(codes), output_sizes)
-    decoders = layout.repack_decoders(list(scales), list(offsets), output_sizes)
-    return Layer(codes, scales, offsets, list(output_sizes), group_size, planes, decoders)
+    planes = ops.repack_codes(*pack_codes(codes, max(decoder_widths)), output_sizes, decoder_widths)
+    kept = [WIDTHS.index(width) for width in decoder_widths]
+    decoders = layout.repack_decoders(list(scales[kept]), list(offsets[kept]), output_sizes)
+    return Layer(codes, scales, offsets, list(output_sizes), group_size, list(decoder_widths), planes, decoders)
 
 
 def make_input(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

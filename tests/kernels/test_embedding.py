@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.random_layers import Layer, make_layer
+from tests.kernels.random_layers import EVEN_WIDTHS, FORMS, Layer, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.embedding import embedding
 from vllm_matquant.kernels.layout import split_planes
@@ -16,7 +16,8 @@ SHAPES = [(1, 8, 8), (16, 64, 32), (53, 70, 32), (40, 41, 64), (160, 96, 96)]  #
 
 def look_up(layer: Layer, rows: torch.Tensor, width: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     columns = layer.codes.shape[1]
-    return embedding(rows, layer.planes, layer.decoders, width, list(WIDTHS), columns, layer.group_size, dtype)
+    widths = layer.decoder_widths
+    return embedding(rows, layer.planes, layer.decoders, width, widths, columns, layer.group_size, dtype)
 
 
 def active(width: int) -> torch.Tensor:
@@ -24,9 +25,9 @@ def active(width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_every_row_at_every_width(shape, width):
-    layer = make_layer([shape[0]], *shape[1:], seed=width)
+@pytest.mark.parametrize(("width", "decoder_widths"), FORMS)
+def test_every_row_at_every_width(shape, width, decoder_widths):
+    layer = make_layer([shape[0]], *shape[1:], width, decoder_widths)
     result = look_up(layer, torch.arange(shape[0]), active(width))
     expected = torch.from_numpy(layer.weights([width]))
     assert result.shape == expected.shape
@@ -46,21 +47,22 @@ def test_rows_come_in_the_shape_and_dtype_asked_for(rows, dtype):
     assert torch.equal(result, every[rows].to(dtype))
 
 
-def test_only_the_bytes_of_the_row_matter():
-    layer = make_layer([53], 70, 32)
+@pytest.mark.parametrize("decoder_widths", [WIDTHS, EVEN_WIDTHS])
+def test_only_the_bytes_of_the_row_matter(decoder_widths):
+    layer = make_layer([53], 70, 32, decoder_widths=decoder_widths)
     expected = look_up(layer, torch.tensor([21]), active(8))
     spoiled = torch.full_like(layer.planes, 255)
     mine = slice(20, 24)  # row 21 is the sixth of tile row 1
-    (spoiled_base, spoiled_planes), (base, planes) = split_planes(spoiled), split_planes(layer.planes)
-    spoiled_base[1, :, :, mine] = base[1, :, :, mine]
-    spoiled_planes[:, 1, :, mine] = planes[:, 1, :, mine]
+    paired = decoder_widths == EVEN_WIDTHS
+    for target, field in zip(split_planes(spoiled, paired), split_planes(layer.planes, paired), strict=True):
+        target[1, :, :, mine] = field[1, :, :, mine]
     layer.planes = spoiled
     assert torch.equal(look_up(layer, torch.tensor([21]), active(8)), expected)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_planes_past_the_active_width_do_not_matter(width):
-    layer = make_layer([53], 70, 32)
+@pytest.mark.parametrize(("width", "decoder_widths"), FORMS)
+def test_planes_past_the_active_width_do_not_matter(width, decoder_widths):
+    layer = make_layer([53], 70, 32, decoder_widths=decoder_widths)
     rows = torch.tensor([0, 31, 52])
     expected = look_up(layer, rows, active(width))
     layer.planes[width:] = 255

@@ -47,12 +47,12 @@ def test_linear(isa):
 
 PRINT_DIGESTS = """
 import hashlib
-from tests.kernels.test_linear import DTYPES, SHAPES, WIDTHS, bytes_of, make_input, make_layer
+from tests.kernels.test_linear import DTYPES, FORMS, SHAPES, bytes_of, make_input, make_layer
 
 for output_sizes, columns, group_size in SHAPES:
-    layer = make_layer(output_sizes, columns, group_size)
     digest = hashlib.sha256()
-    for width in WIDTHS:
+    for width, decoder_widths in FORMS:
+        layer = make_layer(output_sizes, columns, group_size, decoder_widths=decoder_widths)
         for activation_bits in (8, 16, 24):
             for dtype in DTYPES:
                 for rows in (1, 3, 8, 30):

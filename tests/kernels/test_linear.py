@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.random_layers import make_input, make_layer
+from tests.kernels.random_layers import EVEN_WIDTHS, FORMS, make_input, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.layout import repack_decoders
@@ -39,21 +39,21 @@ def test_the_instruction_set_is_the_fastest_or_the_one_that_is_forced():
     assert ops.cpu_isa() == os.environ.get("MATQUANT_CPU_ISA", ops.cpu_isas()[-1])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "decoder_widths"), FORMS)
 @pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
-def test_product(output_sizes, columns, group_size, width):
-    layer = make_layer(output_sizes, columns, group_size, seed=width)
+def test_product(output_sizes, columns, group_size, width, decoder_widths):
+    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths)
     for dtype in DTYPES:
         inputs = [make_input(rows, columns, dtype, seed=rows) for rows in ROWS]
         result = torch.cat([layer.run(x, [width]) for x in inputs])
         layer.check(result, torch.cat(inputs), [width])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "decoder_widths"), FORMS)
 @pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
 @pytest.mark.parametrize("activation_bits", [8, 16, 24])
-def test_bits_of_activations(activation_bits, output_sizes, columns, group_size, width):
-    layer = make_layer(output_sizes, columns, group_size, seed=width)
+def test_bits_of_activations(activation_bits, output_sizes, columns, group_size, width, decoder_widths):
+    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths)
     for dtype in DTYPES:
         inputs = [make_input(rows, columns, dtype, seed=rows) for rows in (1, 2, 7, 8, 9, 30)]
         result = torch.cat([layer.run(x, [width], activation_bits=activation_bits) for x in inputs])
@@ -90,10 +90,20 @@ def test_scales_of_activations(exponent, activation_bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(2, 8, 3), (4, 4, 2), (7, 5, 6), (8, 2, 8)])
+@pytest.mark.parametrize(
+    ("widths", "decoder_widths"),
+    [
+        ((2, 8, 3), WIDTHS),
+        ((4, 4, 2), WIDTHS),
+        ((7, 5, 6), (5, 6, 7)),
+        ((4, 7, 2), (2, 4, 7)),
+        ((8, 2, 8), EVEN_WIDTHS),
+        ((4, 6, 2), EVEN_WIDTHS),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 9])
-def test_each_partition_has_its_own_width(rows, widths, dtype):
-    layer = make_layer([33, 7, 16], 96, 32)
+def test_each_partition_has_its_own_width(rows, widths, decoder_widths, dtype):
+    layer = make_layer([33, 7, 16], 96, 32, decoder_widths=decoder_widths)
     x = make_input(rows, 96, dtype)
     layer.check(layer.run(x, widths), x, widths)
 
@@ -125,9 +135,11 @@ def test_no_input_features():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_planes_past_the_active_width_change_nothing(width, dtype):
-    layer = make_layer([40], 264, 64)
+@pytest.mark.parametrize(
+    ("width", "decoder_widths"), [(width, widths) for width, widths in FORMS if max(widths) == WIDTHS[-1]]
+)
+def test_planes_past_the_active_width_change_nothing(width, decoder_widths, dtype):
+    layer = make_layer([40], 264, 64, decoder_widths=decoder_widths)
     for rows in (1, 20):
         x = make_input(rows, 264, dtype)
         expected = bytes_of(layer.run(x, [width]))
@@ -142,7 +154,7 @@ def test_planes_past_the_active_width_and_memory_past_the_input_are_not_read():
     program = """
 import ctypes, mmap
 import torch
-from tests.kernels.random_layers import make_input, make_layer
+from tests.kernels.random_layers import EVEN_WIDTHS, make_input, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -154,31 +166,32 @@ def map_memory(size):
 def forbid(address, size):
     assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) == 0
 
-layer = make_layer([256], 128 * mmap.PAGESIZE // 4096, 32)
-plane_bytes = layer.planes[0].nbytes
-assert plane_bytes % mmap.PAGESIZE == 0
-memory, address = map_memory(layer.planes.nbytes)
-planes = torch.frombuffer(memory, dtype=torch.uint8).view(layer.planes.shape)
-planes.copy_(layer.planes)
 input_memory, input_address = map_memory(17 * mmap.PAGESIZE)
 forbid(input_address + 16 * mmap.PAGESIZE, mmap.PAGESIZE)
-for width in reversed(WIDTHS):
-    if width < 8:
-        forbid(address + width * plane_bytes, (8 - width) * plane_bytes)
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows in (1, 20):
-            values = make_input(rows, layer.codes.shape[1], dtype)
-            begin = 16 * mmap.PAGESIZE - values.nbytes
-            x = torch.frombuffer(input_memory, dtype=dtype, count=values.numel(), offset=begin).view(values.shape)
-            x.copy_(values)
-            assert torch.equal(layer.run(x, [width], planes=planes), layer.run(values, [width]))
-print("read", width)
+for decoder_widths in (WIDTHS, EVEN_WIDTHS):
+    layer = make_layer([256], 128 * mmap.PAGESIZE // 4096, 32, decoder_widths=decoder_widths)
+    plane_bytes = layer.planes[0].nbytes
+    assert plane_bytes % mmap.PAGESIZE == 0
+    memory, address = map_memory(layer.planes.nbytes)
+    planes = torch.frombuffer(memory, dtype=torch.uint8).view(layer.planes.shape)
+    planes.copy_(layer.planes)
+    for width in reversed(decoder_widths):
+        if width < 8:
+            forbid(address + width * plane_bytes, (8 - width) * plane_bytes)
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (1, 20):
+                values = make_input(rows, layer.codes.shape[1], dtype)
+                begin = 16 * mmap.PAGESIZE - values.nbytes
+                x = torch.frombuffer(input_memory, dtype=dtype, count=values.numel(), offset=begin).view(values.shape)
+                x.copy_(values)
+                assert torch.equal(layer.run(x, [width], planes=planes), layer.run(values, [width]))
+    print("read", width)
 """
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "read 2\n"
+    assert result.stdout == "read 2\n" * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

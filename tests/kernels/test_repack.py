@@ -24,28 +24,55 @@ def tile_of_row(row: int, output_sizes: list[int]) -> tuple[int, int]:
 @pytest.mark.parametrize("output_sizes", [[1], [16], [37], [5, 16, 18]])
 @pytest.mark.parametrize("columns", [1, 3, 8, 29, 32, 41, 67])
 @pytest.mark.parametrize("resident_width", WIDTHS)
-def test_every_bit_has_its_place(output_sizes, columns, resident_width):
+@pytest.mark.parametrize("paired", [True, False])
+def test_every_bit_has_its_place(output_sizes, columns, resident_width, paired):
     rows = sum(output_sizes)
     generator = torch.Generator().manual_seed(columns)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     base, planes = pack_codes(codes, resident_width)
-    result = ops.repack_codes(base, planes, output_sizes)
+    decoder_widths = [resident_width] if paired else WIDTHS
+    result = ops.repack_codes(base, planes, output_sizes, decoder_widths)
     assert result.shape == layout.planes_shape(resident_width, output_sizes, columns)
-    base_bytes = torch.zeros(result[:2].numel(), dtype=torch.uint8)
-    plane_bytes = torch.zeros_like(result[2:])
-    column_tiles = result.shape[2]
+    column_tiles, plane_bytes = result.shape[2], result[0].numel()
+    pairs = resident_width // 2 if paired else 1
+    expected = torch.zeros(result.numel(), dtype=torch.uint8)
     for row in range(rows):
-        tile, lane = tile_of_row(row, output_sizes)
+        tile_row, lane = tile_of_row(row, output_sizes)
         for column in range(columns):
-            code, step, byte = int(codes[row, column]), column % 32 // 4, lane * 4 + column % 4
-            first_byte = (tile * column_tiles + column // 32) * 128 + step // 4 * 64
-            base_bytes[first_byte + byte] |= (code >> 6) << (step % 4 * 2)
-            for plane in range(2, resident_width):
-                plane_bytes[plane - 2, tile, column // 32, byte] |= (code >> (7 - plane) & 1) << step
-    assert torch.equal(result[:2].flatten(), base_bytes)
-    assert torch.equal(result[2:], plane_bytes)
-    unpacked = layout.unpack_tiles(*layout.split_planes(result), columns)
+            code, step = int(codes[row, column]) >> (8 - resident_width), column % 32 // 4
+            tile, byte = tile_row * column_tiles + column // 32, lane * 4 + column % 4
+            for pair in range(pairs):
+                field = code >> (resident_width - 2 - 2 * pair) & 3
+                place = 2 * pair * plane_bytes + tile * 128 + step // 4 * 64 + byte
+                expected[place] |= field << (step % 4 * 2)
+            for plane in range(2 * pairs, resident_width):
+                bit = code >> (resident_width - 1 - plane) & 1
+                expected[plane * plane_bytes + tile * 64 + byte] |= bit << step
+    assert torch.equal(result.flatten(), expected)
+    unpacked = layout.unpack_tiles(layout.split_planes(result, paired), columns)
     assert torch.equal(layout.strip_padding(unpacked, output_sizes), codes >> (8 - resident_width))
+
+
+@pytest.mark.parametrize(
+    ("decoder_widths", "resident_width", "paired"),
+    [
+        ([8], 8, True),
+        ([7], 7, True),
+        ([2, 4, 6, 8], 8, True),
+        ([4, 7], 7, True),
+        ([7, 8], 8, False),
+        ([3, 8], 8, False),
+        ([3, 5], 5, False),
+        (WIDTHS, 3, True),
+        (WIDTHS, 4, False),
+    ],
+)
+def test_planes_lie_in_pairs_where_no_width_parts_them(decoder_widths, resident_width, paired):
+    assert layout.are_paired(decoder_widths, resident_width) == paired
+    codes = torch.randint(0, 256, (20, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = ops.repack_codes(*pack_codes(codes, resident_width), [20], decoder_widths)
+    unpacked = layout.unpack_tiles(layout.split_planes(result, paired), 40)
+    assert torch.equal(layout.strip_padding(unpacked, [20]), codes >> (8 - resident_width))
 
 
 @pytest.mark.parametrize("output_sizes", [[1], [16], [37], [5, 16, 18]])
@@ -81,4 +108,4 @@ def test_every_decoder_has_its_place(output_sizes):
 )
 def test_contradicting_arguments(base, planes, output_sizes, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.repack_codes(base, planes, output_sizes)
+        ops.repack_codes(base, planes, output_sizes, WIDTHS)

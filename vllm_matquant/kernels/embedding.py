@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.kernels.layout import STEP_COLUMNS, TILE_ROWS, split_planes, unpack_steps
+from vllm_matquant.kernels.layout import STEP_COLUMNS, TILE_ROWS, are_paired, split_planes, unpack_steps
 from vllm_matquant.kernels.reference import dequantize
 
 
@@ -46,10 +46,12 @@ def embedding(
     """
     tile, lane = rows // TILE_ROWS, rows % TILE_ROWS
 
-    # The four bytes of the row in each tile: [..., tile columns, 2, 4] and [..., resident width - 2, tile columns, 4].
-    base, further_planes = (part.unflatten(-1, (TILE_ROWS, STEP_COLUMNS)) for part in split_planes(planes))
-    base, further_planes = base[tile, :, :, lane], further_planes[:, tile, :, lane]
-    codes = unpack_steps(base, further_planes.movedim(-3, 0)).flatten(-3)[..., :in_features]
+    # The four bytes of the row in each tile: [..., tile columns, 2 or 1, 4].
+    fields = [
+        field.unflatten(-1, (TILE_ROWS, STEP_COLUMNS))[tile, :, :, lane]
+        for field in split_planes(planes, are_paired(decoder_widths, len(planes)))
+    ]
+    codes = unpack_steps(fields).flatten(-3)[..., :in_features]
     codes = codes >> (len(planes) - active_width).to(torch.uint8)
 
     matches = torch.stack([active_width == width for width in decoder_widths])

@@ -6,18 +6,22 @@ to one row and to one column of each step: byte ``row * 4 + column % 4``. A plan
 with 4..7. Each part of a fused layer (q, k, v; gate, up) is padded to whole tiles of its own, so that each can have its
 own active width.
 
+Two planes in a pair are stored as the base field is, for a core reads few streams faster than many. Planes lie in pairs
+(but the last of an odd number) unless a width of :func:`are_paired` parts them.
+
 =========  =======  =================================================  ==========================================
 tensor     dtype    shape                                              order
 =========  =======  =================================================  ==========================================
-planes     uint8    [resident width, tile rows, tile columns, 64]      most significant plane first; the first two
-                                                                       are one, the base field: their memory is
-                                                                       [tile rows, tile columns, 2, 64]
+planes     uint8    [resident width, tile rows, tile columns, 64]      most significant plane first; the memory of
+                                                                       two in a pair, as the first two always are,
+                                                                       is [tile rows, tile columns, 2, 64]
 decoders   float16  [decoder widths, tile rows, groups, 2, 16]         scale, then offset, for the 16 rows of a tile
 =========  =======  =================================================  ==========================================
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -87,49 +91,55 @@ def repack_decoders(
     return tiles.permute(2, 0, 3, 4, 1).contiguous()
 
 
-def split_planes(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base field and the further planes of a planes tensor, both views.
+def are_paired(decoder_widths: Sequence[int], resident_width: int) -> bool:
+    """Whether all planes lie in pairs (but the last of an odd number): no width that has a decoder parts one."""
+    return not any(width < resident_width and width % 2 for width in decoder_widths)
+
+
+def split_planes(planes: torch.Tensor, paired: bool) -> list[torch.Tensor]:
+    """The fields of a planes tensor or of its first planes, most significant first.
 
     Args:
-        planes: uint8 [resident width, tile rows, tile columns, 64].
+        planes: uint8 [width, tile rows, tile columns, 64], contiguous.
+        paired: see :func:`are_paired`, for the whole tensor.
 
     Returns:
-        uint8 [tile rows, tile columns, 2, 64] and uint8 [resident width - 2, tile rows, tile columns, 64].
+        For each pair uint8 [tile rows, tile columns, 2, 64], for each single plane [tile rows, tile columns, 1, 64];
+        all views.
     """
-    base = planes[:BASE_BITS].view(*planes.shape[1:3], 2, PLANE_BYTES)
-    return base, planes[BASE_BITS:]
+    width = len(planes)
+    pairs = 2 * (width // 2) if paired else BASE_BITS
+    starts = [*range(0, pairs, 2), *range(pairs, width), width]
+    return [planes[begin:end].view(*planes.shape[1:3], -1, PLANE_BYTES) for begin, end in itertools.pairwise(starts)]
 
 
-def unpack_steps(base: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+def unpack_steps(fields: Sequence[torch.Tensor]) -> torch.Tensor:
     """The codes of tiles, or of some of their bytes.
 
     Args:
-        base: uint8 [..., 2, bytes], the base field.
-        planes: uint8 [width - 2, ..., bytes], the planes to read.
+        fields: for each pair of planes uint8 [..., 2, bytes], for each single plane [..., 1, bytes].
 
     Returns:
-        uint8 [..., 8 steps, bytes], codes of ``width`` bits.
+        uint8 [..., 8 steps, bytes].
     """
-
-    def shifts(step: int) -> torch.Tensor:
-        return torch.arange(0, 8, step, dtype=torch.uint8, device=base.device).unsqueeze(-1)
-
-    codes = ((base.unsqueeze(-2) >> shifts(BASE_BITS)) & 3).flatten(-3, -2)
-    for plane in planes:
-        codes = (codes << 1) | ((plane.unsqueeze(-2) >> shifts(1)) & 1)
+    codes = torch.zeros((), dtype=torch.uint8, device=fields[0].device)
+    for field in fields:
+        bits = field.shape[-2]
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=field.device).unsqueeze(-1)
+        values = (field.unsqueeze(-2) >> shifts) & (2**bits - 1)  # [..., bits, 8 / bits, bytes]
+        codes = (codes << bits) | values.flatten(-3, -2)
     return codes
 
 
-def unpack_tiles(base: torch.Tensor, planes: torch.Tensor, in_features: int) -> torch.Tensor:
+def unpack_tiles(fields: Sequence[torch.Tensor], in_features: int) -> torch.Tensor:
     """The codes of rows of tiles.
 
     Args:
-        base: uint8 [tile rows, tile columns, 2, 64].
-        planes: uint8 [width - 2, tile rows, tile columns, 64].
+        fields: as :func:`split_planes` returns them, or those of some rows of tiles.
         in_features: columns.
 
     Returns:
         uint8 [tile rows, 16, in_features].
     """
-    steps = unpack_steps(base, planes).flatten(1, 2)  # [tile rows, steps, 64]
+    steps = unpack_steps(fields).flatten(1, 2)  # [tile rows, steps, 64]
     return steps.unflatten(-1, (TILE_ROWS, STEP_COLUMNS)).transpose(1, 2).flatten(2)[..., :in_features]

@@ -106,6 +106,7 @@ def repack_codes(
     base: torch.Tensor,
     planes: Sequence[torch.Tensor],
     output_sizes: Sequence[int],
+    decoder_widths: Sequence[int],
     memory: WeightMemory | None = None,
 ) -> torch.Tensor:
     """Codes as on disk to the planes that kernels read (on the CPU).
@@ -114,6 +115,7 @@ def repack_codes(
         base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
         planes: for each further bit uint8 [sum(output_sizes), ceil(in_features/8)].
         output_sizes: rows of each partition.
+        decoder_widths: as for :func:`linear`; which planes lie in pairs follows from them.
         memory: where the result is to lie, by default in memory of its own.
 
     Returns:
@@ -126,7 +128,7 @@ def repack_codes(
     in_features = STEP_COLUMNS * base.shape[-1]
     shape = planes_shape(BASE_BITS + len(planes), output_sizes, in_features)
     result = (memory or WeightMemory()).take(shape, torch.uint8)
-    torch.ops.matquant.repack_codes(base, planes, output_sizes, result)
+    torch.ops.matquant.repack_codes(base, planes, output_sizes, decoder_widths, result)
     return result
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels.layout import (
     SEGMENT_COLUMNS,
+    are_paired,
     ceil_div,
     split_planes,
     strip_padding,
@@ -115,14 +115,14 @@ def reference_linear(
         ValueError: an active width has no decoder or is more than the resident width.
     """
     in_features = x.shape[-1]
-    base, further_planes = split_planes(planes)
+    paired = are_paired(decoder_widths, len(planes))
     weights = []
     tile = 0  # the first row of tiles of the partition
     for size, width in zip(output_sizes, active_width.tolist(), strict=True):
         if width not in decoder_widths or width > len(planes):
             raise ValueError(f"active_width: found {width}, expected one of {decoder_widths}, at most {len(planes)}")
         tiles = slice(tile, tile + tile_count([size]))
-        codes = unpack_tiles(base[tiles], further_planes[: width - BASE_BITS, tiles], in_features)
+        codes = unpack_tiles([field[tiles] for field in split_planes(planes[:width], paired)], in_features)
         decoder = decoders[list(decoder_widths).index(width), tiles].permute(2, 0, 3, 1)  # [2, tiles, 16, groups]
         scale, offset = (strip_padding(values, [size]) for values in decoder)
         weights.append(dequantize(strip_padding(codes, [size]), scale, offset, group_size))

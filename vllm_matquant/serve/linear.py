@@ -113,7 +113,7 @@ class MatquantLinearMethod(LinearMethodBase):
         scales = [disk[scale_name(width)] for width in widths]
         offsets = [disk[offset_name(width)] for width in widths]
         decoders = layout.repack_decoders(scales, offsets, self.output_sizes)
-        codes = ops.repack_codes(base, planes, self.output_sizes, _memory)
+        codes = ops.repack_codes(base, planes, self.output_sizes, widths, _memory)
         layer.planes = Parameter(codes.to(device), requires_grad=False)
         layer.decoders = Parameter(_memory.copy(decoders).to(device), requires_grad=False)
 
