@@ -40,6 +40,11 @@
 namespace matquant::cpu {
 namespace {
 
+// How far ahead weights are asked for: enough to cover the latency of memory where nothing else takes time, less where
+// the first cache must also hold what is unpacked.
+constexpr int64_t kFewPrefetchBytes = 8192;
+constexpr int64_t kManyPrefetchBytes = 2048;
+
 // The planes of a tile up to a width: of so many pairs, then single ones.
 template <int width, int pairs>
 struct TilePlanes {
@@ -54,12 +59,12 @@ struct TilePlanes {
         return row.planes + plane * plane_stride + tile * kPlaneBytes;
     }
 
-    // Asks for what is this many bytes ahead of the tile that is read, over all planes: enough to cover the latency of
-    // memory, whatever the width. The tiles of the next row follow, so this runs on into it.
-    static constexpr int64_t kPrefetchBytes = 8192;
+    // Asks for what is so many bytes ahead of a tile, over all planes. The tiles of the next row follow, so this runs
+    // on into it.
+    template <int64_t bytes>
     MATQUANT_INLINE void prefetch(int64_t tile) const {
         repeat<width>([&](auto plane) MATQUANT_INLINE {
-            __builtin_prefetch(address<plane>(tile + kPrefetchBytes / (width * kPlaneBytes)));
+            __builtin_prefetch(address<plane>(tile + bytes / (width * kPlaneBytes)));
         });
     }
 };
@@ -71,7 +76,6 @@ struct PackedTile {
     Codes planes[width];
 
     MATQUANT_INLINE PackedTile(const TilePlanes<width, pairs>& source, int64_t tile) {
-        source.prefetch(tile);
         repeat<width>([&](auto plane)
                           MATQUANT_INLINE { planes[plane] = Lanes::load_bytes(source.template address<plane>(tile)); });
     }
@@ -199,6 +203,7 @@ void multiply_few(const Product& product, const TileRow& row) {
         Sums sums[kChains * tokens * kSums];
         repeat<kChains * tokens * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
         for (int64_t tile = begin / kTileColumns; tile < ceil_div(end, kTileColumns); ++tile) {
+            planes.template prefetch<kFewPrefetchBytes>(tile);
             const PackedTile<Lanes, width, pairs> packed(planes, tile);
             repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
                 const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
@@ -229,6 +234,7 @@ template <class Lanes, int width, int pairs, int rows>
 void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t plane_stride, uint8_t* codes) {
     const TilePlanes<width, pairs> planes{row, plane_stride};
     for (int64_t tile = first_tile; tile < first_tile + count; ++tile) {
+        planes.template prefetch<kManyPrefetchBytes>(tile);
         const PackedTile<Lanes, width, pairs> packed(planes, tile);
         repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
             Lanes::store_bytes(codes + step * rows * kPlaneBytes, packed.template codes<step>());
