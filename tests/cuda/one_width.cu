@@ -1,0 +1,35 @@
+// One kernel for each width, so that their main loops can be told apart: see test_static.py.
+#include "cuda/decode.cuh"
+
+using namespace matquant::cuda;
+
+template <class Element, int width, int token_tiles, int groups>
+__global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
+    one_width(const Arguments<Element> arguments, const Shape shape) {
+    extern __shared__ __align__(16) uint8_t memory[];
+    const int warp = threadIdx.x / kLanes;
+    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const Share share = {static_cast<int>(blockIdx.x), 0, 0, warp * steps / kWarps, (warp + 1) * steps / kWarps};
+    Sums results[token_tiles][kRowTiles] = {};
+    multiply_steps<Element, width, token_tiles, groups>(
+        arguments, shape, share, memory + warp * kStages<width> * kStageBytes<width, groups>, results);
+    __syncthreads();
+    const BlockSums<token_tiles> sums(memory);
+    sums.store(warp, threadIdx.x % kLanes, results);
+    __syncthreads();
+    for (int value = threadIdx.x; value < kTileRows * token_tiles * kTokens; value += blockDim.x) {
+        arguments.partial_sums[value] = sums.total(value / kTileRows, value % kTileRows);
+    }
+}
+
+// ELEMENT and TOKEN_TILES come from the command line.
+#define MATQUANT_ONE(width) \
+    template __global__ void one_width<ELEMENT, width, TOKEN_TILES, 1>(const Arguments<ELEMENT>, const Shape);
+
+MATQUANT_ONE(2)
+MATQUANT_ONE(3)
+MATQUANT_ONE(4)
+MATQUANT_ONE(5)
+MATQUANT_ONE(6)
+MATQUANT_ONE(7)
+MATQUANT_ONE(8)
