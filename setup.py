@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DLIBRARY_FOLDER={library.parent}",
         ]
+        architectures = os.environ.get("MATQUANT_CUDA_ARCHITECTURES")
+        if architectures:  # such as "80;90", or "native"
+            configure.append(f"-DMATQUANT_CUDA_ARCHITECTURES={architectures}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
 

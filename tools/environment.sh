@@ -73,6 +73,12 @@ case $wanted in
     *) echo "[environment] needs Python 3.10 or newer, found '${wanted:-none}' at '${python:-nowhere}'; set PYTHON" >&2; exit 1 ;;
 esac
 
+# Building for every GPU takes minutes: by default for the one that is here, or for one kind to have it compiled at all.
+if [[ -z ${MATQUANT_CUDA_ARCHITECTURES:-} ]]; then
+    nvidia-smi -L >/dev/null 2>&1 && architectures=native || architectures=80
+    export MATQUANT_CUDA_ARCHITECTURES=$architectures
+fi
+
 environment_stamp=$venv/environment.sha256
 environment_hash=$(cat pyproject.toml tools/environment.sh - <<<"$wanted" | sha256sum)
 library_stamp=$venv/library.sha256
@@ -86,7 +92,7 @@ if [[ $(cat "$environment_stamp" 2>/dev/null) != "$environment_hash" ]]; then
     : >"$log"
     install_vllm
     step "installing the tools for building and testing"
-    quietly $venv/bin/pip install 'setuptools>=77' wheel 'cmake>=3.18'
+    quietly $venv/bin/pip install 'setuptools>=77' wheel 'cmake>=3.20'
     PATH=$PWD/$venv/bin:$PATH quietly $venv/bin/pip install --no-build-isolation --editable '.[test]'
     echo "$environment_hash" >"$environment_stamp"
     echo "$library_hash" >"$library_stamp"

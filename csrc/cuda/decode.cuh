@@ -35,6 +35,35 @@ struct Shape {
     int32_t partition_tiles[kMaxPartitions];  // where each begins, in rows of tiles
     int32_t partition_rows[kMaxPartitions];   // and in outputs
     uint64_t decoders_of_widths;              // a byte for each of 2..8: the index of its decoders, kNone without
+
+    __device__ int decoder_of(int width) const {
+        if (width < kBaseBits || width > kMaxWidth) {
+            return kNone;
+        }
+        return static_cast<int>(decoders_of_widths >> (width - kBaseBits) * 8 & 0xff);
+    }
+};
+
+// The part of a fused layer that a row of tiles belongs to.
+struct Partition {
+    int index = 0;
+    int first_row = 0;  // of the row of tiles
+    int end_of_rows;    // of the partition
+
+    __device__ Partition(const Shape& shape, int tile_row) : end_of_rows(shape.rows) {
+        int first_tile = 0;
+#pragma unroll
+        for (int next = 1; next < kMaxPartitions; ++next) {
+            if (next < shape.partitions) {
+                const bool reached = tile_row >= shape.partition_tiles[next];
+                index += reached ? 1 : 0;
+                first_tile = max(first_tile, reached ? shape.partition_tiles[next] : 0);
+                first_row = max(first_row, reached ? shape.partition_rows[next] : 0);
+                end_of_rows = min(end_of_rows, reached ? shape.rows : shape.partition_rows[next]);
+            }
+        }
+        first_row += (tile_row - first_tile) * kTileRows;
+    }
 };
 
 template <class Element>
@@ -430,29 +459,14 @@ class BlockSums {
 template <class Element, int token_tiles, int groups>
 __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, uint8_t* memory) {
     const int tile_row = blockIdx.x, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    int partition = 0, first_tile = 0, first_row = 0, end_of_rows = shape.rows;
-#pragma unroll
-    for (int index = 1; index < kMaxPartitions; ++index) {
-        if (index < shape.partitions) {
-            const bool reached = tile_row >= shape.partition_tiles[index];
-            partition += reached ? 1 : 0;
-            first_tile = max(first_tile, reached ? shape.partition_tiles[index] : 0);
-            first_row = max(first_row, reached ? shape.partition_rows[index] : 0);
-            end_of_rows = min(end_of_rows, reached ? shape.rows : shape.partition_rows[index]);
-        }
-    }
-    first_row += (tile_row - first_tile) * kTileRows;
+    const Partition partition(shape, tile_row);
+    const int width = arguments.active_width[partition.index];
+    const int decoder = shape.decoder_of(width);
 
-    const int width = arguments.active_width[partition];
-    int decoder = kNone;
-    if (kBaseBits <= width && width <= kMaxWidth) {
-        decoder = static_cast<int>(shape.decoders_of_widths >> (width - kBaseBits) * 8 & 0xff);
-    }
-    const bool known = decoder != kNone;
     const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
     const int workers = gridDim.y * kWarps, worker = blockIdx.y * kWarps + warp;
     const int first_token = blockIdx.z * token_tiles * kTokens;
-    const Share share = {tile_row, known ? decoder : 0, first_token,
+    const Share share = {tile_row, decoder, first_token,
                          static_cast<int>(static_cast<long long>(worker) * steps / workers),
                          static_cast<int>(static_cast<long long>(worker + 1) * steps / workers)};
 
@@ -462,7 +476,7 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
         multiply_steps<Element, bits, token_tiles, groups>(                                               \
             arguments, shape, share, memory + warp * kStages<bits> * kStageBytes<bits, groups>, results); \
         break;
-    switch (known ? width : 0) {
+    switch (decoder == kNone ? 0 : width) {
         MATQUANT_WIDTH(2)
         MATQUANT_WIDTH(3)
         MATQUANT_WIDTH(4)
@@ -516,11 +530,11 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
                 sum += __ldcg(&partial_sums[block * partial_stride + value]);
             }
         }
-        if (first_row + row < end_of_rows) {
+        if (partition.first_row + row < partition.end_of_rows) {
             if (arguments.bias != nullptr) {
-                sum += Element::to_float(arguments.bias[first_row + row]);
+                sum += Element::to_float(arguments.bias[partition.first_row + row]);
             }
-            arguments.output[static_cast<size_t>(first_token + token) * shape.rows + first_row + row] =
+            arguments.output[static_cast<size_t>(first_token + token) * shape.rows + partition.first_row + row] =
                 Element::from_float(sum);
         }
     }

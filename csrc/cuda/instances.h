@@ -21,3 +21,12 @@
     INSTANCE(matquant_decode_bfloat16_16_4, BFloat16, 2, 4, 2) \
     INSTANCE(matquant_decode_bfloat16_24_1, BFloat16, 3, 1, 2) \
     INSTANCE(matquant_decode_bfloat16_24_2, BFloat16, 3, 2, 2)
+
+// INSTANCE(name, element, groups in a step)
+#define MATQUANT_CUDA_DEQUANTIZERS(INSTANCE)              \
+    INSTANCE(matquant_dequantize_float16_1, Half, 1)      \
+    INSTANCE(matquant_dequantize_float16_2, Half, 2)      \
+    INSTANCE(matquant_dequantize_float16_4, Half, 4)      \
+    INSTANCE(matquant_dequantize_bfloat16_1, BFloat16, 1) \
+    INSTANCE(matquant_dequantize_bfloat16_2, BFloat16, 2) \
+    INSTANCE(matquant_dequantize_bfloat16_4, BFloat16, 4)

@@ -10,3 +10,11 @@
     }
 
 MATQUANT_CUDA_INSTANCES(MATQUANT_DEFINE)
+
+#define MATQUANT_DEFINE_DEQUANTIZER(name, element, groups)                                                          \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads)                                          \
+        name(MATQUANT_DEQUANTIZE_PARAMETERS(element)) {                                                             \
+        matquant::cuda::dequantize<matquant::cuda::element, groups>(planes, decoders, active_width, output, shape); \
+    }
+
+MATQUANT_CUDA_DEQUANTIZERS(MATQUANT_DEFINE_DEQUANTIZER)

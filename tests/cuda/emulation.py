@@ -80,20 +80,8 @@ class Emulated:
         """``x`` [tokens, in_features] times the layer at ``widths``; what is written is poisoned before."""
         tokens, rows = len(x), sum(layer.output_sizes)
         planes = layer.planes if planes is None else planes
-        tile_rows, tile_columns, resident_width, _ = planes.shape
-        groups = layer.decoders.shape[2]
-        per_channel = layer.group_size >= layer.codes.shape[1]
-        shift = 31 if per_channel else max(0, (layer.group_size // STEP_COLUMNS).bit_length() - 1)
-        tile_starts, row_starts = cuda_layout.partition_starts(layer.output_sizes)
-        by_width = sum(
-            (layer.decoder_widths.index(width) if width in layer.decoder_widths else 255) << 8 * (width - 2)
-            for width in range(2, 9)
-        )
-        padding = [0] * (MAX_PARTITIONS - len(layer.output_sizes))
-        numbers = [tokens, rows, tile_rows, tile_columns, resident_width, groups, shift, len(layer.output_sizes)]
-        shape = struct.pack(
-            f"{8 + 2 * MAX_PARTITIONS}iQ", *numbers, *tile_starts, *padding, *row_starts, *padding, by_width
-        )
+        tile_rows, _, resident_width, _ = planes.shape
+        shape = describe(layer, planes, tokens)
 
         name = kernel_name(x.dtype, tokens, layer.kernel_group_size)
         at_once = int(name.split("_")[-2])
@@ -117,6 +105,35 @@ class Emulated:
         self.emulator.launch(name, (tile_rows, splits, passes), THREADS, arguments, shared=shared, **options)
         assert not arrivals.any()
         return torch.from_numpy(output).view(x.dtype)
+
+    def dequantize(self, layer: Layer, widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The weights at ``widths``, columns padded to whole steps."""
+        tile_rows, tile_columns, *_ = layer.planes.shape
+        steps = -(-tile_columns // 2)
+        output = np.empty((sum(layer.output_sizes), steps * STEP_COLUMNS), np.int16)
+        groups = max(1, STEP_COLUMNS // layer.kernel_group_size)
+        name = f"matquant_dequantize_{str(dtype).removeprefix('torch.')}_{groups}"
+        arguments = [layer.planes.numpy(), as_array(layer.decoders), np.array(widths, np.int32), self.out(output)]
+        grid = (tile_rows, -(-2 * steps // WARPS))
+        self.emulator.launch(name, grid, THREADS, [*arguments, describe(layer, layer.planes, 0)])
+        return torch.from_numpy(output).view(dtype)
+
+
+def describe(layer: Layer, planes: torch.Tensor, tokens: int) -> bytes:
+    """The kernels' Shape."""
+    tile_rows, tile_columns, resident_width, _ = planes.shape
+    per_channel = layer.group_size >= layer.codes.shape[1]
+    shift = 31 if per_channel else max(0, (layer.group_size // STEP_COLUMNS).bit_length() - 1)
+    by_width = sum(
+        (layer.decoder_widths.index(width) if width in layer.decoder_widths else 255) << 8 * (width - 2)
+        for width in range(2, 9)
+    )
+    partitions = len(layer.output_sizes)
+    numbers = [tokens, sum(layer.output_sizes), tile_rows, tile_columns, resident_width, layer.decoders.shape[2]]
+    numbers += [shift, partitions]
+    for starts in cuda_layout.partition_starts(layer.output_sizes):
+        numbers += [*starts, *[0] * (MAX_PARTITIONS - partitions)]
+    return struct.pack(f"{len(numbers)}iQ", *numbers, by_width)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -48,9 +48,15 @@ class Layer:
         return torch.cat([weight for weight, _ in parts]), torch.cat([absolute for _, absolute in parts])
 
     def check(
-        self, result: torch.Tensor, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        widths: Sequence[int],
+        bias: torch.Tensor | None = None,
+        rounded_weights: bool = False,
     ) -> None:
-        """Compare with the product in float64, to within the rounding of sums in float32 and of the result."""
+        """Compare with the product in float64, to within the rounding of sums in float32 and of the result, and of
+        weights where these were rounded too."""
         weights, absolute = self.weights(widths)
         added = torch.zeros(len(weights)).double() if bias is None else bias.double()
         expected = x.double() @ weights.T + added
@@ -59,6 +65,8 @@ class Layer:
         # Within a group the sums of code + magic value, up to 2^7 times the codes themselves, are rounded by the tensor
         # core, which cuts off.
         tolerance = expected.abs() * ROUNDING[x.dtype] + (x.double().abs() @ absolute.T + added.abs()) * 2**-17
+        if rounded_weights:
+            tolerance += x.double().abs() @ weights.abs().T * ROUNDING[x.dtype]
         error = (result.double() - expected).abs()
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cuda.emulation import SOURCES, Emulated, compile_ptx, skip_without_tools
-from tests.cuda.random_layers import Layer, make_input, make_layer
+from tests.cuda.random_layers import ROUNDING, Layer, make_input, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -96,6 +96,24 @@ def test_a_token_with_nan_leaves_the_others_alone(kernels: Emulated) -> None:
     assert torch.equal(result[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_dequantized_weights(kernels: Emulated, width: int, group_size: int, dtype: torch.dtype) -> None:
+    for columns in (40, 320, 1088):
+        layer = make_layer([70, 30], columns, group_size, seed=width)
+        result = kernels.dequantize(layer, [width, 3], dtype).double()
+        expected, absolute = layer.weights([width, 3])
+        tolerance = expected.abs() * ROUNDING[dtype] + absolute * 2**-22
+        assert ((result[:, :columns] - expected).abs() <= tolerance).all()
+        assert result.isfinite().all()  # what is past the columns meets zeros
+
+
+def test_dequantized_weights_of_a_width_without_decoders(kernels: Emulated) -> None:
+    layer = make_layer([70], 128, 64, [2, 8])
+    assert kernels.dequantize(layer, [5], torch.float16).isnan().all()
+
+
 CHECKS = [
     {"schedule": seed, "async_early": early, "racecheck": "warp"} for seed in (1, 2, 3) for early in (False, True)
 ]
@@ -124,7 +142,7 @@ MUTATIONS = {
     "groups past the last": ("decode.cuh", "lane_ / 16, shape_.groups - 1)", "lane_ / 16, shape_.groups)"),
     "tile past the last": ("decode.cuh", "(tile == 0 || !both ? 0 : tile_bytes_)", "(tile == 0 ? 0 : tile_bytes_)"),
     "token past the last": ("decode.cuh", "lane / 4, shape.tokens - 1)", "lane / 4, shape.tokens)"),
-    "row past the last": ("decode.cuh", "if (first_row + row < end_of_rows)", "if (first_row + row <= end_of_rows)"),
+    "row past the last": ("decode.cuh", "if (partition.first_row + row <", "if (partition.first_row + row <="),
     "wrong stage": ("decode.cuh", "        free = current;\n", ""),
     "wrong mask": ("dequantize.cuh", "kOddFields = 0xcccccccc", "kOddFields = 0xccccccc4"),
     "wrong exponent": ("dequantize.cuh", "- last_of(q) + below", "- last_of(q) + below + q / 7"),
@@ -156,7 +174,11 @@ def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
     lines = instances.read_text().splitlines()
     kept = [line.rstrip("\\ ") for line in lines if "float16_8_1" in line or "_float16_8_2" in line]
     kept = [line for line in kept if "bfloat16" not in line]
-    instances.write_text("#pragma once\n#define MATQUANT_CUDA_INSTANCES(INSTANCE) " + " ".join(kept) + "\n")
+    instances.write_text(
+        "#pragma once\n#define MATQUANT_CUDA_INSTANCES(INSTANCE) "
+        + " ".join(kept)
+        + "\n#define MATQUANT_CUDA_DEQUANTIZERS(INSTANCE)\n"
+    )
     if mutation != "none":
         name, before, after = MUTATIONS[mutation]
         file = sources / "cuda" / name

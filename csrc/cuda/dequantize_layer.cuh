@@ -1,0 +1,117 @@
+// A layer's weights in the activations' type, for products with so many tokens that a library's kernel is faster.
+#pragma once
+
+#include "cuda/decode.cuh"
+
+namespace matquant::cuda {
+
+// A code's value from one part of it, without what dequantize.cuh adds.
+template <class Element>
+__device__ float2 without_magic(uint32_t word, int exponent) {
+    const auto* values = reinterpret_cast<const typename Element::Type*>(&word);
+    const float magic = static_cast<float>(1 << exponent);
+    return {Element::to_float(values[0]) - magic, Element::to_float(values[1]) - magic};
+}
+
+// One warp's tile to `output` [rows, columns], columns of whole steps.
+template <class Element, int width, int groups>
+__device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, typename Element::Type* output,
+                                const Shape& shape, int tile, int first_row, int rows, int lane) {
+    constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
+    using Upper = Part<Element, kUpperBits, kLowerBits>;
+    using Lower = Part<Element, larger(kLowerBits, 1), 0>;
+    const Stage<width> stage(planes, lane);
+    TileWords words = {};
+    stage.load_base(0, words.base);
+#pragma unroll
+    for (int plane = kBaseBits; plane < width; ++plane) {
+        stage.load_plane(0, plane, words.planes[plane]);
+    }
+    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const size_t columns = static_cast<size_t>(steps) * kStepTiles * kTileColumns;
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        uint32_t upper[2][8], lower[2][8];
+        words.upper<Element, kUpperBits, kLowerBits>(row_tile, upper);
+        if constexpr (kLowerBits > 0) {
+            words.lower<Element, kLowerBits>(row_tile, lower);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = row_tile * 16 + half * 8 + lane / 4;
+#pragma unroll
+            for (int run = 0; run < 2; ++run) {  // of 8 columns
+                const int group = groups == 1   ? (tile / kStepTiles) >> shape.group_shift
+                                  : groups == 2 ? tile
+                                                : min(2 * tile + run, shape.groups - 1);
+                const auto* decoder = reinterpret_cast<const __half*>(decoders + group * kDecoderBytes) + lane / 4 * 16;
+                const float scale = __half2float(decoder[row_tile * 2 + half]);
+                const float offset = __half2float(decoder[8 + row_tile * 2 + half]);
+                uint4 packed;
+                auto* values = reinterpret_cast<typename Element::Type*>(&packed);
+#pragma unroll
+                for (int pair = 0; pair < 4; ++pair) {
+                    const int q = run * 4 + pair;
+                    float2 codes = without_magic<Element>(upper[half][q], Upper::exponent_of(q));
+                    if constexpr (kLowerBits > 0) {
+                        const float2 rest = without_magic<Element>(lower[half][q], Lower::exponent_of(q));
+                        codes = {codes.x + rest.x, codes.y + rest.y};
+                    }
+                    values[2 * pair] = Element::from_float(scale * codes.x + offset);
+                    values[2 * pair + 1] = Element::from_float(scale * codes.y + offset);
+                }
+                if (row < rows) {
+                    const size_t column = static_cast<size_t>(tile) * kTileColumns + run * 32 + lane % 4 * 8;
+                    *reinterpret_cast<uint4*>(output + (first_row + row) * columns + column) = packed;
+                }
+            }
+        }
+    }
+}
+
+// Each warp of a block takes a tile of the row blockIdx.x. Columns past the last tile become zeros; those of the last
+// tile that the layer has not meet activations that are zero.
+template <class Element, int groups>
+__device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const int32_t* active_width,
+                           typename Element::Type* output, const Shape& shape) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const int tile = blockIdx.y * kWarps + warp;
+    const Partition partition(shape, blockIdx.x);
+    const int rows = min(kTileRows, partition.end_of_rows - partition.first_row);
+    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    if (tile >= steps * kStepTiles) {
+        return;
+    }
+    const int width = active_width[partition.index];
+    const int decoder = shape.decoder_of(width);
+    if (tile >= shape.tile_columns || decoder == kNone) {
+        // A width without decoders gives nothing that could be mistaken for weights.
+        const float value = decoder == kNone ? __int_as_float(0x7fffffff) : 0.0f;
+        for (int row = 0; row < rows; ++row) {
+            auto* values = output + static_cast<size_t>(partition.first_row + row) * steps * kStepTiles * kTileColumns;
+            values[tile * kTileColumns + lane] = Element::from_float(value);
+            values[tile * kTileColumns + kLanes + lane] = Element::from_float(value);
+        }
+        return;
+    }
+    const size_t index = static_cast<size_t>(blockIdx.x) * shape.tile_columns + tile;
+    planes += index * shape.resident_width * kPlaneBytes;
+    decoders += (static_cast<size_t>(decoder) * shape.tile_rows + blockIdx.x) * shape.groups * kDecoderBytes;
+#define MATQUANT_WIDTH(bits)                                                                                     \
+    case bits:                                                                                                   \
+        dequantize_tile<Element, bits, groups>(planes, decoders, output, shape, tile, partition.first_row, rows, \
+                                               lane);                                                            \
+        break;
+    switch (width) {
+        MATQUANT_WIDTH(2)
+        MATQUANT_WIDTH(3)
+        MATQUANT_WIDTH(4)
+        MATQUANT_WIDTH(5)
+        MATQUANT_WIDTH(6)
+        MATQUANT_WIDTH(7)
+        MATQUANT_WIDTH(8)
+    }
+#undef MATQUANT_WIDTH
+}
+
+}  // namespace matquant::cuda
