@@ -28,7 +28,9 @@ def test_the_table_lists_what_was_built_and_nothing_else():
         for device, key in DISPATCH_KEYS.items()
         if torch._C._dispatch_has_kernel_for_dispatch_key("matquant::linear", key)
     }
-    assert built == {kernel.device_type for kernel in KERNELS if kernel.operator == "linear"}
+    listed = {kernel.device_type for kernel in KERNELS if kernel.operator == "linear"}
+    assert {"cpu"} <= built <= listed
+    assert {device for device in listed if ops.is_built_for(device)} == built
 
 
 @pytest.mark.parametrize("kernel", [*(k for k in KERNELS if k.device_type == "cpu"), REFERENCE], ids=lambda k: k.name)
@@ -60,8 +62,41 @@ def test_the_kernel_is_chosen_where_it_serves(dtype, caplog):
 
 def test_the_reference_serves_other_devices_and_says_so(caplog):
     with caplog.at_level(logging.WARNING):
-        assert select_kernel("cuda", torch.bfloat16, WIDTHS, 4096, 128) is REFERENCE
-    assert "cpu: device: found cuda, expected cpu" in caplog.text
+        assert select_kernel("xpu", torch.bfloat16, WIDTHS, 4096, 128) is REFERENCE
+    assert "cpu: device: found xpu, expected cpu" in caplog.text
+    assert "cuda: device: found xpu, expected cuda" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cuda_kernel_serves_cuda_where_it_is_built(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(ops, "is_built_for", lambda device_type: True)
+    for group_size in (32, 64, 128, 512, 4096):
+        assert select_kernel("cuda", dtype, WIDTHS, 4096, group_size).name == "cuda"
+    assert not caplog.records
+    monkeypatch.setattr(ops, "is_built_for", lambda device_type: False)
+    with caplog.at_level(logging.WARNING):
+        assert select_kernel("cuda", dtype, WIDTHS, 4096, 128) is REFERENCE
+    assert "built without kernels for cuda. With a CUDA toolkit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "capability", "reason"),
+    [
+        (torch.float32, 128, (9, 0), "dtype: found torch.float32"),
+        (torch.float16, 96, (9, 0), "group size: found 96, expected a multiple of 32 that is a power of two"),
+        (torch.float16, 16, (9, 0), "group size: found 16"),
+        (torch.float16, 128, (7, 5), "compute capability: found (7, 5), expected at least (8, 0)"),
+    ],
+)
+def test_the_cuda_kernel_says_what_it_does_not_serve(dtype, group_size, capability, reason, monkeypatch):
+    monkeypatch.setattr(ops, "is_built_for", lambda device_type: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda"]
+    served, reasons = kernel.can_implement(Request("cuda", dtype, (4,), 4096, group_size))
+    assert not served
+    assert len(reasons) == 1
+    assert reason in reasons[0]
 
 
 def test_the_reference_serves_odd_groups(caplog):
@@ -78,10 +113,10 @@ def test_the_reference_serves_without_the_library(no_library, caplog):
 
 def test_a_refusal_gives_every_reason_of_every_kernel():
     with pytest.raises(UnsupportedError) as refusal:
-        select_kernel("cuda", torch.float64, (1, 4), 90, 30)
+        select_kernel("xpu", torch.float64, (1, 4), 90, 30)
     lines = str(refusal.value).splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == [*(kernel.name for kernel in KERNELS), "reference"]
-    for reason in ("device: found cuda", "dtype: found torch.float64", "widths: found [1]", "group size: found 30"):
+    for reason in ("device: found xpu", "dtype: found torch.float64", "widths: found [1]", "group size: found 30"):
         assert reason in lines[0]
     for reason in ("dtype: found torch.float64", "widths: found [1]"):
         assert reason in lines[-1]

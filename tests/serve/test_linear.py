@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from tests.serve.tiny_models import quantize
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
 from vllm_matquant.checkpoint.spec import Format, offset_name, plane_name, scale_name
-from vllm_matquant.kernels import reference
+from vllm_matquant.kernels import cuda_layout, reference
+from vllm_matquant.kernels.support import KERNELS
 from vllm_matquant.serve.linear import MatquantLinearMethod, predicted_bytes, resident_bytes
 from vllm_matquant.serve.precision import LayerPrecision, Precision
 
@@ -277,3 +279,40 @@ def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int |
     weight = torch.cat([source.weight(part, 4) for part in range(3)])
     expected = torch.nn.functional.linear(rounded, weight)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def product_in_cuda_layout(
+    x: torch.Tensor, planes: torch.Tensor, decoders: torch.Tensor, active_width: torch.Tensor,
+    decoder_widths: Sequence[int], output_sizes: Sequence[int], group_size: int, *rest: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What the CUDA kernels compute, in PyTorch."""
+    starts, _ = cuda_layout.partition_starts(output_sizes)
+    weight = torch.cat(
+        [
+            cuda_layout.embedding(
+                64 * start + torch.arange(size), planes, decoders, active_width[part : part + 1], decoder_widths,
+                x.shape[-1], group_size, x.dtype,
+            )
+            for part, (start, size) in enumerate(zip(starts, output_sizes, strict=True))
+        ]
+    )  # fmt: skip
+    return torch.nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("widths", "slicing"),
+    [((4, 4, 4), "truncate"), ((3, 8, 2), "truncate"), ((7, 5, 6), "truncate"), ((4, 4, 4), "round")],
+)
+def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any, monkeypatch: Any) -> None:
+    [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda"]
+    kernel = dataclasses.replace(kernel, linear=product_in_cuda_layout)
+    monkeypatch.setattr("vllm_matquant.serve.linear.select_kernel", lambda *arguments: kernel)
+    source = Source(Format(group_size=32, slicing=slicing))
+    layer = new_layer(source.format, Widths(*widths))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.planes.shape == cuda_layout.planes_shape(max(widths), SIZES, COLUMNS)
+    x = torch.randn(3, COLUMNS)
+    weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
+    expected = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-4, atol=1e-4)

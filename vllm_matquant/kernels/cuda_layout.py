@@ -31,11 +31,21 @@ import torch
 
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels.layout import ceil_div
+from vllm_matquant.kernels.memory import WeightMemory
+from vllm_matquant.kernels.reference import dequantize
 
 TILE_ROWS = 64
 TILE_COLUMNS = 64
 PLANE_BYTES = TILE_ROWS * TILE_COLUMNS // 8  # of a tile
 FIELDS = (1, 3, 5, 7, 2, 4, 6, 0)  # of the pairs of a lane's columns
+REPACKED_ROWS = 1024  # at a time: while they are taken apart into bits, codes take several times their bytes
+
+
+def place_of(k: int) -> int:
+    """Where the lower bit of a column's field is in a word of the base field."""
+    field = FIELDS[k // 2]
+    half = k % 2 if field else 1 - k % 2
+    return 16 * half + 2 * field
 
 
 def tile_count(output_sizes: Sequence[int]) -> int:
@@ -79,9 +89,7 @@ def pack_codes(codes: torch.Tensor, width: int, output_sizes: Sequence[int]) -> 
         """Of one bit of each code: int64 [tile rows, tile columns, g, t, i, h], at the lower bits of the fields."""
         result = torch.zeros(tiles.shape[:-1], dtype=torch.int64, device=codes.device)
         for k in range(16):
-            field = FIELDS[k // 2]
-            half = k % 2 if field else 1 - k % 2
-            result |= (tiles[..., k] >> bit & 1).long() << (16 * half + 2 * field)
+            result |= (tiles[..., k] >> bit & 1).long() << place_of(k)
         return result
 
     def turn_right(word: torch.Tensor, bits: int) -> torch.Tensor:
@@ -125,3 +133,88 @@ def partition_starts(output_sizes: Sequence[int]) -> tuple[list[int], list[int]]
     """Where each partition begins, in rows of tiles and in outputs."""
     tiles = [ceil_div(size, TILE_ROWS) for size in output_sizes]
     return [0, *itertools.accumulate(tiles)][:-1], [0, *itertools.accumulate(output_sizes)][:-1]
+
+
+def repack_codes(
+    base: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    output_sizes: Sequence[int],
+    decoder_widths: Sequence[int],
+    memory: WeightMemory | None = None,
+) -> torch.Tensor:
+    """Codes as on disk to the planes that kernels read, on the device that they are on.
+
+    Args:
+        base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
+        planes: for each further bit uint8 [sum(output_sizes), ceil(in_features/8)].
+        output_sizes: rows of each partition.
+        decoder_widths: do not matter to this layout.
+        memory: nor does this; both are there for what other layouts need.
+
+    Returns:
+        uint8 [tile rows, tile columns, 2 + len(planes), 512].
+    """
+    columns, width = 4 * base.shape[1], BASE_BITS + len(planes)
+    column = torch.arange(columns, device=base.device)
+
+    def bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+        """uint8 [rows, columns] of fields of ``count`` bits."""
+        per_byte = 8 // count
+        return packed[:, column // per_byte] >> (column % per_byte * count).to(torch.uint8) & (2**count - 1)
+
+    result = torch.empty(planes_shape(width, output_sizes, columns), dtype=torch.uint8, device=base.device)
+    tile = first = 0
+    for size in output_sizes:
+        for begin in range(first, first + size, REPACKED_ROWS):
+            rows = slice(begin, min(begin + REPACKED_ROWS, first + size))
+            codes = bits(base[rows], BASE_BITS)
+            for plane in planes:
+                codes = codes << 1 | bits(plane[rows], 1)
+            packed = pack_codes(codes, width, [len(codes)])
+            result[tile : tile + len(packed)] = packed
+            tile += len(packed)
+        first += size
+    return result
+
+
+def embedding(
+    rows: torch.Tensor,
+    planes: torch.Tensor,
+    decoders: torch.Tensor,
+    active_width: torch.Tensor,
+    decoder_widths: Sequence[int],
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The rows asked for of a layer with one partition: :func:`vllm_matquant.kernels.embedding.embedding` for this
+    layout.
+
+    Args:
+        planes: uint8 [tile rows, tile columns, resident width, 512].
+        decoders: float16 [len(decoder_widths), tile rows, groups, 8, 2, 8].
+    """
+    device, (_, tile_columns, width, _) = planes.device, planes.shape
+    tile, row_tile, half, lane = rows // 64, rows % 64 // 16, rows % 16 // 8, rows % 8
+    # The four lanes that share a row have its words: bytes [..., tile columns, t, 4].
+    base_bytes = planes[:, :, :BASE_BITS].reshape(-1, tile_columns, 2, 8, 4, 2, 2, 4)
+    base = base_bytes[tile, :, row_tile // 2, lane, :, row_tile % 2, half]
+    plane_bytes = planes[:, :, BASE_BITS:].unflatten(-1, (8, 4, 4, 4))
+    further = plane_bytes[tile, :, :, lane, :, row_tile]  # [..., tile columns, planes, t, 4]
+
+    shifts = torch.arange(0, 32, 8, device=device)
+    places = torch.tensor([place_of(k) for k in range(16)], device=device)
+    word = (base.long() << shifts).sum(-1, keepdim=True)
+    codes = word >> places & 3  # [..., tile columns, t, 16]
+    for plane in range(BASE_BITS, width):
+        word = (further[..., plane - BASE_BITS, :, :].long() << shifts).sum(-1, keepdim=True)
+        place = places + (1 if plane % 2 == 0 else 0) - (2 if plane % 4 >= 2 else 0)
+        codes = codes << 1 | word >> ((place - half[..., None, None, None]) % 32) & 1
+    codes = codes >> (width - active_width)
+    codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., :in_features]
+
+    matches = torch.stack([active_width == known for known in decoder_widths])
+    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
+    decoder = decoders[matches.int().argmax(0), tile, :, lane, :, 2 * row_tile + half]  # [..., groups, 2]
+    scale, offset = decoder.unbind(-1)
+    return dequantize(codes, scale, offset, group_size).to(dtype)

@@ -193,6 +193,17 @@ def read_memory(data: torch.Tensor) -> int:
     return result
 
 
+def is_built_for(device_type: str) -> bool:
+    """Whether the library has a product for devices of this type.
+
+    Raises:
+        LibraryError: there is no library.
+    """
+    load_library()
+    key = getattr(torch._C.DispatchKey, device_type.upper(), None)
+    return key is not None and bool(torch.ops.matquant.linear.default.has_kernel_for_dispatch_key(key))
+
+
 def cpu_isa() -> str:
     """The instruction set in use on the CPU; the environment variable MATQUANT_CPU_ISA forces one of :func:`cpu_isas`.
 

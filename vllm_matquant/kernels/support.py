@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels import ops, reference
+from vllm_matquant.kernels import cuda_layout, layout, ops, reference
+from vllm_matquant.kernels.embedding import embedding
 from vllm_matquant.kernels.layout import STEP_COLUMNS
 
 logger = logging.getLogger(__name__)
+
+CUDA_BUILD = f"With a CUDA toolkit on the PATH they are built by: {ops.BUILD_COMMAND}"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,6 +44,27 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How codes and decoders lie in memory for a kernel.
+
+    Attributes:
+        repacks_on_cpu: whether what is repacked must be on the CPU, whatever the kernel's device.
+        repack_codes: see :func:`vllm_matquant.kernels.ops.repack_codes`.
+        repack_decoders: see :func:`vllm_matquant.kernels.layout.repack_decoders`.
+        embedding: see :func:`vllm_matquant.kernels.embedding.embedding`.
+    """
+
+    repacks_on_cpu: bool
+    repack_codes: Callable[..., torch.Tensor]
+    repack_decoders: Callable[..., torch.Tensor]
+    embedding: Callable[..., torch.Tensor]
+
+
+CPU_LAYOUT = Layout(True, ops.repack_codes, layout.repack_decoders, embedding)
+CUDA_LAYOUT = Layout(False, cuda_layout.repack_codes, cuda_layout.pack_decoders, cuda_layout.embedding)
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One row of the table.
 
@@ -50,8 +74,11 @@ class Kernel:
         widths: widths that it decodes.
         dtypes: dtypes of activations that it takes.
         group_multiple: what the group size must be a multiple of, where a row has more than one group.
+        group_powers: whether it must then be a power of two as well.
         operator: the C++ operator, as in ``torch.ops.matquant``; None for the reference, which needs no library.
         linear: the function to call, see :func:`vllm_matquant.kernels.ops.linear`.
+        layout: of its codes and decoders.
+        min_capability: the oldest CUDA devices that it runs on.
     """
 
     name: str
@@ -61,6 +88,9 @@ class Kernel:
     group_multiple: int
     operator: str | None
     linear: Callable[..., torch.Tensor]
+    layout: Layout = CPU_LAYOUT
+    group_powers: bool = False
+    min_capability: tuple[int, int] | None = None
 
     def can_implement(self, request: Request) -> tuple[bool, list[str]]:
         """Whether this kernel serves ``request``, and every reason why not."""
@@ -72,22 +102,54 @@ class Kernel:
         missing = sorted(set(request.widths) - set(self.widths))
         if missing:
             reasons.append(f"widths: found {missing}, expected some of {list(self.widths)}")
-        one_group = request.group_size >= request.in_features
-        if request.group_size < 1 or (request.group_size % self.group_multiple and not one_group):
+        if not self._takes_groups(request):
+            power = " that is a power of two" if self.group_powers else ""
             reasons.append(
-                f"group size: found {request.group_size}, expected a multiple of {self.group_multiple} "
+                f"group size: found {request.group_size}, expected a multiple of {self.group_multiple}{power} "
                 f"or at least the {request.in_features} input features"
             )
-        if self.operator is not None:
-            try:
-                ops.load_library()
-            except ops.LibraryError as error:
-                reasons.append(str(error))
+        reasons += self._what_is_missing()
         return not reasons, reasons
+
+    def _takes_groups(self, request: Request) -> bool:
+        size = request.group_size
+        if size < 1 or size >= request.in_features:
+            return size > 0
+        return size % self.group_multiple == 0 and not (self.group_powers and size & (size - 1))
+
+    def _what_is_missing(self) -> list[str]:
+        """Of the library and of the machine."""
+        if self.operator is None:
+            return []
+        try:
+            built = ops.is_built_for(self.device_type or "cpu")
+        except ops.LibraryError as error:
+            return [str(error)]
+        if not built:
+            return [f"{ops.LIBRARY}: built without kernels for {self.device_type}. {CUDA_BUILD}"]
+        if self.min_capability is not None and torch.cuda.is_available():
+            found = torch.cuda.get_device_capability()
+            if found < self.min_capability:
+                return [f"compute capability: found {found}, expected at least {self.min_capability}"]
+        return []
 
 
 REFERENCE = Kernel("reference", None, WIDTHS, DTYPES, 1, None, reference.reference_linear)
-KERNELS = (Kernel("cpu", "cpu", WIDTHS, DTYPES, STEP_COLUMNS, "linear", ops.linear),)
+KERNELS = (
+    Kernel("cpu", "cpu", WIDTHS, DTYPES, STEP_COLUMNS, "linear", ops.linear),
+    Kernel(
+        "cuda",
+        "cuda",
+        WIDTHS,
+        (torch.bfloat16, torch.float16),
+        32,
+        "linear",
+        ops.linear,
+        layout=CUDA_LAYOUT,
+        group_powers=True,
+        min_capability=(8, 0),
+    ),
+)
 
 
 def select_kernel(

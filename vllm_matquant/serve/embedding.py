@@ -9,7 +9,6 @@ from torch.nn import Module
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.kernels.embedding import embedding
 from vllm_matquant.serve.linear import MatquantLinearMethod
 
 
@@ -18,7 +17,7 @@ class MatquantEmbeddingMethod(MatquantLinearMethod):
 
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows ``input_`` (int64 [...], counted on this rank): [..., hidden size] of the layer's dtype."""
-        return embedding(
+        return self.kernel.layout.embedding(
             input_,
             layer.planes,
             layer.decoders,

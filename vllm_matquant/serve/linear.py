@@ -24,7 +24,6 @@ from vllm_matquant.checkpoint.spec import (
     plane_name,
     scale_name,
 )
-from vllm_matquant.kernels import layout, ops
 from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.kernels.support import select_kernel
 from vllm_matquant.serve.precision import Precision
@@ -103,8 +102,9 @@ class MatquantLinearMethod(LinearMethodBase):
             MissingTensorError: a tensor of one of the layer's parts did not come from the checkpoint.
         """
         self._check_arrivals()
-        device = getattr(layer, WEIGHT_BASE).device
-        disk = {name: getattr(layer, name).data.cpu() for name in self._tensor_names()}
+        device, layout = getattr(layer, WEIGHT_BASE).device, self.kernel.layout
+        where = "cpu" if layout.repacks_on_cpu else device
+        disk = {name: getattr(layer, name).data.to(where) for name in self._tensor_names()}
         for name in disk:
             delattr(layer, name)
 
@@ -113,9 +113,11 @@ class MatquantLinearMethod(LinearMethodBase):
         scales = [disk[scale_name(width)] for width in widths]
         offsets = [disk[offset_name(width)] for width in widths]
         decoders = layout.repack_decoders(scales, offsets, self.output_sizes)
-        codes = ops.repack_codes(base, planes, self.output_sizes, widths, _memory)
+        codes = layout.repack_codes(base, planes, self.output_sizes, widths, _memory)
         layer.planes = Parameter(codes.to(device), requires_grad=False)
-        layer.decoders = Parameter(_memory.copy(decoders).to(device), requires_grad=False)
+        if layout.repacks_on_cpu:
+            decoders = _memory.copy(decoders)
+        layer.decoders = Parameter(decoders.to(device), requires_grad=False)
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.kernel.linear(
@@ -215,8 +217,11 @@ class MatquantLinearMethod(LinearMethodBase):
         planes = [disk[plane_name(plane)] for plane in range(BASE_BITS + 1, stored_width + 1)]
         if stored_width == width:
             return base, planes
-        codes = slice_codes(unpack_codes(base, planes, self.in_features), stored_width, width, self.format.slicing)
-        return pack_codes(codes << (PARENT_BITS - width), width)
+        device = base.device
+        codes = unpack_codes(base.cpu(), [plane.cpu() for plane in planes], self.in_features)
+        codes = slice_codes(codes, stored_width, width, self.format.slicing)
+        base, planes = pack_codes(codes << (PARENT_BITS - width), width)
+        return base.to(device), [plane.to(device) for plane in planes]
 
 
 def quantized_layers(model: Module) -> Iterator[tuple[Module, MatquantLinearMethod]]:

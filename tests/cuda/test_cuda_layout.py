@@ -1,0 +1,77 @@
+"""Codes and decoders in the layout of the CUDA kernels: every bit where it is said to be, and rows of an embedding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cuda.random_layers import make_layer
+from vllm_matquant.checkpoint.packing import pack_codes
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import cuda_layout
+
+FIELDS = [1, 3, 5, 7, 2, 4, 6, 0]
+
+
+def bit_of_plane(planes: torch.Tensor, plane: int, row: int, column: int) -> int:
+    """A bit of a code, looked up as the module's text says; ``row`` is counted with the padding of partitions."""
+    tile = planes[row // 64, column // 64]
+    i, h, g = row % 64 // 16, row % 16 // 8, row % 8
+    c = column % 64
+    t, k = c % 32 // 8, c % 8 + c // 32 * 8
+    field = FIELDS[k // 2]
+    place = 16 * (k % 2 if field else 1 - k % 2) + 2 * field + (1 if plane % 2 == 0 else 0)
+    if plane < 2:
+        word = ((i // 2 * 32 + 4 * g + t) * 2 + i % 2) * 2 + h
+        stored = tile[:2].flatten()
+    else:
+        word = (4 * g + t) * 4 + i
+        stored = tile[plane]
+        place = (place - h - (2 if plane % 4 >= 2 else 0)) % 32
+    return int(stored[4 * word + place // 8]) >> (place % 8) & 1
+
+
+@pytest.mark.parametrize("output_sizes", [[1], [64], [70, 3]])
+@pytest.mark.parametrize("columns", [1, 30, 64, 67])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_bit_has_its_place(width: int, columns: int, output_sizes: list[int]) -> None:
+    rows = sum(output_sizes)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(columns))
+    planes = cuda_layout.repack_codes(*pack_codes(codes, width), output_sizes, [width])
+    assert planes.shape == cuda_layout.planes_shape(width, output_sizes, columns)
+    assert torch.equal(planes, cuda_layout.pack_codes(codes >> (8 - width), width, output_sizes))
+    for row in range(0, rows, 7):
+        padded = row if row < output_sizes[0] else row - output_sizes[0] + -(-output_sizes[0] // 64) * 64
+        for column in range(columns):
+            for plane in range(width):
+                expected = int(codes[row, column]) >> (7 - plane) & 1
+                assert bit_of_plane(planes, plane, padded, column) == expected
+
+
+def test_rows_are_repacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 256, (300, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = cuda_layout.repack_codes(*pack_codes(codes), [200, 100], WIDTHS)
+    monkeypatch.setattr(cuda_layout, "REPACKED_ROWS", 64)
+    assert torch.equal(cuda_layout.repack_codes(*pack_codes(codes), [200, 100], WIDTHS), expected)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 10**6])
+@pytest.mark.parametrize("decoder_widths", [WIDTHS, (3, 6)])
+def test_rows_of_an_embedding(decoder_widths: tuple[int, ...], group_size: int) -> None:
+    layer = make_layer([150], 200, group_size, decoder_widths)
+    rows = torch.tensor([[0, 149, 7], [64, 63, 72]])
+    for width in decoder_widths:
+        active = torch.tensor([width], dtype=torch.int32)
+        result = cuda_layout.embedding(
+            rows, layer.planes, layer.decoders, active, decoder_widths, 200, min(group_size, 200), torch.float32
+        )
+        weights, absolute = layer.weights([width])
+        assert result.shape == (2, 3, 200)
+        assert ((result.double() - weights[rows]).abs() <= absolute[rows] * 2**-23).all()
+
+
+def test_an_embedding_refuses_a_width_without_a_decoder() -> None:
+    layer = make_layer([20], 64, 32, [2, 8])
+    active = torch.tensor([5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"active_width: expected one of \[2, 8\]"):
+        cuda_layout.embedding(torch.tensor([3]), layer.planes, layer.decoders, active, [2, 8], 64, 32, torch.float32)
