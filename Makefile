@@ -3,10 +3,10 @@ BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format wheel clean
+.PHONY: help environment demo test gpu-check lint format wheel clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 environment:  ## make or update .venv (PYTHON=... chooses the interpreter)
 	@tools/environment.sh
@@ -16,6 +16,9 @@ demo: environment  ## quantize a small real model and let it answer through vLLM
 
 test: environment lint  ## check the style, then run every test
 	@$(BIN)/python -m pytest
+
+gpu-check: environment  ## check and measure the CUDA kernels on this machine's GPU; writes gpu-report.json
+	@$(BIN)/python tools/gpu_check.py
 
 lint: environment  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
