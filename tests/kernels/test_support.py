@@ -73,10 +73,30 @@ def test_the_cuda_kernel_serves_cuda_where_it_is_built(dtype, monkeypatch, caplo
     for group_size in (32, 64, 128, 512, 4096):
         assert select_kernel("cuda", dtype, WIDTHS, 4096, group_size).name == "cuda"
     assert not caplog.records
-    monkeypatch.setattr(ops, "is_built_for", lambda device_type: False)
+
+
+@pytest.mark.parametrize(
+    ("built", "modules", "group_size", "chosen"),
+    [
+        (True, [], 128, "cuda"),
+        (False, ["cupy", "triton"], 128, "cuda-jit"),
+        (False, ["triton"], 128, "triton"),
+        (True, ["triton"], 96, "triton"),
+        (False, [], 128, "reference"),
+    ],
+)
+def test_other_kernels_serve_cuda_where_the_library_cannot_and_say_why(
+    built, modules, group_size, chosen, monkeypatch, caplog
+):
+    monkeypatch.setattr(ops, "is_built_for", lambda device_type: built)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in modules else None)
     with caplog.at_level(logging.WARNING):
-        assert select_kernel("cuda", dtype, WIDTHS, 4096, 128) is REFERENCE
-    assert "built without kernels for cuda. With a CUDA toolkit" in caplog.text
+        assert select_kernel("cuda", torch.float16, WIDTHS, 4096, group_size).name == chosen
+    assert bool(caplog.records) == (chosen != "cuda")
+    if not built:
+        assert "built without kernels for cuda. With a CUDA toolkit" in caplog.text
+    if chosen in ("triton", "reference") and not built:
+        assert "cupy: not installed; pip install cupy" in caplog.text
 
 
 @pytest.mark.parametrize(

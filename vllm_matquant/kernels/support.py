@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from vllm_matquant.kernels.layout import STEP_COLUMNS
 
 logger = logging.getLogger(__name__)
 
+CUPY_INSTALL = "pip install cupy-cuda13x, or cupy-cuda12x for a torch with CUDA 12"
 CUDA_BUILD = f"With a CUDA toolkit on the PATH they are built by: {ops.BUILD_COMMAND}"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,6 +82,7 @@ class Kernel:
         linear: the function to call, see :func:`vllm_matquant.kernels.ops.linear`.
         layout: of its codes and decoders.
         min_capability: the oldest CUDA devices that it runs on.
+        module: a module that must be installed for it, and how.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Kernel:
     layout: Layout = CPU_LAYOUT
     group_powers: bool = False
     min_capability: tuple[int, int] | None = None
+    module: tuple[str, str] | None = None
 
     def can_implement(self, request: Request) -> tuple[bool, list[str]]:
         """Whether this kernel serves ``request``, and every reason why not."""
@@ -119,19 +124,34 @@ class Kernel:
 
     def _what_is_missing(self) -> list[str]:
         """Of the library and of the machine."""
-        if self.operator is None:
-            return []
-        try:
-            built = ops.is_built_for(self.device_type or "cpu")
-        except ops.LibraryError as error:
-            return [str(error)]
-        if not built:
-            return [f"{ops.LIBRARY}: built without kernels for {self.device_type}. {CUDA_BUILD}"]
+        if self.module is not None:
+            name, how = self.module
+            if importlib.util.find_spec(name) is None:
+                return [f"{name}: not installed; {how}"]
+        if self.operator is not None:
+            try:
+                built = ops.is_built_for(self.device_type or "cpu")
+            except ops.LibraryError as error:
+                return [str(error)]
+            if not built:
+                return [f"{ops.LIBRARY}: built without kernels for {self.device_type}. {CUDA_BUILD}"]
         if self.min_capability is not None and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
             if found < self.min_capability:
                 return [f"compute capability: found {found}, expected at least {self.min_capability}"]
         return []
+
+
+def _cuda_jit(*arguments: Any) -> torch.Tensor:
+    from vllm_matquant.kernels import cuda_jit
+
+    return cuda_jit.linear(*arguments)
+
+
+def _triton(*arguments: Any) -> torch.Tensor:
+    from vllm_matquant.kernels import triton_linear
+
+    return triton_linear.linear(*arguments)
 
 
 REFERENCE = Kernel("reference", None, WIDTHS, DTYPES, 1, None, reference.reference_linear)
@@ -149,13 +169,37 @@ KERNELS = (
         group_powers=True,
         min_capability=(8, 0),
     ),
+    Kernel(
+        "cuda-jit",
+        "cuda",
+        WIDTHS,
+        (torch.bfloat16, torch.float16),
+        32,
+        None,
+        _cuda_jit,
+        layout=CUDA_LAYOUT,
+        group_powers=True,
+        min_capability=(8, 0),
+        module=("cupy", CUPY_INSTALL),
+    ),
+    Kernel(
+        "triton",
+        "cuda",
+        WIDTHS,
+        (torch.bfloat16, torch.float16),
+        1,
+        None,
+        _triton,
+        layout=CUDA_LAYOUT,
+        module=("triton", "pip install triton"),
+    ),
 )
 
 
 def select_kernel(
     device: torch.device | str, dtype: torch.dtype, widths: Sequence[int], in_features: int, group_size: int
 ) -> Kernel:
-    """The kernel that serves a layer, the reference (with a warning) where no other can.
+    """The first kernel that serves a layer, the reference where no other can; a warning tells what kept better ones.
 
     Args:
         device: where the layer's tensors are.
@@ -168,10 +212,12 @@ def select_kernel(
         UnsupportedError: not even the reference serves it.
     """
     request = Request(torch.device(device).type, dtype, tuple(widths), in_features, group_size)
-    refusals = []
+    refusals: list[str] = []
     for kernel in KERNELS:
         served, reasons = kernel.can_implement(request)
         if served:
+            if any(kernel.device_type == other.device_type for other in KERNELS[: len(refusals)]):
+                logger.warning("The kernel %s serves %s, for:\n%s", kernel.name, request, "\n".join(refusals))
             return kernel
         refusals.append(f"{kernel.name}: {'; '.join(reasons)}")
     served, reasons = REFERENCE.can_implement(request)

@@ -1,0 +1,55 @@
+"""The product in Triton, by Triton's interpreter in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import torch
+from tests.cuda.random_layers import make_input, make_layer
+from vllm_matquant.kernels.triton_linear import linear
+
+def run(layer, x, widths, bias=None, planes=None):
+    active = torch.tensor(widths, dtype=torch.int32)
+    planes = layer.planes if planes is None else planes
+    return linear(x, planes, layer.decoders, active, layer.decoder_widths, layer.output_sizes, layer.group_size, bias)
+
+for dtype in (torch.float16, torch.bfloat16):
+    for width in range(2, 9):
+        for group_size, columns, sizes in ((32, 136, [70, 30]), (64, 320, [64]), (96, 200, [20]), (10**6, 100, [40])):
+            layer = make_layer(sizes, columns, group_size, seed=width)
+            widths = [width, 3][: len(sizes)]
+            for tokens in (1, 17):
+                x, bias = make_input(tokens, columns, dtype), make_input(1, sum(sizes), dtype)[0]
+                result = run(layer, x, widths, bias)
+                layer.check(result, x, widths, bias, rounded_weights=True)
+            poisoned = layer.planes.clone()
+            poisoned[:, :, max(widths):] = 255
+            assert torch.equal(run(layer, x, widths, bias, poisoned), result)
+
+layer, x = make_layer([20], 64, 32, [2, 4]), make_input(2, 64, torch.float16)
+for width in (0, 1, 3, 8, 9, 100):
+    assert run(layer, x, [width]).isnan().all()
+assert run(layer, x.view(1, 2, 64), [4]).shape == (1, 2, 20)
+print("checked")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_every_width_by_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == "checked\n"
