@@ -67,12 +67,12 @@ def compile_kernel(instance: Instance, architecture: str, include: Sequence[Path
 
 
 def cuda_headers() -> list[Path]:
-    """The folders of CUDA's headers that pip's packages bring, or the toolkit's."""
-    found = [Path(path) for path in os.environ.get("CUDA_PATH", "/usr/local/cuda").split(os.pathsep)]
-    folders = [path / "include" for path in found]
+    """Folders with CUDA's headers: those of pip's packages, which come with their NVRTC, then the toolkit's."""
+    folders = []
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec else []:
         folders += sorted(Path(root).glob("*/include"))
+    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda")) / "include")
     return [folder for folder in folders if (folder / "cuda_fp16.h").is_file()]
 
 
