@@ -2,7 +2,7 @@
 //
 // A code of up to 4 bits is put into the mantissa of a value whose exponent e makes the code's last bit worth 1: the
 // value is then 2^e + code, for one instruction, (word & mask) | exponent, and two weights. The sum of all 2^e times
-// the activations is taken off again by a product with constants (decode.cuh). Codes of more bits are two such parts,
+// the activations is taken off again by a product with constants (multiply.cuh). Codes of more bits are two such parts,
 // upper 4 and lower bits, each with a product of its own: bfloat16 has no room for more, and merging them costs as
 // much as the second product.
 //

@@ -1,7 +1,7 @@
 // A layer's weights in the activations' type, for products with so many tokens that a library's kernel is faster.
 #pragma once
 
-#include "cuda/decode.cuh"
+#include "cuda/multiply.cuh"
 
 namespace matquant::cuda {
 

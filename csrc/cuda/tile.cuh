@@ -31,7 +31,6 @@ constexpr int kRowTiles = 4;                               // of 16 rows
 constexpr int kPlaneBytes = kTileRows * kTileColumns / 8;  // of a tile
 constexpr int kDecoderBytes = 2 * kTileRows * 2;           // of one group and row of tiles
 constexpr int kTokens = 8;                                 // of a product, its columns
-constexpr int kInputBytes = kTokens * kTileColumns * 2;    // activations of as many tokens for one tile
 constexpr int kLanes = 32;
 
 }  // namespace matquant::cuda

@@ -131,23 +131,27 @@ def test_order_of_warps_and_copies_does_not_matter(kernels: Emulated, width: int
 
 # What is changed (file, text, text in its place): each must be seen by one of the checks below.
 MUTATIONS = {
-    "no wait for copies": ("decode.cuh", "        wait_for_copies<kStageCount - 2>();\n", ""),
-    "one copy too few awaited": ("decode.cuh", "wait_for_copies<kStageCount - 2>", "wait_for_copies<kStageCount - 1>"),
-    "no barrier between lanes": ("decode.cuh", "        __syncwarp();  // all lanes'", "        // all lanes'"),
+    "no wait for copies": ("multiply.cuh", "        wait_for_copies<kStageCount - 2>();\n", ""),
+    "one copy too few awaited": (
+        "multiply.cuh",
+        "wait_for_copies<kStageCount - 2>",
+        "wait_for_copies<kStageCount - 1>",
+    ),
+    "no barrier between lanes": ("multiply.cuh", "        __syncwarp();  // all lanes'", "        // all lanes'"),
     "no barrier before sums": ("decode.cuh", "    __syncthreads();  // every warp", "    // every warp"),
     "no barrier between sums": ("decode.cuh", "results);\n    __syncthreads();\n", "results);\n"),
     "sums before all blocks have come": ("decode.cuh", "== gridDim.y - 1;", "== 0;"),
     "arrivals not reset": ("decode.cuh", "        *arrivals = 0;\n", ""),
-    "wrong group": ("decode.cuh", "step_ >> shape_.group_shift", "step_ >> (shape_.group_shift + 1)"),
-    "groups past the last": ("decode.cuh", "lane_ / 16, shape_.groups - 1)", "lane_ / 16, shape_.groups)"),
-    "tile past the last": ("decode.cuh", "(tile == 0 || !both ? 0 : tile_bytes_)", "(tile == 0 ? 0 : tile_bytes_)"),
-    "token past the last": ("decode.cuh", "lane / 4, shape.tokens - 1)", "lane / 4, shape.tokens)"),
+    "wrong group": ("stage.cuh", "step_ >> shape_.group_shift", "step_ >> (shape_.group_shift + 1)"),
+    "groups past the last": ("stage.cuh", "lane_ / 16, shape_.groups - 1)", "lane_ / 16, shape_.groups)"),
+    "tile past the last": ("stage.cuh", "(tile == 0 || !both ? 0 : tile_bytes_)", "(tile == 0 ? 0 : tile_bytes_)"),
+    "token past the last": ("stage.cuh", "lane / 4, shape.tokens - 1)", "lane / 4, shape.tokens)"),
     "row past the last": ("decode.cuh", "if (partition.first_row + row <", "if (partition.first_row + row <="),
-    "wrong stage": ("decode.cuh", "        free = current;\n", ""),
+    "wrong stage": ("multiply.cuh", "        free = current;\n", ""),
     "wrong mask": ("dequantize.cuh", "kOddFields = 0xcccccccc", "kOddFields = 0xccccccc4"),
     "wrong exponent": ("dequantize.cuh", "- last_of(q) + below", "- last_of(q) + below + q / 7"),
     "wrong turn": ("dequantize.cuh", "upper, kUpper), 31)", "upper, kUpper), 1)"),
-    "constants without the lower part": ("decode.cuh", "magic |= 1u", "magic |= 0u"),
+    "constants without the lower part": ("multiply.cuh", "magic |= 1u", "magic |= 0u"),
 }
 
 

@@ -127,7 +127,7 @@ def describe(
     tokens: int,
     shift: int,
 ) -> bytes:
-    """The kernels' Shape, see csrc/cuda/decode.cuh.
+    """The kernels' Shape, see csrc/cuda/shape.cuh.
 
     Raises:
         ValueError: there are more partitions than kernels take.
