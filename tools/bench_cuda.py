@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from bench_kernel import ROTATED_BYTES, copies_of
 
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout, ops
 
 SHAPES = ((4096, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # out_features, in_features
 BATCHES = (1, 8, 16, 32, 64, 512)
-ROTATED_BYTES = 2**28  # of weights: more than the caches hold
 ROUNDS = 20
 DEVICE = "cuda"
 
@@ -42,11 +42,6 @@ class Layer:
         ops.linear(
             x, self.planes[index], self.decoders[index], self.active_width, [self.width], [self.rows], self.group_size
         )
-
-
-def copies_of(size: int) -> int:
-    """How often weights of ``size`` bytes are kept."""
-    return max(2, -(-ROTATED_BYTES // size))
 
 
 def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:

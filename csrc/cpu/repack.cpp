@@ -69,22 +69,13 @@ struct DiskRows {
     }
 };
 
-// Each writes the tiles of one row of tiles.
-void repack_base(const DiskRows& base, int64_t tiles, uint8_t* target) {
-    for (int64_t half = 0; half < 2 * tiles; ++half, target += kPlaneBytes) {
-        std::array<uint32_t, kTileRows> words = base.words(4 * half);
+// Writes so many times 64 bytes of one row of tiles: the tiles of a plane, or the halves of those of the base field.
+template <uint32_t (*transpose)(uint32_t)>
+void repack_words(const DiskRows& source, int64_t count, uint8_t* target) {
+    for (int64_t index = 0; index < count; ++index, target += kPlaneBytes) {
+        std::array<uint32_t, kTileRows> words = source.words(4 * index);
         for (uint32_t& word : words) {
-            word = transpose_base(word);
-        }
-        std::memcpy(target, words.data(), kPlaneBytes);
-    }
-}
-
-void repack_plane(const DiskRows& plane, int64_t tiles, uint8_t* target) {
-    for (int64_t tile = 0; tile < tiles; ++tile, target += kPlaneBytes) {
-        std::array<uint32_t, kTileRows> words = plane.words(4 * tile);
-        for (uint32_t& word : words) {
-            word = transpose_plane(word);
+            word = transpose(word);
         }
         std::memcpy(target, words.data(), kPlaneBytes);
     }
@@ -138,15 +129,15 @@ void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const s
             const auto disk_plane = [&](int64_t plane) {
                 return DiskRows{plane_data[plane - kBaseBits] + part.first * plane_bytes, plane_bytes, part.count};
             };
-            repack_base({base_data + part.first * base_bytes, base_bytes, part.count}, tiles,
-                        out_data + 2 * row * row_size);
+            repack_words<transpose_base>({base_data + part.first * base_bytes, base_bytes, part.count}, 2 * tiles,
+                                         out_data + 2 * row * row_size);
             for (int64_t plane = kBaseBits; plane < resident_width; ++plane) {
                 uint8_t* target = out_data + plane * row_count * row_size;
                 if (paired && plane + 1 < resident_width) {
                     repack_pair(disk_plane(plane), disk_plane(plane + 1), tiles, target + 2 * row * row_size);
                     ++plane;
                 } else {
-                    repack_plane(disk_plane(plane), tiles, target + row * row_size);
+                    repack_words<transpose_plane>(disk_plane(plane), tiles, target + row * row_size);
                 }
             }
         }

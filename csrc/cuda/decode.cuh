@@ -19,7 +19,7 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
     const int width = arguments.active_width[partition.index];
     const int decoder = shape.decoder_of(width);
 
-    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const int steps = shape.steps();
     const int workers = gridDim.y * kWarps, worker = blockIdx.y * kWarps + warp;
     const int first_token = blockIdx.z * token_tiles * kTokens;
     const Share share = {tile_row, decoder, first_token,

@@ -27,7 +27,7 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
     for (int plane = kBaseBits; plane < width; ++plane) {
         stage.load_plane(0, plane, words.planes[plane]);
     }
-    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const int steps = shape.steps();
     const size_t columns = static_cast<size_t>(steps) * kStepTiles * kTileColumns;
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
@@ -78,7 +78,7 @@ __device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const
     const int tile = blockIdx.y * kWarps + warp;
     const Partition partition(shape, blockIdx.x);
     const int rows = min(kTileRows, partition.end_of_rows - partition.first_row);
-    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const int steps = shape.steps();
     if (tile >= steps * kStepTiles) {
         return;
     }

@@ -167,7 +167,7 @@ Tensor multiply_few(const Tensor& input, const Tensor& planes, const Tensor& dec
                     const std::optional<Tensor>& bias, int groups, Shape shape, cudaStream_t stream) {
     const Instance& instance = find_instance(kInstances, input.scalar_type(), shape.tokens, groups);
     const int passes = (shape.tokens + instance.tokens - 1) / instance.tokens;
-    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const int steps = shape.steps();
     // Enough blocks to fill the device, each with a step at least for each of its warps.
     const int wanted = kBlocksPerProcessor * processor_count(input.get_device_index());
     const int blocks = shape.tile_rows * passes;

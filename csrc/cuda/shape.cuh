@@ -11,6 +11,10 @@ constexpr int kBaseBits = 2;
 constexpr int kMaxWidth = 8;
 constexpr int kNone = 0xff;
 
+// A warp takes its tiles in steps of two: 128 columns. `groups` is the number of groups in a step: 1 (of 128 columns or
+// more), 2 or 4.
+constexpr int kStepTiles = 2;
+
 // A layer and a product, as the host describes them.
 struct Shape {
     int32_t tokens;
@@ -24,6 +28,8 @@ struct Shape {
     int32_t partition_tiles[kMaxPartitions];  // where each begins, in rows of tiles
     int32_t partition_rows[kMaxPartitions];   // and in outputs
     uint64_t decoders_of_widths;              // a byte for each of 2..8: the index of its decoders, kNone without
+
+    __host__ __device__ int steps() const { return (tile_columns + kStepTiles - 1) / kStepTiles; }
 
     __device__ int decoder_of(int width) const {
         if (width < kBaseBits || width > kMaxWidth) {
@@ -66,10 +72,6 @@ struct Arguments {
     float* partial_sums;                  // [blocks that divide columns, tile rows, tokens, kTileRows]
     uint32_t* arrivals;                   // [passes, tile rows], zero before and after
 };
-
-// A warp takes its tiles in steps of two: 128 columns. `groups` is the number of groups in a step: 1 (of 128 columns or
-// more), 2 or 4.
-constexpr int kStepTiles = 2;
 
 // Steps that a warp has under way, and what one takes of shared memory.
 template <int width>

@@ -70,7 +70,7 @@ class Input {
   public:
     __device__ Input(const Arguments<Element>& arguments, const Shape& shape, const Share& share, int lane)
         : input_(reinterpret_cast<const uint8_t*>(arguments.input)) {
-        const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+        const int steps = shape.steps();
 #pragma unroll
         for (int token_tile = 0; token_tile < token_tiles; ++token_tile) {
             const int token = min(share.first_token + token_tile * kTokens + lane / 4, shape.tokens - 1);

@@ -8,7 +8,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
     one_width(const Arguments<Element> arguments, const Shape shape) {
     extern __shared__ __align__(16) uint8_t memory[];
     const int warp = threadIdx.x / kLanes;
-    const int steps = (shape.tile_columns + kStepTiles - 1) / kStepTiles;
+    const int steps = shape.steps();
     const Share share = {static_cast<int>(blockIdx.x), 0, 0, warp * steps / kWarps, (warp + 1) * steps / kWarps};
     Sums results[token_tiles][kRowTiles] = {};
     multiply_steps<Element, width, token_tiles, groups>(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.kernels.random_layers import ROUNDING, make_input
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout
 
-# Of the result alone: half a unit in the last place.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+__all__ = ["ROUNDING", "Layer", "make_input", "make_layer"]
 
 
 @dataclass
@@ -86,7 +86,3 @@ def make_layer(
     planes = cuda_layout.pack_codes(codes, width, output_sizes)
     decoders = cuda_layout.pack_decoders(list(scales), list(offsets), output_sizes)
     return Layer(codes, scales, offsets, list(output_sizes), group_size, list(decoder_widths), planes, decoders)
-
-
-def make_input(tokens: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)

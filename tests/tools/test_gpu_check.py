@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_cuda
+import bench_kernel
 import gpu_check
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_cuda, "ROTATED_BYTES", 2**16)
+    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**16)
     monkeypatch.setattr(bench_cuda, "seconds_of", seconds_of)
     monkeypatch.setattr(bench_cuda.ops, "linear", linear)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

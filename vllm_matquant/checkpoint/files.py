@@ -72,9 +72,14 @@ def publish_json(path: Path, content: Any) -> None:
 
 def publish_text(path: Path, text: str) -> None:
     """Likewise, a text file in UTF-8."""
+    publish_bytes(path, text.encode())
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Likewise, any file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         sync_file(temporary)
         os.replace(temporary, path)
     finally:

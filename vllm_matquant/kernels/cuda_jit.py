@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.files import publish_bytes
 from vllm_matquant.kernels import cuda_launch
 from vllm_matquant.kernels.cuda_launch import SOURCES, THREADS, Instance
+from vllm_matquant.kernels.reference import linear_shape
 
 CACHE_VARIABLE = "MATQUANT_KERNEL_CACHE"
 
@@ -86,9 +88,7 @@ def load_kernel(instance: Instance, device: int) -> Any:
     if not file.is_file():
         code = compile_kernel(instance, architecture, cuda_headers())
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(code)
-        os.replace(temporary, file)
+        publish_bytes(file, code)
     with cupy.cuda.Device(device):
         function = cupy.RawModule(path=str(file)).get_function(instance.name)
         function.max_dynamic_shared_size_bytes = instance.shared_bytes(8)
@@ -156,16 +156,4 @@ def linear(
     )
 
 
-@linear.register_fake
-def _(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(output_sizes))
+linear.register_fake(linear_shape)

@@ -30,7 +30,8 @@ from collections.abc import Sequence
 import torch
 
 from vllm_matquant.checkpoint.spec import BASE_BITS
-from vllm_matquant.kernels.layout import ceil_div
+from vllm_matquant.kernels.embedding import active_slot
+from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
 from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.kernels.reference import dequantize
 
@@ -48,24 +49,9 @@ def place_of(k: int) -> int:
     return 16 * half + 2 * field
 
 
-def tile_count(output_sizes: Sequence[int]) -> int:
-    """Rows of tiles over all partitions, each padded to whole tiles."""
-    return sum(ceil_div(size, TILE_ROWS) for size in output_sizes)
-
-
 def planes_shape(resident_width: int, output_sizes: Sequence[int], in_features: int) -> tuple[int, int, int, int]:
     """Shape of the planes tensor (uint8)."""
-    return tile_count(output_sizes), ceil_div(in_features, TILE_COLUMNS), resident_width, PLANE_BYTES
-
-
-def pad_rows(rows: torch.Tensor, output_sizes: Sequence[int]) -> torch.Tensor:
-    """[sum(output_sizes), ...] -> [tile rows, 64, ...], the padding rows zero."""
-    padded = rows.new_zeros(tile_count(output_sizes), TILE_ROWS, *rows.shape[1:])
-    tile = 0
-    for part in rows.split(list(output_sizes)):
-        padded[tile:].flatten(0, 1)[: len(part)] = part
-        tile += ceil_div(len(part), TILE_ROWS)
-    return padded
+    return tile_count(output_sizes, TILE_ROWS), ceil_div(in_features, TILE_COLUMNS), resident_width, PLANE_BYTES
 
 
 def pack_codes(codes: torch.Tensor, width: int, output_sizes: Sequence[int]) -> torch.Tensor:
@@ -81,7 +67,7 @@ def pack_codes(codes: torch.Tensor, width: int, output_sizes: Sequence[int]) -> 
     """
     tile_columns = ceil_div(codes.shape[1], TILE_COLUMNS)
     padded = torch.nn.functional.pad(codes, (0, tile_columns * TILE_COLUMNS - codes.shape[1]))
-    tiles = pad_rows(padded, output_sizes)
+    tiles = pad_to_tiles(padded, output_sizes, TILE_ROWS)
     # [tile rows, i, h, g, tile columns, 2 (upper half of k), t, 8] -> [tile rows, tile columns, g, t, i, h, k]
     tiles = tiles.view(len(tiles), 4, 2, 8, tile_columns, 2, 4, 8).permute(0, 4, 3, 6, 1, 2, 5, 7).flatten(-2)
 
@@ -125,7 +111,7 @@ def pack_decoders(
         float16 [len(scales), tile rows, groups, 8, 2, 8].
     """
     pairs = torch.stack([torch.stack(list(scales)), torch.stack(list(offsets))])  # [2, widths, rows, groups]
-    tiles = pad_rows(pairs.permute(2, 1, 3, 0), output_sizes)  # [tile rows, 64, widths, groups, 2]
+    tiles = pad_to_tiles(pairs.permute(2, 1, 3, 0), output_sizes, TILE_ROWS)  # [tile rows, 64, widths, groups, 2]
     return tiles.unflatten(1, (8, 8)).permute(3, 0, 4, 2, 5, 1).contiguous()
 
 
@@ -213,8 +199,8 @@ def embedding(
     codes = codes >> (width - active_width)
     codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., :in_features]
 
-    matches = torch.stack([active_width == known for known in decoder_widths])
-    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
-    decoder = decoders[matches.int().argmax(0), tile, :, lane, :, 2 * row_tile + half]  # [..., groups, 2]
+    decoder = decoders[
+        active_slot(active_width, decoder_widths), tile, :, lane, :, 2 * row_tile + half
+    ]  # [..., groups, 2]
     scale, offset = decoder.unbind(-1)
     return dequantize(codes, scale, offset, group_size).to(dtype)

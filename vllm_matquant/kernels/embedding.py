@@ -54,8 +54,17 @@ def embedding(
     codes = unpack_steps(fields).flatten(-3)[..., :in_features]
     codes = codes >> (len(planes) - active_width).to(torch.uint8)
 
-    matches = torch.stack([active_width == width for width in decoder_widths])
-    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
-    decoder = decoders[matches.int().argmax(0), tile, :, :, lane]  # [..., groups, 2]
+    decoder = decoders[active_slot(active_width, decoder_widths), tile, :, :, lane]  # [..., groups, 2]
     scale, offset = decoder.unbind(-1)
     return dequantize(codes, scale, offset, group_size).to(dtype)
+
+
+def active_slot(active_width: torch.Tensor, decoder_widths: Sequence[int]) -> torch.Tensor:
+    """Where in ``decoder_widths`` the active width [1] is, int64 [1].
+
+    Raises:
+        RuntimeError: nowhere (on a GPU: when the host next waits for it).
+    """
+    matches = torch.stack([active_width == width for width in decoder_widths])
+    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
+    return matches.int().argmax(0)

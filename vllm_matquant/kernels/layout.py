@@ -40,9 +40,9 @@ def ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-def tile_count(output_sizes: Sequence[int]) -> int:
+def tile_count(output_sizes: Sequence[int], tile_rows: int = TILE_ROWS) -> int:
     """Rows of tiles over all partitions, each padded to whole tiles."""
-    return sum(ceil_div(size, TILE_ROWS) for size in output_sizes)
+    return sum(ceil_div(size, tile_rows) for size in output_sizes)
 
 
 def planes_shape(resident_width: int, output_sizes: Sequence[int], in_features: int) -> tuple[int, int, int, int]:
@@ -57,13 +57,13 @@ def decoders_shape(
     return len(decoder_widths), tile_count(output_sizes), ceil_div(in_features, group_size), 2, TILE_ROWS
 
 
-def pad_to_tiles(rows: torch.Tensor, output_sizes: Sequence[int]) -> torch.Tensor:
-    """[sum(output_sizes), ...] -> [tiles, 16, ...], the padding rows zero."""
-    padded = rows.new_zeros(tile_count(output_sizes), TILE_ROWS, *rows.shape[1:])
+def pad_to_tiles(rows: torch.Tensor, output_sizes: Sequence[int], tile_rows: int = TILE_ROWS) -> torch.Tensor:
+    """[sum(output_sizes), ...] -> [tiles, tile_rows, ...], the padding rows zero."""
+    padded = rows.new_zeros(tile_count(output_sizes, tile_rows), tile_rows, *rows.shape[1:])
     tile = 0
     for part in rows.split(list(output_sizes)):
         padded[tile:].flatten(0, 1)[: len(part)] = part
-        tile += ceil_div(len(part), TILE_ROWS)
+        tile += ceil_div(len(part), tile_rows)
     return padded
 
 

@@ -10,6 +10,7 @@ import torch
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels.layout import STEP_COLUMNS, planes_shape
 from vllm_matquant.kernels.memory import WeightMemory
+from vllm_matquant.kernels.reference import linear_shape
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 BUILD_COMMAND = "python setup.py build_ext --inplace"
@@ -39,22 +40,8 @@ def load_library() -> None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise LibraryError(f"{LIBRARY}: {error}. Build it anew: {BUILD_COMMAND}") from error
-    torch.library.register_fake("matquant::linear", _linear_shape)
+    torch.library.register_fake("matquant::linear", linear_shape)
     _loaded = True
-
-
-def _linear_shape(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None,
-    activation_bits: int | None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(output_sizes))
 
 
 def linear(

@@ -94,6 +94,21 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
+def linear_shape(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    decoders: torch.Tensor,
+    active_width: torch.Tensor,
+    decoder_widths: Sequence[int],
+    output_sizes: Sequence[int],
+    group_size: int,
+    bias: torch.Tensor | None = None,
+    activation_bits: int | None = None,
+) -> torch.Tensor:
+    """An empty result of the product: what ``torch.compile`` is to know of every operator that computes it."""
+    return x.new_empty(*x.shape[:-1], sum(output_sizes))
+
+
 @torch.library.custom_op("matquant::reference_linear", mutates_args=())
 def reference_linear(
     x: torch.Tensor,
@@ -130,16 +145,4 @@ def reference_linear(
     return _product(x, torch.cat(weights), bias)
 
 
-@reference_linear.register_fake
-def _(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(output_sizes))
+reference_linear.register_fake(linear_shape)

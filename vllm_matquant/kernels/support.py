@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,38 +155,27 @@ def _triton(*arguments: Any) -> torch.Tensor:
 
 
 REFERENCE = Kernel("reference", None, WIDTHS, DTYPES, 1, None, reference.reference_linear)
+_CUDA = Kernel(
+    "cuda",
+    "cuda",
+    WIDTHS,
+    (torch.bfloat16, torch.float16),
+    32,
+    "linear",
+    ops.linear,
+    layout=CUDA_LAYOUT,
+    group_powers=True,
+    min_capability=(8, 0),
+)
 KERNELS = (
     Kernel("cpu", "cpu", WIDTHS, DTYPES, STEP_COLUMNS, "linear", ops.linear),
-    Kernel(
-        "cuda",
-        "cuda",
-        WIDTHS,
-        (torch.bfloat16, torch.float16),
-        32,
-        "linear",
-        ops.linear,
-        layout=CUDA_LAYOUT,
-        group_powers=True,
-        min_capability=(8, 0),
-    ),
-    Kernel(
-        "cuda-jit",
-        "cuda",
-        WIDTHS,
-        (torch.bfloat16, torch.float16),
-        32,
-        None,
-        _cuda_jit,
-        layout=CUDA_LAYOUT,
-        group_powers=True,
-        min_capability=(8, 0),
-        module=("cupy", CUPY_INSTALL),
-    ),
+    _CUDA,
+    replace(_CUDA, name="cuda-jit", operator=None, linear=_cuda_jit, module=("cupy", CUPY_INSTALL)),
     Kernel(
         "triton",
         "cuda",
         WIDTHS,
-        (torch.bfloat16, torch.float16),
+        _CUDA.dtypes,
         1,
         None,
         _triton,

@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS
 from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
+from vllm_matquant.kernels.reference import linear_shape
 
 WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
 
@@ -125,16 +126,4 @@ def linear(
     return output.view(*x.shape[:-1], rows)
 
 
-@linear.register_fake
-def _(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(output_sizes))
+linear.register_fake(linear_shape)
