@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,26 @@ def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
     )
 
 
+def humming(bits: int, rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
+    """Humming's kernel (package humming-kernels) for weights of ``bits`` bits in groups of 128."""
+    from humming.layer import HummingLayer
+
+    weight = torch.randn(rows, columns, device=DEVICE).half()
+    layers = []
+    for _ in range(copies_of(rows * columns * bits // 8)):
+        schema = {"dtype": f"int{bits}", "group_size": 128}
+        layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=schema, torch_dtype=torch.float16).to(DEVICE)
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        layers.append(layer)
+    uses = iter(range(2**62))
+    return lambda x: layers[next(uses) % len(layers)](x)
+
+
 PEERS: dict[str, Callable[[int, int], Callable[[torch.Tensor], Any]]] = {
     "torch-float16": torch_float16,
     "vllm-marlin-int4": marlin_int4,
+    **{f"humming-int{bits}": partial(humming, bits) for bits in (2, 3, 4, 6, 8)},
 }
 
 

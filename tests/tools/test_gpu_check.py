@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cuda, "seconds_of", seconds_of)
     monkeypatch.setattr(bench_cuda.ops, "linear", linear)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setitem(bench_cuda.PEERS, "vllm-marlin-int4", refuse)
+    monkeypatch.setattr(bench_cuda, "PEERS", {"torch-float16": bench_cuda.torch_float16, "vllm-marlin-int4": refuse})
     refusals: list[str] = []
     rows = list(bench_cuda.bench_cuda([(70, 256)], [1, 3], [2, 5], report=refusals.append))
     assert [(row["bits"], row["m"]) for row in rows] == [(2, 1), (2, 3), (5, 1), (5, 3)]
@@ -81,3 +83,40 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rows[0]["peer_seconds"]) == {"torch-float16"}
     assert refusals == ["vllm-marlin-int4 refuses 70 x 256: no such device"]
     assert len(set(calls)) > 1  # every use takes the next copy
+
+
+def test_humming_gets_a_layer_of_its_own_for_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class HummingLayer(torch.nn.Module):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__()
+            self.arguments, self.steps = arguments, []
+            made.append(self)
+
+        def load_from_unquantized(self, weight: torch.Tensor) -> None:
+            self.steps.append(("load", tuple(weight.shape)))
+
+        def transform(self) -> None:
+            self.steps.append(("transform",))
+
+        def forward(self, x: torch.Tensor) -> int:
+            return made.index(self)
+
+    module = types.ModuleType("humming.layer")
+    module.HummingLayer = HummingLayer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "humming", types.ModuleType("humming"))
+    monkeypatch.setitem(sys.modules, "humming.layer", module)
+    monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**14)
+    multiply = bench_cuda.PEERS["humming-int3"](64, 256)
+    assert made[0].arguments == {
+        "shape_n": 64,
+        "shape_k": 256,
+        "weight_config": {"dtype": "int3", "group_size": 128},
+        "torch_dtype": torch.float16,
+    }
+    assert all(layer.steps == [("load", (64, 256)), ("transform",)] for layer in made)
+    uses = [multiply(torch.zeros(1, 256)) for _ in made]
+    assert len(made) > 1
+    assert sorted(uses) == list(range(len(made)))
