@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_matquant.checkpoint import errors
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 
 LAYER = "model.layers.0.mlp.up_proj"  # 96 x 64
 NORM = "model.norm.weight"
@@ -112,6 +112,19 @@ def duplicate_in_second_shard(folder: Path) -> None:
 
 def add_shard(folder: Path) -> None:
     save_file({"stray": torch.zeros(1)}, folder / "model-width3-00009-of-00009.safetensors")
+
+
+def with_recipe(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Add a recipe of 4 bits for every layer, changed."""
+
+    def spoil(folder: Path) -> None:
+        recipe: dict[str, Any] = {"recipe_version": 1, "name": "mine", "default": 4, "widths": {LAYER: 2}}
+        change(recipe)
+        (folder / RECIPES_FOLDER).mkdir()
+        (folder / recipe_file("mine")).write_text(json.dumps(recipe))
+        in_quantization(recipes=[recipe_file("mine")])(folder)
+
+    return spoil
 
 
 def duplicate_key_in_index(folder: Path) -> None:
@@ -396,6 +409,60 @@ FAULTS = {
     ),
     "infinite scale": fault(
         set_value(f"{LAYER}.weight_scale2", float("inf")), errors.DecoderValueError, f"{LAYER}.weight_scale2: found inf"
+    ),
+    "recipe listed but absent": fault(
+        in_quantization(recipes=["recipes/none.json"]), errors.MissingFileError, "none.json: found no such file"
+    ),
+    "recipe outside of its folder": fault(
+        in_quantization(recipes=["../recipes/a.json"]), errors.ConfigError, "recipes", "../recipes/a.json"
+    ),
+    "recipe listed twice": fault(
+        in_quantization(recipes=["recipes/a.json", "recipes/a.json"]), errors.ConfigError, "each once"
+    ),
+    "recipe that is no JSON": fault(
+        lambda folder: (
+            with_recipe(lambda recipe: None)(folder),
+            (folder / recipe_file("mine")).write_text("{"),
+        ),
+        errors.RecipeError,
+        "mine.json: content",
+    ),
+    "recipe of another version": fault(
+        with_recipe(lambda recipe: recipe.update(recipe_version=2)), errors.RecipeError, "recipe_version: found 2"
+    ),
+    "recipe with an unknown field": fault(
+        with_recipe(lambda recipe: recipe.update(width=2)), errors.RecipeError, "unknown fields ['width']"
+    ),
+    "recipe with an unknown layer": fault(
+        with_recipe(lambda recipe: recipe["widths"].update({"model.layers.9.mlp.up_proj": 4})),
+        errors.RecipeError,
+        "width of model.layers.9.mlp.up_proj: found no such layer",
+    ),
+    "recipe with an absent width": fault(
+        with_recipe(lambda recipe: recipe["widths"].update({LAYER: 9})),
+        errors.RecipeError,
+        f"width of {LAYER}: found 9, expected one of its widths [2, 3, 4, 5, 6, 7, 8]",
+    ),
+    "recipe with a width that is no integer": fault(
+        with_recipe(lambda recipe: recipe["widths"].update({LAYER: 4.0})), errors.RecipeError, "found 4.0"
+    ),
+    "recipe that leaves layers out": fault(
+        with_recipe(lambda recipe: recipe.pop("default")),
+        errors.RecipeError,
+        "width of model.layers.0",
+        "found nothing",
+    ),
+    "recipe with a wrong average": fault(
+        with_recipe(lambda recipe: recipe.update(average_bits=4.0)), errors.RecipeError, "average_bits: found 4.0"
+    ),
+    "recipe with a wrong size": fault(
+        with_recipe(lambda recipe: recipe.update(resident_bytes=7)), errors.RecipeError, "resident_bytes: found 7"
+    ),
+    "recipe with a loss that is no number": fault(
+        with_recipe(lambda recipe: recipe.update(kl="low")), errors.RecipeError, "kl: found 'low'"
+    ),
+    "recipe with a bad name": fault(
+        with_recipe(lambda recipe: recipe.update(name="../mine")), errors.RecipeError, "name: found '../mine'"
     ),
     "negative scale": fault(
         set_value(f"{LAYER}.weight_scale8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_scale8: found -0.5"

@@ -32,6 +32,10 @@ class WidthError(CheckpointError):
     """The checkpoint does not offer the width that was asked for."""
 
 
+class RecipeError(CheckpointError):
+    """A recipe cannot be parsed, or does not fit the checkpoint: an unknown layer, one left out, or an absent width."""
+
+
 class MissingFileError(CheckpointError):
     """A file that the index lists is not in the folder."""
 

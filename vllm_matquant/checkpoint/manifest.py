@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import ChecksumError, IndexFileError, MissingFileError, UnsafePathError
 from vllm_matquant.checkpoint.files import read_json, sha256
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name, is_recipe_file
 
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 
@@ -28,8 +28,12 @@ def describe_files(
     Args:
         progress: called with the bytes of each block read.
     """
-    ordered = sorted(paths, key=lambda path: path.name)
-    return {path.name: {"sha256": sha256(path, progress), "bytes": path.stat().st_size} for path in ordered}
+    return {path.name: describe_file(path, progress) for path in sorted(paths, key=lambda path: path.name)}
+
+
+def describe_file(path: Path, progress: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"sha256": sha256(path, progress), "bytes": path.stat().st_size}
 
 
 def versions() -> dict[str, str]:
@@ -71,8 +75,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict):
         raise IndexFileError(path, "files", type(files).__name__, "an object")
     for name, entry in files.items():
-        if not is_plain_name(name):
-            raise UnsafePathError(path, "files", repr(name), "a file name without a folder")
+        if not is_plain_name(name) and not is_recipe_file(name):
+            raise UnsafePathError(path, "files", repr(name), "a file name without a folder, or a recipe's")
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise IndexFileError(path, f"files.{name}", entry, "an object with sha256 and bytes")
     return files

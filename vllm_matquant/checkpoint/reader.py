@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from safetensors import safe_open
 from vllm_matquant.checkpoint.errors import ConfigError, IndexFileError, MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.packing import slice_codes, unpack_codes
+from vllm_matquant.checkpoint.recipe import Recipe, complete_widths, read_recipe, resident_bytes
+from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import build_skeleton
 from vllm_matquant.checkpoint.spec import (
     BASE_BITS,
@@ -39,10 +41,15 @@ from vllm_matquant.checkpoint.validate import (
     read_index,
 )
 
+Widths = int | Mapping[str, int]
+
 
 @dataclass
 class Checkpoint:
     """A checked checkpoint folder; tensors are read when asked for.
+
+    What is served is given as one width for all layers, each of which then takes the width that serves it, or as the
+    width of every layer.
 
     Attributes:
         folder: where it lies.
@@ -50,6 +57,7 @@ class Checkpoint:
         format: the parsed ``quantization_config``.
         layers: (out_features, in_features) of each quantized layer.
         weight_map: the index: shard file name of each tensor.
+        recipes: those that config.json lists.
     """
 
     folder: Path
@@ -57,6 +65,7 @@ class Checkpoint:
     format: Format
     layers: dict[str, tuple[int, int]]
     weight_map: dict[str, str]
+    recipes: list[Recipe] = field(default_factory=list)
     _open_shards: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,57 +91,86 @@ class Checkpoint:
         reach = min(self.missing_files, default=math.inf)
         return tuple(width for width in self.format.widths if self.format.stored_width(width) < reach)
 
-    def files_for(self, width: int) -> list[Path]:
-        """The shards that serving at ``width`` reads.
+    def layer_widths(self, widths: Widths) -> dict[str, int]:
+        """The width that each layer is served at."""
+        if isinstance(widths, int):
+            return {layer: self.format.width_of(layer, widths) for layer in self.layers}
+        return complete_widths(widths, None, self.format, self.layers, self.folder)
+
+    def files_for(self, widths: Widths) -> list[Path]:
+        """The shards that serving at ``widths`` reads.
 
         Raises:
             WidthError: the checkpoint does not offer this width.
-            MissingFileError: it does, but files of it are not in the folder.
+            RecipeError: a layer is not the checkpoint's, is left out, or does not have its width.
+            MissingFileError: files of it are not in the folder.
         """
-        self.format.check_width(width, self.folder)
-        stored_width = self.format.stored_width(width)
-        missing = [name for of, names in self.missing_files.items() if of <= stored_width for name in names]
-        if missing:
+        if isinstance(widths, int):
+            self.format.check_width(widths, self.folder)
+            stored_width = self.format.stored_width(widths)
+            needed = [name for of, names in sorted(self.shards.items()) if of <= stored_width for name in names]
+            what, expected = f"{widths} bits", f"every shard of the widths up to {stored_width}"
+        else:
+            read = self.file_names(widths)
+            needed = [name for _, names in sorted(self.shards.items()) for name in names if name in read]
+            what, expected = "these widths", "every shard that holds some of their tensors,"
+        missing = {name for names in self.missing_files.values() for name in names}
+        if not missing.isdisjoint(needed):
             raise MissingFileError(
                 self.folder,
-                f"files of {width} bits",
-                "no " + ", no ".join(missing),
-                f"every shard of the widths up to {stored_width} that {INDEX_FILE} lists",
+                f"files of {what}",
+                "no " + ", no ".join(name for name in needed if name in missing),
+                f"{expected} that {INDEX_FILE} lists",
                 f"The folder serves {_listed(self.servable_widths)}",
             )
-        return [self.folder / name for of, names in sorted(self.shards.items()) if of <= stored_width for name in names]
+        return [self.folder / name for name in needed]
 
-    def tensors(self, width: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """What serving at ``width`` needs, shard by shard.
+    def file_names(self, widths: Widths) -> set[str]:
+        """Names of the shards that hold what serving at ``widths`` needs, whether they are in the folder or not."""
+        return {self.weight_map[name] for name in self._tensor_names(self.layer_widths(widths))}
+
+    def tensors(self, widths: Widths) -> Iterator[tuple[str, torch.Tensor]]:
+        """What serving at ``widths`` needs, shard by shard.
 
         These are the tensors that are not quantized, and of each quantized layer the base, the planes that its slice
         reads and the decoder of this slice alone.
 
         Raises:
-            WidthError, MissingFileError: as :meth:`files_for`.
+            WidthError, RecipeError, MissingFileError: as :meth:`files_for`.
         """
-        unwanted = {
-            f"{layer}.{name}"
-            for layer in self.layers
-            for other in self.format.widths_of(layer)
-            if other != self.format.width_of(layer, width)
-            for name in (scale_name(other), offset_name(other))
-        }
-        for path in self.files_for(width):
-            names = sorted(name for name, file in self.weight_map.items() if file == path.name and name not in unwanted)
-            for name in names:
+        needed = self._tensor_names(self.layer_widths(widths))
+        for path in self.files_for(widths):
+            for name in sorted(name for name in needed if self.weight_map[name] == path.name):
                 yield name, self._read(name)
 
-    def unquantized(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every tensor that is not part of a quantized layer's codes or decoders."""
+    def _tensor_names(self, widths: Mapping[str, int]) -> set[str]:
+        """The tensors that serving layers at their ``widths`` needs."""
+        names = set(self._unquantized_names())
+        for layer, width in widths.items():
+            planes = range(BASE_BITS + 1, self.format.stored_width(width) + 1)
+            own = (WEIGHT_BASE, *map(plane_name, planes), scale_name(width), offset_name(width))
+            names |= {f"{layer}.{name}" for name in own}
+        return names
+
+    def _unquantized_names(self) -> list[str]:
         quantized = {
             f"{layer}.{name}"
             for layer, shape in self.layers.items()
             for tensors in self.format.tensors_of_layer(*shape, layer).values()
             for name in tensors
         }
-        for name in sorted(self.weight_map.keys() - quantized):
+        return sorted(self.weight_map.keys() - quantized)
+
+    def unquantized(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every tensor that is not part of a quantized layer's codes or decoders."""
+        for name in self._unquantized_names():
             yield name, self._read(name)
+
+    def unquantized_bytes(self) -> int:
+        """Bytes of these tensors as they are stored."""
+        names = set(self._unquantized_names())
+        headers = (read_header(self.folder / file) for file in {self.weight_map[name] for name in names})
+        return sum(spec.nbytes for header in headers for name, spec in header.items() if name in names)
 
     def codes(self, layer: str, width: int) -> torch.Tensor:
         """The codes of a layer, as served at ``width``: uint8 [out_features, in_features]."""
@@ -151,9 +189,9 @@ class Checkpoint:
         own = self.format.width_of(layer, width)
         return self._read(f"{layer}.{scale_name(own)}"), self._read(f"{layer}.{offset_name(own)}")
 
-    def resident_bytes(self, width: int) -> int:
-        """Bytes of the codes and decoders of all quantized layers at ``width``."""
-        return sum(self.format.resident_bytes(*shape, width, name) for name, shape in self.layers.items())
+    def resident_bytes(self, widths: Widths) -> int:
+        """Bytes of the codes and decoders of all quantized layers at ``widths``."""
+        return resident_bytes(self.layer_widths(widths), self.format, self.layers)
 
     def _read(self, name: str) -> torch.Tensor:
         file = self.weight_map[name]
@@ -162,13 +200,13 @@ class Checkpoint:
         return self._open_shards[file].get_tensor(name)
 
 
-def open_checkpoint(folder: Path | str, width: int | None = None, *, check_values: bool = True) -> Checkpoint:
+def open_checkpoint(folder: Path | str, widths: Widths | None = None, *, check_values: bool = True) -> Checkpoint:
     """Check a checkpoint folder and open it.
 
     Args:
         folder: a local folder.
-        width: open only the files that this width reads; None for every file that is there.
-        check_values: also read the decoders (of ``width``, or of every servable width) and refuse those that are not
+        widths: open only the files that serving at these reads; None for every file that is there.
+        check_values: also read the decoders (of ``widths``, or of every servable width) and refuse those that are not
             finite or have a negative scale.
 
     Raises:
@@ -182,8 +220,8 @@ def open_checkpoint(folder: Path | str, width: int | None = None, *, check_value
     if "quantization_config" not in config:
         raise ConfigError(config_path, "quantization_config", "nothing", "an object: this is no matquant checkpoint")
     format = Format.from_dict(config["quantization_config"], config_path)
-    if width is not None:
-        format.check_width(width, config_path)
+    if isinstance(widths, int):
+        format.check_width(widths, config_path)
 
     weight_map, total_size = read_index(folder)
     check_layer_count(config, len(weight_map), config_path)
@@ -191,9 +229,11 @@ def open_checkpoint(folder: Path | str, width: int | None = None, *, check_value
     expected = expected_tensors(format, skeleton, config_path)
     check_index(folder / INDEX_FILE, weight_map, expected)
 
-    checkpoint = Checkpoint(folder, config, format, skeleton.quantized_layers(format, config_path), weight_map)
-    paths = checkpoint.files_for(format.widths[0] if width is None else width)
-    if width is None:
+    layers = skeleton.quantized_layers(format, config_path)
+    recipes = [read_recipe(folder / file, format, layers) for file in format.recipes]
+    checkpoint = Checkpoint(folder, config, format, layers, weight_map, recipes)
+    paths = checkpoint.files_for(format.widths[0] if widths is None else widths)
+    if widths is None:
         paths = [folder / name for name in sorted(set(weight_map.values())) if (folder / name).is_file()]
     found = check_shards(paths, weight_map, expected)
     found_size = sum(spec.nbytes for spec in found.values())
@@ -202,16 +242,15 @@ def open_checkpoint(folder: Path | str, width: int | None = None, *, check_value
             folder / INDEX_FILE, "metadata.total_size", total_size, f"{found_size}, the tensors' bytes"
         )
     if check_values:
-        for checked in checkpoint.servable_widths if width is None else (width,):
+        for checked in checkpoint.servable_widths if widths is None else (widths,):
             _check_decoders(checkpoint, checked)
     return checkpoint
 
 
-def _check_decoders(checkpoint: Checkpoint, width: int) -> None:
-    for layer in checkpoint.layers:
-        own = checkpoint.format.width_of(layer, width)
+def _check_decoders(checkpoint: Checkpoint, widths: Widths) -> None:
+    for layer, own in checkpoint.layer_widths(widths).items():
         file = checkpoint.weight_map[f"{layer}.{scale_name(own)}"]
-        check_decoder(*checkpoint.decoder(layer, width), layer, own, checkpoint.folder / file)
+        check_decoder(*checkpoint.decoder(layer, own), layer, own, checkpoint.folder / file)
 
 
 def _listed(widths: tuple[int, ...]) -> str:

@@ -58,6 +58,7 @@ GroupSize = int | Literal["auto", "channel"]
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "MANIFEST.json"
+RECIPES_FOLDER = "recipes"
 # What people read about a checkpoint. It lies next to the checkpoint but is no part of it: it comes after the rest is
 # published, a model card is edited on a hub, and a report holds seconds, so the manifest lists none of them.
 MODEL_CARD_FILE = "README.md"
@@ -70,7 +71,9 @@ WEIGHT_BASE = "weight_base"
 _EMBEDDINGS_FIELD = "quantized_embeddings"
 _GROUP_SIZES_FIELD = "layer_group_sizes"
 _WIDTHS_FIELD = "layer_widths"
+_RECIPES_FIELD = "recipes"
 _SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
+_RECIPE = re.compile(rf"{RECIPES_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9._+-]*)\.json")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -102,6 +105,16 @@ def shard_width(file_name: str) -> int | None:
     """The width whose data a shard holds, None if the name is not a shard's."""
     match = _SHARD.fullmatch(file_name)
     return int(match["width"]) if match else None
+
+
+def recipe_file(name: str) -> str:
+    """Path in the checkpoint's folder of the recipe of this name."""
+    return f"{RECIPES_FOLDER}/{name}.json"
+
+
+def is_recipe_file(path: str) -> bool:
+    """Whether a path in the checkpoint's folder is one of a recipe."""
+    return _RECIPE.fullmatch(path) is not None
 
 
 def is_plain_name(name: str) -> bool:
@@ -145,6 +158,7 @@ class Format:
             quantized exactly if the embedding is, and has no tensors of its own.
         layer_group_sizes: what takes the place of ``group_size`` in single layers, by their full names.
         layer_widths: what takes the place of ``widths`` in single layers, likewise; each serves some of ``widths``.
+        recipes: files of the checkpoint's recipes, see :mod:`vllm_matquant.checkpoint.recipe`.
     """
 
     widths: tuple[int, ...] = WIDTHS
@@ -154,6 +168,7 @@ class Format:
     quantized_embeddings: tuple[str, ...] = ()
     layer_group_sizes: Mapping[str, GroupSize] = field(default_factory=dict, hash=False)
     layer_widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    recipes: tuple[str, ...] = ()
 
     @property
     def max_width(self) -> int:
@@ -252,6 +267,7 @@ class Format:
             _EMBEDDINGS_FIELD: list(self.quantized_embeddings),
             _GROUP_SIZES_FIELD: dict(self.layer_group_sizes),
             _WIDTHS_FIELD: {layer: list(widths) for layer, widths in self.layer_widths.items()},
+            _RECIPES_FIELD: list(self.recipes),
         }
         return fields | {name: value for name, value in optional.items() if value}
 
@@ -283,7 +299,7 @@ class Format:
                 FORMAT_VERSION,
                 "A newer release of vllm_matquant may read it." if version > FORMAT_VERSION else "",
             )
-        known = {*cls().to_dict(), _EMBEDDINGS_FIELD, _GROUP_SIZES_FIELD, _WIDTHS_FIELD}
+        known = {*cls().to_dict(), _EMBEDDINGS_FIELD, _GROUP_SIZES_FIELD, _WIDTHS_FIELD, _RECIPES_FIELD}
         unknown = sorted(set(config) - known)
         if unknown:
             raise ConfigError(where, "quantization_config", f"unknown fields {unknown}", sorted(known))
@@ -308,6 +324,9 @@ class Format:
             raise fail("ignored_layers", "a list of layer names")
         if not is_name_list(embeddings):
             raise fail(_EMBEDDINGS_FIELD, "a list of layer names")
+        recipes = config.get(_RECIPES_FIELD, [])
+        if not is_name_list(recipes) or not all(map(is_recipe_file, recipes)) or len(set(recipes)) < len(recipes):
+            raise fail(_RECIPES_FIELD, f"a list of files such as {recipe_file('2.5-bits')}, each once")
         if config.get("slicing") not in SLICINGS:
             raise fail("slicing", f"one of {list(SLICINGS)}")
         return cls(
@@ -318,6 +337,7 @@ class Format:
             tuple(embeddings),
             layer_group_sizes,
             {layer: tuple(own) for layer, own in layer_widths.items()},
+            tuple(recipes),
         )
 
 

@@ -21,6 +21,7 @@ from vllm_matquant.checkpoint.spec import (
     DOCUMENT_FILES,
     INDEX_FILE,
     MANIFEST_FILE,
+    RECIPES_FOLDER,
     REPORT_FOLDER,
     shard_width,
 )
@@ -86,8 +87,8 @@ class Staging:
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
 
-        Manifest, index and config.json must be among them. An older checkpoint's model card and report go too: they
-        would tell of another checkpoint.
+        Manifest, index and config.json must be among them. An older checkpoint's model card, report and recipes go
+        too: they would tell of another checkpoint.
         """
         sync_folder(self.path)
         config = self.folder / CONFIG_FILE
@@ -99,6 +100,8 @@ class Staging:
                 path.unlink()
         for name in DOCUMENT_FILES:
             (self.folder / name).unlink(missing_ok=True)
+        for path in (self.folder / RECIPES_FOLDER).glob("*.json"):
+            path.unlink()
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.iterdir()):
             if path.name not in last:
@@ -127,9 +130,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise OutputError(folder, "output folder", "a file", "a folder")
-    report = folder / REPORT_FOLDER
-    if report.exists() and not report.is_dir():
-        raise OutputError(folder, REPORT_FOLDER, "a file", "a folder, or nothing")
+    for name in (REPORT_FOLDER, RECIPES_FOLDER):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise OutputError(folder, name, "a file", "a folder, or nothing")
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         if (is_checkpoint_file(name) or name in DOCUMENT_FILES) and (folder / name).is_dir():

@@ -12,7 +12,7 @@ from vllm_matquant.checkpoint.errors import CheckpointError, NestingError
 from vllm_matquant.checkpoint.manifest import check_file, read_manifest
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, shard_width
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, RECIPES_FOLDER, shard_width
 from vllm_matquant.checkpoint.staging import is_checkpoint_file
 
 
@@ -72,8 +72,9 @@ def check_nesting(checkpoint: Checkpoint, layer: str) -> None:
 
 def _verify_files(folder: Path) -> Iterator[Result]:
     files = read_manifest(folder)
-    for path in sorted(folder.iterdir()):
-        if is_checkpoint_file(path.name) and path.name not in files and path.name != MANIFEST_FILE:
+    own = [path for path in sorted(folder.iterdir()) if is_checkpoint_file(path.name) and path.name != MANIFEST_FILE]
+    for path in [*own, *sorted((folder / RECIPES_FOLDER).glob("*.json"))]:
+        if path.relative_to(folder).as_posix() not in files:
             yield Result(False, f"{path}: not in {MANIFEST_FILE}")
     present = [name for name in sorted(files) if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)

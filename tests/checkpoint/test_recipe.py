@@ -1,0 +1,173 @@
+"""Recipes: round trips, what they cost, and which one a budget gets."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_matquant.checkpoint.errors import MissingFileError, RecipeError
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits, parse_recipe, read_recipe
+from vllm_matquant.checkpoint.recipe_store import add_recipes, choose_recipe, weight_bytes
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, WIDTHS, Format, recipe_file
+from vllm_matquant.checkpoint.verify import verify
+
+
+def random_recipe(checkpoint: Checkpoint, seed: int, **fields: Any) -> Recipe:
+    draw = random.Random(seed)
+    widths = {layer: draw.choice(checkpoint.format.widths_of(layer)) for layer in checkpoint.layers}
+    return Recipe(f"random-{seed}", widths, **fields)
+
+
+def opened(folder: Path) -> Checkpoint:
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_recipe_goes_to_the_disk_and_back(sample: Any, seed: int) -> None:
+    checkpoint = opened(sample.folder)
+    recipe = random_recipe(checkpoint, seed, kl=0.25, origin={"budget": "3"})
+    add_recipes(checkpoint, [recipe])
+    assert opened(sample.folder).recipes == checkpoint.recipes == [recipe]
+    path = sample.folder / recipe_file(recipe.name)
+    assert read_recipe(path, checkpoint.format, checkpoint.layers) == recipe
+    written = json.loads(path.read_text())
+    assert written["average_bits"] == pytest.approx(average_bits(recipe.widths, checkpoint.layers))
+    assert written["resident_bytes"] == checkpoint.resident_bytes(recipe.widths)
+    assert all(result.passed for result in verify(sample.folder))
+
+
+def test_more_recipes_replace_those_of_the_same_name(sample: Any) -> None:
+    first, second = (random_recipe(opened(sample.folder), seed) for seed in (1, 2))
+    add_recipes(opened(sample.folder), [first])
+    changed = Recipe(first.name, second.widths, kl=0.5)
+    add_recipes(opened(sample.folder), [second, changed])
+    assert opened(sample.folder).recipes == [changed, second]
+    assert all(result.passed for result in verify(sample.folder))
+
+
+def test_a_recipe_that_no_manifest_lists_is_told(sample: Any) -> None:
+    add_recipes(opened(sample.folder), [random_recipe(opened(sample.folder), 1)])
+    (sample.folder / recipe_file("stray")).write_text("{}")
+    assert [result.text for result in verify(sample.folder) if not result.passed] == [
+        f"{sample.folder / recipe_file('stray')}: not in MANIFEST.json"
+    ]
+
+
+def test_another_checkpoint_takes_no_recipes_over(sample: Any, write: Any) -> None:
+    add_recipes(opened(sample.folder), [random_recipe(opened(sample.folder), 1)])
+    write(sample.folder, overwrite=True)
+    assert opened(sample.folder).recipes == []
+    assert not (sample.folder / recipe_file("random-1")).exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_recipe_reads_and_costs(sample: Any, seed: int) -> None:
+    checkpoint = opened(sample.folder)
+    recipe = random_recipe(checkpoint, seed)
+    tensors = dict(checkpoint.tensors(recipe.widths))
+    by_hand = 0
+    for layer, (rows, columns) in checkpoint.layers.items():
+        width = recipe.widths[layer]
+        own = {name.removeprefix(f"{layer}.") for name in tensors if name.startswith(f"{layer}.weight")}
+        planes = {f"weight_plane{plane}" for plane in range(3, width + 1)}
+        assert own == {"weight_base", f"weight_scale{width}", f"weight_offset{width}"} | planes
+        scale = tensors[f"{layer}.weight_scale{width}"]
+        assert torch.equal(scale, sample.decoders[layer][width][0].half())
+        by_hand += rows * columns * width // 8 + 2 * 2 * scale.numel()
+    assert checkpoint.resident_bytes(recipe.widths) == by_hand
+    unquantized = sum(tensor.nbytes for tensor in sample.unquantized.values())
+    assert checkpoint.unquantized_bytes() == unquantized
+    assert weight_bytes(checkpoint, recipe) == by_hand + unquantized
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_recipe_of_one_width_is_that_width(shared_sample: Any, width: int) -> None:
+    checkpoint = opened(shared_sample.folder)
+    uniform = checkpoint.layer_widths(width)
+    assert checkpoint.files_for(uniform) == checkpoint.files_for(width)
+    assert checkpoint.resident_bytes(uniform) == checkpoint.resident_bytes(width)
+    for (name, tensor), (other, expected) in zip(checkpoint.tensors(uniform), checkpoint.tensors(width), strict=True):
+        assert name == other
+        assert torch.equal(tensor, expected)
+
+
+def test_a_default_is_served_as_a_model_of_that_width() -> None:
+    layers = {"a": (8, 64), "b": (8, 64), "c": (8, 64)}
+    format = Format(widths=(2, 4, 8), group_size=32, layer_widths={"b": (4, 8)})
+    content = {"recipe_version": 1, "name": "x", "default": 2, "widths": {"c": 8}}
+    assert parse_recipe(content, format, layers, "here").widths == {"a": 2, "b": 4, "c": 8}
+    with pytest.raises(RecipeError, match=r"here: width of b: found 2, expected one of its widths \[4, 8\]"):
+        parse_recipe(content | {"widths": {"b": 2}}, format, layers, "here")
+
+
+def test_files_of_wider_layers_are_needed_and_no_others(sample: Any) -> None:
+    checkpoint = opened(sample.folder)
+    layers = list(checkpoint.layers)
+    narrow = dict.fromkeys(layers, 3)
+    for file in sample.folder.glob("model-width[4-8]-*"):
+        file.unlink()
+    partial = opened(sample.folder)
+    assert dict(partial.tensors(narrow)).keys() == dict(partial.tensors(3)).keys()
+    with pytest.raises(MissingFileError, match="files of these widths: found no model-width4"):
+        partial.files_for(narrow | {layers[0]: 4})
+    add_recipes(partial, [Recipe("wide", narrow | {layers[0]: 4}, kl=0.1), Recipe("narrow", narrow, kl=0.2)])
+    assert choose_recipe(opened(sample.folder), bits=8.0).name == "narrow"
+    assert choose_recipe(opened(sample.folder), bits=8.0, partial=True).name == "wide"
+
+
+def test_the_best_recipe_within_a_budget(sample: Any) -> None:
+    checkpoint = opened(sample.folder)
+    layers = list(checkpoint.layers)
+    uniform = {width: Recipe(f"uniform-{width}", checkpoint.layer_widths(width), kl=1 / width) for width in WIDTHS}
+    half = dict.fromkeys(layers, 2) | dict.fromkeys(layers[: len(layers) // 2], 3)
+    bad, good = Recipe("bad", half, kl=0.6), Recipe("good", half, kl=0.4)
+    add_recipes(checkpoint, [*uniform.values(), bad, good])
+    cost = average_bits(half, checkpoint.layers)
+    assert choose_recipe(checkpoint, bits=cost).name == "good"
+    assert choose_recipe(checkpoint, bits=cost - 1e-6).name == "uniform-2"
+    assert choose_recipe(checkpoint, bits=2.999).name == "good"
+    assert choose_recipe(checkpoint, bits=3.0).name == "uniform-3"
+    size = weight_bytes(checkpoint, good)
+    assert choose_recipe(checkpoint, memory=size).name == "good"
+    assert choose_recipe(checkpoint, memory=size - 1).name == "uniform-2"
+    least = weight_bytes(checkpoint, uniform[2])
+    with pytest.raises(RecipeError, match=rf"at least {least:,} bytes \(uniform-2\)"):
+        choose_recipe(checkpoint, memory=least - 1)
+    with pytest.raises(RecipeError, match=r"at least 2 bits \(uniform-2\)"):
+        choose_recipe(checkpoint, bits=1.5)
+
+
+def test_without_recipes_the_widest_width_that_fits(shared_sample: Any) -> None:
+    checkpoint = opened(shared_sample.folder)
+    for bits in (2.0, 2.7, 3.0, 7.5, 8.0):
+        assert choose_recipe(checkpoint, bits=bits).name == f"uniform-{int(bits)}"
+
+
+def test_a_crash_between_the_files_leaves_a_checkpoint_that_is_served(
+    sample: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_matquant.checkpoint import recipe_store
+
+    checkpoint, publish = opened(sample.folder), recipe_store.publish_json
+    recipe = random_recipe(checkpoint, 1)
+    for last in (recipe_file(recipe.name), CONFIG_FILE):
+
+        def crash(path: Path, content: Any, last: str = last) -> None:
+            publish(path, content)
+            if path == sample.folder / last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(recipe_store, "publish_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            add_recipes(checkpoint, [recipe])
+        assert opened(sample.folder).recipes == ([] if last != CONFIG_FILE else [recipe])
+        checkpoint = opened(sample.folder)
+    monkeypatch.setattr(recipe_store, "publish_json", publish)
+    add_recipes(checkpoint, [recipe])
+    assert all(result.passed for result in verify(sample.folder))

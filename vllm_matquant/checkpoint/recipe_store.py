@@ -1,0 +1,97 @@
+"""Recipes of a checkpoint: put among its files, and chosen among for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from vllm_matquant.checkpoint.errors import RecipeError
+from vllm_matquant.checkpoint.files import publish_json, read_json
+from vllm_matquant.checkpoint.manifest import describe_file
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, MANIFEST_FILE, RECIPES_FOLDER, recipe_file
+
+UNIFORM = "uniform-{}"  # names of the recipes that tell what the plain widths lose
+
+
+def add_recipes(checkpoint: Checkpoint, recipes: Iterable[Recipe]) -> None:
+    """Put recipes into a checkpoint's folder; one of the same name is replaced.
+
+    Each file appears whole: first the recipes, then config.json that lists them, then the manifest. A crash between the
+    last two leaves a checkpoint that is served as before, and a manifest that the next call mends.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder = checkpoint.folder
+    (folder / RECIPES_FOLDER).mkdir(exist_ok=True)
+    files = list(checkpoint.format.recipes)
+    for recipe in recipes:
+        file = recipe_file(recipe.name)
+        publish_json(folder / file, recipe.to_dict(checkpoint.format, checkpoint.layers))
+        checkpoint.recipes[:] = [other for other in checkpoint.recipes if other.name != recipe.name] + [recipe]
+        if file not in files:
+            files.append(file)
+    checkpoint.format = replace(checkpoint.format, recipes=tuple(sorted(files)))
+    checkpoint.config = checkpoint.config | {"quantization_config": checkpoint.format.to_dict()}
+    publish_json(folder / CONFIG_FILE, checkpoint.config)
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = read_json(folder / MANIFEST_FILE)
+        changed = {name: describe_file(folder / name) for name in (CONFIG_FILE, *checkpoint.format.recipes)}
+        manifest["files"] = dict(sorted((manifest["files"] | changed).items()))
+        publish_json(folder / MANIFEST_FILE, manifest)
+
+
+def weight_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Bytes of all weights: codes and decoders at the recipe's widths, and the tensors that are not quantized."""
+    return checkpoint.resident_bytes(recipe.widths) + checkpoint.unquantized_bytes()
+
+
+def choose_recipe(
+    checkpoint: Checkpoint, *, bits: float | None = None, memory: int | None = None, partial: bool = False
+) -> Recipe:
+    """The best recipe of a checkpoint that its folder can serve within a budget.
+
+    The offered widths count as recipes too. The best is the one of least divergence; those whose divergence nobody has
+    measured come after all others, and among them the one with the most bits is the best.
+
+    Args:
+        checkpoint: the checkpoint.
+        bits: the most that the average width may be.
+        memory: the most bytes that all weights may take.
+        partial: the folder is a download whose other files can still come.
+
+    Raises:
+        RecipeError: none is within the budget; the message names the least.
+    """
+    candidates = [*checkpoint.recipes, *_uniform_recipes(checkpoint)]
+    files = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+    servable = [recipe for recipe in candidates if partial or checkpoint.file_names(recipe.widths) <= files]
+
+    def cost(recipe: Recipe) -> float:
+        return average_bits(recipe.widths, checkpoint.layers) if bits is not None else weight_bytes(checkpoint, recipe)
+
+    limit = bits if bits is not None else memory
+    if limit is None:
+        raise ValueError("choose_recipe: found neither bits nor memory, expected one of them")
+    fitting = [recipe for recipe in servable if cost(recipe) <= limit]
+    if not fitting:
+        unit = "bits" if bits is not None else "bytes"
+        least = min(servable, key=cost, default=None)
+        smallest = f"{cost(least):,.10g} {unit} ({least.name})" if least else "nothing that this folder can serve"
+        raise RecipeError(checkpoint.folder, "budget", f"{limit:,.10g} {unit}", f"at least {smallest}")
+    return min(
+        fitting, key=lambda recipe: (_loss(recipe), -average_bits(recipe.widths, checkpoint.layers), recipe.name)
+    )
+
+
+def _loss(recipe: Recipe) -> float:
+    return float("inf") if recipe.kl is None else recipe.kl
+
+
+def _uniform_recipes(checkpoint: Checkpoint) -> list[Recipe]:
+    """The offered widths, but for those that recipes of the checkpoint stand for already."""
+    taken = {tuple(recipe.widths.items()) for recipe in checkpoint.recipes}
+    uniform = [Recipe(UNIFORM.format(width), checkpoint.layer_widths(width)) for width in checkpoint.format.widths]
+    return [recipe for recipe in uniform if tuple(recipe.widths.items()) not in taken]
