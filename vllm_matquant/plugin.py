@@ -9,15 +9,26 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
 
 _BITS_HELP = (
-    f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them. "
-    "Only the files that hold these bits are read, and only these bits take memory. Without this argument: the most "
-    'bits that the checkpoint offers. Short for --additional-config \'{"matquant": {"bits": N}}\'; where both are '
-    "given, the later one holds."
+    f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them; "
+    "or, with a decimal point, such as 2.5 or 3.0, the budget of an average, within which the best of the checkpoint's "
+    "recipes is served, which give each layer its width. Only the files that hold these bits are read, and only these "
+    "bits take memory. Without this argument: the most bits that the checkpoint offers. Short for "
+    '--additional-config \'{"matquant": {"bits": N}}\'; where both are given, the later one holds.'
+)
+_MEMORY_HELP = (
+    "Memory that all weights of a matquant checkpoint may take, such as 90MiB or 1.2GB; activations and the KV cache "
+    "come on top. The best of the checkpoint's recipes and widths that fits is served."
+)
+_RECIPE_HELP = (
+    "A file that gives each layer of a matquant checkpoint its width, see docs/recipes.md. Recipes of the checkpoint "
+    "itself are chosen by --bits 2.5 and --memory."
 )
 _ACTIVATION_BITS_HELP = (
     "Bits to which the CPU's kernels round the activations of a matquant layer: 16 loses next to nothing; 8 is up to "
@@ -53,7 +64,13 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         parser = add_cli_args(parser)
         group = parser.add_argument_group(title="Matquant", description="Checkpoints of every width from 2 to 8 bits.")
         group.add_argument(
-            "--bits", type=int, choices=WIDTHS, action=_StoreSetting, default=argparse.SUPPRESS, help=_BITS_HELP
+            "--bits", type=_bits, action=_StoreSetting, default=argparse.SUPPRESS, metavar="N", help=_BITS_HELP
+        )
+        group.add_argument(
+            "--memory", type=_size, action=_StoreSetting, default=argparse.SUPPRESS, metavar="SIZE", help=_MEMORY_HELP
+        )
+        group.add_argument(
+            "--recipe", type=_file, action=_StoreSetting, default=argparse.SUPPRESS, metavar="FILE", help=_RECIPE_HELP
         )
         group.add_argument(
             "--activation-bits",
@@ -67,6 +84,34 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         return parser
 
     return wrapper
+
+
+def _bits(text: str) -> int | float:
+    """A width, or with a decimal point the budget of an average."""
+    try:
+        bits = float(text) if "." in text else int(text)
+    except ValueError:
+        bits = 0
+    if not WIDTHS[0] <= bits <= WIDTHS[-1]:
+        expected = f"{WIDTHS[0]} to {WIDTHS[-1]}, or an average such as 2.5"
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+    return bits
+
+
+def _size(text: str) -> int:
+    """Bytes of a size such as 90MiB."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _file(text: str) -> str:
+    """The whole path of a file that exists: another process may have another folder to start from."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"found no file {text!r}, expected a recipe (JSON)")
+    return str(path.absolute())
 
 
 def _with_settled_precision(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ import torch
 
 from tests.serve.tiny_models import EMBEDDINGS, VOCABULARY, log_probabilities, reference_model, write_checkpoint
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.checkpoint.spec import Format, shard_width
 
 pytestmark = pytest.mark.slow
@@ -47,10 +49,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for seed, (name, (model_type, checkpoint_format, options)) in enumerate(MODELS.items()):
         write_checkpoint(root / name, model_type, checkpoint_format, seed, **options)
+        if not checkpoint_format.layer_widths:
+            checkpoint = open_checkpoint(root / name)
+            widths = {layer: width for layer in checkpoint.layers for part, width in RECIPE.items() if part in layer}
+            add_recipes(checkpoint, [Recipe("mixed", widths, kl=0.5)])
     return root
 
 
-def at(bits: int | None, **llm: Any) -> dict[str, Any]:
+def at(bits: float | None, **llm: Any) -> dict[str, Any]:
     return {"llm": llm | ({} if bits is None else {"additional_config": {"matquant": {"bits": bits}}})}
 
 
@@ -75,6 +81,9 @@ def faults(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# Parts of fused layers at widths of their own.
+RECIPE = {"embed": 3, "q_proj": 2, "k_proj": 4, "v_proj": 5, "o_proj": 3, "gate_proj": 3, "up_proj": 2, "down_proj": 4,
+          "lm_head": 4}  # fmt: skip
 EAGER = [("llama", 2), ("llama", 3), ("llama", 8), ("qwen3", 4), ("qwen3", None), ("qwen2", 5), ("rounded", 3)]
 FAULTY = [("garbage past 3", 3), ("no 4 to 8", None), ("no 4 to 8", 8)]
 THREE = {"embed": [3], "q_proj": [3, 3, 3], "o_proj": [3], "gate_proj": [3, 3], "down_proj": [3], "lm_head": [3]}
@@ -88,6 +97,13 @@ def results(models: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory
     jobs |= {(name, bits): at(bits) | {"model": str(faults / name)} for name, bits in FAULTY}
     llama = {"model": str(models / "llama")}
     jobs["compiled"] = llama | at(8, enforce_eager=False) | {"decoders": [2, 3, 8], "switch": [THREE, MIXED]}
+    # bits = 4.5 is a budget: the checkpoints' one recipe is the best within it.
+    for name in ("llama", "qwen3", "rounded"):
+        jobs["recipe", name] = at(4.5) | {"model": str(models / name)}
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    jobs["recipe", "parallel"] = llama | at(4.5, **two)
+    jobs["recipe", "compiled"] = llama | at(4.5, enforce_eager=False)
+    jobs["recipe", "too small"] = llama | {"llm": {"additional_config": {"matquant": {"memory": "1kB"}}}}
     jobs["parallel"] = llama | at(3, tensor_parallel_size=2, distributed_executor_backend="mp")
 
     folder = tmp_path_factory.mktemp("engines")
@@ -135,6 +151,21 @@ def test_tensor_parallelism(models: Path, results: dict) -> None:
     assert_served(results["parallel"], models / "llama", 3)
     half = open_checkpoint(models / "llama").resident_bytes(3) // 2
     assert results["parallel"]["resident_bytes"] == results["parallel"]["predicted_bytes"] == [half, half]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "rounded", "parallel", "compiled"])
+def test_a_recipe_that_mixes_widths_inside_fused_layers(models: Path, results: dict, name: str) -> None:
+    result, model = results["recipe", name], models / (name if name in MODELS else "llama")
+    assert_served(result, model, RECIPE)
+    [recipe] = open_checkpoint(model).recipes
+    expected = open_checkpoint(model).resident_bytes(recipe.widths)
+    ranks = 2 if name == "parallel" else 1
+    assert result["resident_bytes"] == result["predicted_bytes"] == [expected // ranks] * ranks
+
+
+def test_a_budget_that_nothing_fits_is_refused(results: dict) -> None:
+    assert results["recipe", "too small"]["error"].startswith("RecipeError")
+    assert "uniform-2" in results["recipe", "too small"]["error"]
 
 
 def test_a_compiled_graph_serves_other_widths_without_a_reload(models: Path, results: dict) -> None:

@@ -29,15 +29,9 @@ def _single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
 
 
-class Widths(Precision):
-    """A precision with its own width for each partition."""
-
-    def __init__(self, *widths: int) -> None:
-        super().__init__(max(widths))
-        object.__setattr__(self, "widths", widths)
-
-    def of_layer(self, widths: Sequence[Sequence[int]]) -> LayerPrecision:
-        return LayerPrecision(self.widths)
+def mixed(*widths: int) -> Precision:
+    """A recipe with a width for each of the parts."""
+    return Precision(max(widths), recipe=dict(zip(PARTS, widths, strict=True)))
 
 
 def store(param: Any, loaded: torch.Tensor, shard_id: Any = None, sizes: Sequence[int] = SIZES) -> None:
@@ -45,9 +39,9 @@ def store(param: Any, loaded: torch.Tensor, shard_id: Any = None, sizes: Sequenc
     if shard_id is None:
         param.data.copy_(loaded)
         return
-    part = "qkv".index(shard_id) if isinstance(shard_id, str) else shard_id
-    first = sum(sizes[:part])
-    param.data[first : first + sizes[part]].copy_(loaded)
+    place = {"shard_offset": sum(sizes[: "qkv".index(shard_id)]), "shard_size": sizes["qkv".index(shard_id)]}
+    param.load_merged_column_weight(loaded, **place)
+    param.load_qkv_weight(loaded, **place, shard_id=shard_id, num_heads=1)
 
 
 def new_layer(
@@ -88,7 +82,7 @@ class Source:
 
     def load(self, layer: torch.nn.Module, without: tuple[str, int] | None = None) -> None:
         for name, param in list(layer.named_parameters()):
-            for part in range(len(SIZES)):
+            for part in layer.quant_method.owners[name]:
                 if (name, part) != without:
                     param.weight_loader(param, self.tensors(part)[name], "qkv"[part])
 
@@ -244,18 +238,73 @@ def test_shapes_of_a_ranks_cut(group_size: Any, columns: int, groups: int) -> No
     }
 
 
-def test_each_partition_runs_at_a_width_of_its_own_and_switches() -> None:
+def test_each_partition_switches_to_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerPrecision, "decoder_widths", (2, 3, 8))
     source = Source(Format(group_size=32))
-    layer = new_layer(source.format, Widths(3, 8, 2))
+    layer = new_layer(source.format, Precision(8))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, COLUMNS)
     compiled = torch.compile(layer.quant_method.apply, fullgraph=True, backend="eager")
-    for widths in [(3, 8, 2), (8, 8, 8), (2, 3, 8)]:
+    for widths in [(8, 8, 8), (3, 8, 2), (2, 3, 8)]:
         layer.active_width.copy_(torch.tensor(widths, dtype=torch.int32))
         weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
         expected = torch.nn.functional.linear(x, weight)
         torch.testing.assert_close(compiled(layer, x), expected, rtol=1e-4, atol=1e-4)
+
+
+MIXES = [(3, 8, 2), (2, 2, 6), (5, 3, 3), (7, 4, 7), (4, 4, 4)]
+
+
+@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize("group_size", [32, "channel"])
+@pytest.mark.parametrize("widths", MIXES)
+def test_parts_of_a_fused_layer_have_widths_of_their_own(
+    widths: tuple[int, ...], group_size: Any, slicing: Any
+) -> None:
+    source = Source(Format(group_size=group_size, slicing=slicing), seed=sum(widths))
+    layer = new_layer(source.format, mixed(*widths))
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
+    x, bias = torch.randn(2, 5, COLUMNS), torch.randn(sum(SIZES))
+    torch._dynamo.reset()  # it gives up after some layers that differ
+    compiled = torch.compile(layer.quant_method.apply, fullgraph=True, backend="eager")
+    for added in (None, bias):
+        expected = torch.nn.functional.linear(x, weight, added)
+        for apply in (layer.quant_method.apply, compiled):
+            torch.testing.assert_close(apply(layer, x, added), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("widths", MIXES)
+def test_parts_of_a_fused_layer_pay_for_their_own_bits(widths: tuple[int, ...]) -> None:
+    sizes = (64, 16, 32)
+    layer = new_layer(Format(group_size=32), mixed(*widths), sizes=sizes)
+    method = layer.quant_method
+    for name, param in layer.named_parameters():
+        if name.startswith("weight_plane"):  # not even before the weights are repacked is more in memory
+            plane = int(name.removeprefix("weight_plane"))
+            assert len(param) == sum(size for size, width in zip(sizes, widths, strict=True) if width >= plane)
+    for name, param in list(layer.named_parameters()):
+        for part in method.owners[name]:
+            own = torch.zeros(sizes[part], *param.shape[1:], dtype=param.dtype)
+            param.load_merged_column_weight(own, shard_offset=sum(sizes[:part]), shard_size=sizes[part])
+            method.arrived[name].add(part)
+    method.process_weights_after_loading(layer)
+    by_hand = sum(size * 96 * width // 8 for size, width in zip(sizes, widths, strict=True)) + 2 * 2 * 112 * 3
+    assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_tensor_of_a_mixed_layer_that_did_not_come_is_named(part: int) -> None:
+    source = Source(Format(group_size=32))
+    layer = new_layer(source.format, mixed(3, 5, 4))
+    name = ("weight_scale3", "weight_plane5", "weight_plane4")[part]
+    source.load(layer, without=(name, part))
+    with pytest.raises(MissingTensorError) as error:
+        layer.quant_method.process_weights_after_loading(layer)
+    assert PARTS[part] in str(error.value)
+    assert name in str(error.value)
 
 
 def test_a_width_without_a_decoder_in_memory_is_refused() -> None:
@@ -301,17 +350,20 @@ def product_in_cuda_layout(
 
 @pytest.mark.parametrize(
     ("widths", "slicing"),
-    [((4, 4, 4), "truncate"), ((3, 8, 2), "truncate"), ((7, 5, 6), "truncate"), ((4, 4, 4), "round")],
+    [((4, 4, 4), "truncate"), ((3, 8, 2), "truncate"), ((7, 5, 5), "truncate"), ((4, 4, 4), "round")],
 )
 def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any, monkeypatch: Any) -> None:
     [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda"]
     kernel = dataclasses.replace(kernel, linear=product_in_cuda_layout)
     monkeypatch.setattr("vllm_matquant.serve.linear.select_kernel", lambda *arguments: kernel)
     source = Source(Format(group_size=32, slicing=slicing))
-    layer = new_layer(source.format, Widths(*widths))
+    layer = new_layer(source.format, mixed(*widths))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
-    assert layer.planes.shape == cuda_layout.planes_shape(max(widths), SIZES, COLUMNS)
+    for segment in layer.quant_method.segments:
+        sizes = [SIZES[part] for part in segment.partitions]
+        expected_shape = cuda_layout.planes_shape(segment.precision.resident_width, sizes, COLUMNS)
+        assert getattr(layer, segment.planes).shape == expected_shape
     x = torch.randn(3, COLUMNS)
     weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
     expected = torch.nn.functional.linear(x, weight)

@@ -16,11 +16,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, QUANT_METHOD, Format
+from vllm_matquant.checkpoint.spec import BASE_BITS, CONFIG_FILE, QUANT_METHOD, Format, shard_pattern
 from vllm_matquant.serve import precision
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
-from vllm_matquant.serve.loader import LOAD_FORMATS
+from vllm_matquant.serve.loader import LOAD_FORMATS, fetch
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
 
@@ -34,7 +34,7 @@ class MatquantConfig(QuantizationConfig):
     Attributes:
         format: the checkpoint's format, from ``quantization_config``.
         folder: the checkpoint's folder, None while it is not on this machine.
-        precision: the widths to serve, None until they are resolved.
+        precision: the widths to serve, None until they are resolved; its recipe has the checkpoint's names.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
@@ -42,6 +42,7 @@ class MatquantConfig(QuantizationConfig):
         self.format = checkpoint_format
         self.folder: Path | None = None
         self.precision: precision.Precision | None = None
+        self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
 
@@ -71,6 +72,7 @@ class MatquantConfig(QuantizationConfig):
             self.folder = folder
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self._mappers.append(hf_to_vllm_mapper)
         self.ignored_layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.ignored_layers)))
         self.quantized_embeddings = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.quantized_embeddings)))
         group_sizes = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_group_sizes))
@@ -84,16 +86,8 @@ class MatquantConfig(QuantizationConfig):
             CheckpointError: the settings are wrong or the checkpoint cannot serve them.
         """
         if self.precision is None:
-            bits = precision.requested_bits(additional_config)
-            activation_bits = precision.requested_activation_bits(additional_config)
-            self.precision = replace(precision.resolve(bits, self.format, self.folder), activation_bits=activation_bits)
-            if bits is None:
-                logger.info(
-                    "No --bits given: serving at %d bits, the widest of the offered widths %s that %s holds",
-                    self.precision.bits,
-                    list(self.format.widths),
-                    self.folder or "the checkpoint",
-                )
+            request = precision.read_request(additional_config)
+            self.precision = precision.resolve(request, self.format, self.folder, logger.info)
         return self.precision
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -127,7 +121,14 @@ class MatquantConfig(QuantizationConfig):
         return MatquantEmbeddingMethod(self.format, self._current_precision(), [name]) if quantized else None
 
     def _current_precision(self) -> precision.Precision:
-        return self.resolve_precision(get_current_vllm_config().additional_config)
+        """The widths to serve, by vLLM's names."""
+        settled = self.resolve_precision(get_current_vllm_config().additional_config)
+        if settled.recipe is None:
+            return settled
+        recipe = dict(settled.recipe)
+        for mapper in self._mappers:
+            recipe = mapper.apply_dict(recipe)
+        return replace(settled, recipe=recipe)
 
     def _parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the layers that vLLM fuses into the layer ``prefix``."""
@@ -145,17 +146,23 @@ def settle_precision(vllm_config: Any) -> None:
     Raises:
         CheckpointError: the settings are wrong, or the checkpoint cannot serve them.
     """
-    bits = precision.requested_bits(vllm_config.additional_config)
-    activation_bits = precision.requested_activation_bits(vllm_config.additional_config)
+    request = precision.read_request(vllm_config.additional_config)
     quant_config = vllm_config.quant_config
     if isinstance(quant_config, MatquantConfig):
-        load_format = vllm_config.load_config.load_format
-        if load_format not in LOAD_FORMATS:
-            raise ConfigError("load_config", "load_format", load_format, f"one of {list(LOAD_FORMATS)}")
+        load_config = vllm_config.load_config
+        if load_config.load_format not in LOAD_FORMATS:
+            raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
+        if quant_config.folder is None and request.needs_recipes:
+            wanted = ["*.json", shard_pattern(BASE_BITS)]  # every recipe needs these, and they say what fits
+            folder = fetch(vllm_config.model_config, load_config.download_dir, wanted)
+            quant_config.precision = precision.resolve(request, quant_config.format, folder, logger.info, partial=True)
         settled = quant_config.resolve_precision(vllm_config.additional_config)
-        vllm_config.additional_config = precision.with_bits(vllm_config.additional_config, settled.bits)
+        vllm_config.additional_config = precision.with_precision(vllm_config.additional_config, settled)
     elif not _has_matquant_draft(vllm_config):
-        for name, value in (("bits", bits), ("activation_bits", activation_bits)):
+        settings = (
+            vllm_config.additional_config.get(precision.SETTINGS_KEY, {}) if request != precision.Request() else {}
+        )
+        for name, value in settings.items():
             if value is not None:
                 found = f"{value} for a model whose quantization is {vllm_config.model_config.quantization}"
                 expected = f"no {name}, or a {QUANT_METHOD} checkpoint"

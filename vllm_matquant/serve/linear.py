@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +28,70 @@ from vllm_matquant.checkpoint.spec import (
 )
 from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.kernels.support import select_kernel
-from vllm_matquant.serve.precision import Precision
+from vllm_matquant.serve.precision import LayerPrecision, Precision
 
 _Setting = TypeVar("_Setting")
 
 _memory = WeightMemory()  # of all layers, on the CPU
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Output partitions that are kept and computed together, see :meth:`LayerPrecision.segments`.
+
+    Attributes:
+        partitions: which.
+        precision: their widths.
+        index: of the segment in its layer.
+    """
+
+    partitions: range
+    precision: LayerPrecision
+    index: int
+
+    @property
+    def planes(self) -> str:
+        return self._name("planes")
+
+    @property
+    def decoders(self) -> str:
+        return self._name("decoders")
+
+    @property
+    def active_width(self) -> str:
+        return self._name("active_width")
+
+    def _name(self, tensor: str) -> str:
+        """The attribute of the layer: the first segment of a layer, mostly its only one, needs no number."""
+        return f"{tensor}_{self.index}" if self.index else tensor
+
+
+class _OfParts:
+    """Makes a parameter of vLLM's hold the rows of some partitions of a fused layer only.
+
+    Attributes:
+        first_rows: where the rows of each of these partitions begin, by where they begin in the whole layer.
+    """
+
+    first_rows: dict[int, int]
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **place: Any) -> None:
+        super().load_merged_column_weight(loaded_weight, **self._moved(place))  # type: ignore[misc]
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **place: Any) -> None:
+        super().load_qkv_weight(loaded_weight, **self._moved(place))  # type: ignore[misc]
+
+    def _moved(self, place: dict[str, Any]) -> dict[str, Any]:
+        return place | {"shard_offset": self.first_rows[place["shard_offset"]]}
+
+
+class _WeightOfParts(_OfParts, ModelWeightParameter): ...
+
+
+class _GroupScaleOfParts(_OfParts, GroupQuantScaleParameter): ...
+
+
+class _ChannelScaleOfParts(_OfParts, ChannelQuantScaleParameter): ...
 
 
 @register_weight_loader_v2_supported_method
@@ -68,7 +129,11 @@ class MatquantLinearMethod(LinearMethodBase):
         self.in_features = input_size_per_partition
         self.output_sizes = list(output_partition_sizes)
         widths = self._same_for_parts("layer_widths", self.format.widths_of)
-        self.precision = self.model_precision.of_layer([widths] * len(self.output_sizes))
+        # Where a layer is already fused in the checkpoint, its one part fills all partitions.
+        partitions = len(self.output_sizes)
+        self.partition_names = self.parts if len(self.parts) == partitions else self.parts[:1] * partitions
+        self.precision = self.model_precision.of_layer(self.partition_names, [widths] * partitions)
+        self.segments = [_Segment(*segment, index) for index, segment in enumerate(self.precision.segments())]
         self.group_size = self._group_size(input_size)
         self.kernel = select_kernel(
             torch.get_default_device(),
@@ -77,26 +142,38 @@ class MatquantLinearMethod(LinearMethodBase):
             self.in_features,
             self.group_size,
         )
-        # Where a layer is already fused in the checkpoint, its one part fills all partitions.
-        partitions = len(self.output_sizes)
-        self.partition_names = self.parts if len(self.parts) == partitions else self.parts[:1] * partitions
         self.arrived: dict[str, set[int]] = {}
 
         # The rank's cut of the layer is a layer of this format, save that its group size follows from the whole layer.
         self.shard_format = dataclasses.replace(
             self.format, widths=widths, group_size=self.group_size, layer_group_sizes={}, layer_widths={}
         )
-        stored = self.shard_format.tensors_of_layer(sum(self.output_sizes), self.in_features, self.parts[0])
-        specs = {name: spec for tensors in stored.values() for name, spec in tensors.items()}
-        for name in self._tensor_names():
-            data = torch.empty(specs[name].shape, dtype=specs[name].dtype)
+        self.owners = self._tensor_owners()
+        for name, partitions_of in self.owners.items():
+            rows = self._rows(partitions_of)
+            stored = self.shard_format.tensors_of_layer(rows, self.in_features, self.parts[0])
+            [spec] = [tensors[name] for tensors in stored.values() if name in tensors]
+            data = torch.empty(spec.shape, dtype=spec.dtype)
             loader = self._recording(name, weight_loader)
-            layer.register_parameter(name, self._parameter(data, loader))
-        active_widths = torch.tensor(self.precision.active_widths, dtype=torch.int32)
-        layer.register_buffer("active_width", active_widths, persistent=False)
+            layer.register_parameter(name, self._parameter(data, partitions_of, loader))
+        self._products = [
+            (
+                segment.planes,
+                segment.decoders,
+                segment.active_width,
+                segment.precision.decoder_widths,
+                self._sizes(segment.partitions),
+            )
+            for segment in self.segments
+        ]
+        for segment in self.segments:
+            active_widths = torch.tensor(segment.precision.active_widths, dtype=torch.int32)
+            layer.register_buffer(segment.active_width, active_widths, persistent=False)
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Replace the disk form by the kernel's: ``planes`` uint8 and ``decoders`` float16 (see kernels.layout).
+
+        Each segment gets its own, the second one ``planes_1`` and ``decoders_1``.
 
         Raises:
             MissingTensorError: a tensor of one of the layer's parts did not come from the checkpoint.
@@ -104,38 +181,53 @@ class MatquantLinearMethod(LinearMethodBase):
         self._check_arrivals()
         device, layout = getattr(layer, WEIGHT_BASE).device, self.kernel.layout
         where = "cpu" if layout.repacks_on_cpu else device
-        disk = {name: getattr(layer, name).data.to(where) for name in self._tensor_names()}
+        disk = {name: getattr(layer, name).data.to(where) for name in self.owners}
         for name in disk:
             delattr(layer, name)
 
-        base, planes = self._slice(disk)
-        widths = self.precision.decoder_widths
-        scales = [disk[scale_name(width)] for width in widths]
-        offsets = [disk[offset_name(width)] for width in widths]
-        decoders = layout.repack_decoders(scales, offsets, self.output_sizes)
-        codes = layout.repack_codes(base, planes, self.output_sizes, widths, _memory)
-        layer.planes = Parameter(codes.to(device), requires_grad=False)
-        if layout.repacks_on_cpu:
-            decoders = _memory.copy(decoders)
-        layer.decoders = Parameter(decoders.to(device), requires_grad=False)
+        for segment in self.segments:
+            own = {name: self._rows_of(segment, tensor, name) for name, tensor in disk.items()}
+            base, planes = self._slice(own, segment.precision.resident_width)
+            widths = segment.precision.decoder_widths
+            scales = [own[scale_name(width)] for width in widths]
+            offsets = [own[offset_name(width)] for width in widths]
+            sizes = self._sizes(segment.partitions)
+            decoders = layout.repack_decoders(scales, offsets, sizes)
+            codes = layout.repack_codes(base, planes, sizes, widths, _memory)
+            setattr(layer, segment.planes, Parameter(codes.to(device), requires_grad=False))
+            if layout.repacks_on_cpu:
+                decoders = _memory.copy(decoders)
+            setattr(layer, segment.decoders, Parameter(decoders.to(device), requires_grad=False))
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.kernel.linear(
-            x,
-            layer.planes,
-            layer.decoders,
-            layer.active_width,
-            self.precision.decoder_widths,
-            self.output_sizes,
-            self.group_size,
-            bias,
-            self.model_precision.activation_bits,
-        )
+        outputs = []
+        first = 0
+        # Plain values alone: torch.compile cannot trace a dataclass with properties.
+        for planes, decoders, active_width, widths, sizes in self._products:
+            last = first + sum(sizes)
+            output = self.kernel.linear(
+                x,
+                getattr(layer, planes),
+                getattr(layer, decoders),
+                getattr(layer, active_width),
+                widths,
+                sizes,
+                self.group_size,
+                None if bias is None else bias[first:last],
+                self.model_precision.activation_bits,
+            )
+            outputs.append(output)
+            first = last
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def predicted_bytes(self) -> int:
         """Bytes that the format predicts for this rank's cut of the layer."""
-        width = self.precision.resident_width
-        return self.shard_format.resident_bytes(sum(self.output_sizes), self.in_features, width)
+        return sum(
+            self.shard_format.resident_bytes(
+                self._rows(segment.partitions), self.in_features, segment.precision.resident_width
+            )
+            for segment in self.segments
+        )
 
     def _group_size(self, input_size: int) -> int:
         """Columns per group in the rank's cut of a layer of ``input_size`` columns."""
@@ -169,25 +261,55 @@ class MatquantLinearMethod(LinearMethodBase):
     def _is_per_channel(self) -> bool:
         return self.format.group_size_setting(self.parts[0]) == "channel"
 
-    def _tensor_names(self) -> list[str]:
-        """The tensors that the layer keeps of each of its parts."""
-        stored_width = self.format.stored_width(self.precision.resident_width)
-        planes = [plane_name(width) for width in range(BASE_BITS + 1, stored_width + 1)]
-        decoders = [name(width) for width in self.precision.decoder_widths for name in (scale_name, offset_name)]
-        return [WEIGHT_BASE, *planes, *decoders]
+    def _tensor_owners(self) -> dict[str, list[int]]:
+        """The tensors that the layer keeps of its parts, and of which partitions it keeps each."""
+        owners: defaultdict[str, list[int]] = defaultdict(list)
+        for segment in self.segments:
+            stored_width = self.format.stored_width(segment.precision.resident_width)
+            planes = [plane_name(width) for width in range(BASE_BITS + 1, stored_width + 1)]
+            widths = segment.precision.decoder_widths
+            decoders = [name(width) for width in widths for name in (scale_name, offset_name)]
+            for name in (WEIGHT_BASE, *planes, *decoders):
+                owners[name] += segment.partitions
+        return dict(owners)
 
-    def _parameter(self, data: torch.Tensor, weight_loader: Callable[..., None]) -> Parameter:
-        """A parameter of vLLM's that cuts ``data``'s tensor for tensor parallelism."""
+    def _sizes(self, partitions: Iterable[int]) -> list[int]:
+        return [self.output_sizes[partition] for partition in partitions]
+
+    def _rows(self, partitions: Iterable[int]) -> int:
+        return sum(self._sizes(partitions))
+
+    def _rows_of(self, segment: _Segment, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The segment's rows of a tensor that holds those of some partitions; none if these are not the segment's."""
+        owners = self.owners[name]
+        start = self._rows(partition for partition in owners if partition < segment.partitions.start)
+        return tensor.narrow(0, start, self._rows(set(owners) & set(segment.partitions)))
+
+    def _parameter(
+        self, data: torch.Tensor, partitions: Sequence[int], weight_loader: Callable[..., None]
+    ) -> Parameter:
+        """A parameter of vLLM's that cuts ``data``'s tensor for tensor parallelism.
+
+        Args:
+            data: the rows of some partitions.
+            partitions: which these are.
+            weight_loader: vLLM's, of the layer.
+        """
         if data.dtype != DECODER_DTYPE:
-            return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
-        if self._is_per_channel():
-            return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=weight_loader)
-        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
+            parameter = _WeightOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
+        elif self._is_per_channel():
+            parameter = _ChannelScaleOfParts(data=data, output_dim=0, weight_loader=weight_loader)
+        else:
+            parameter = _GroupScaleOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
+        parameter.first_rows = {
+            self._rows(range(partition)): self._rows(partitions[:index]) for index, partition in enumerate(partitions)
+        }
+        return parameter
 
     def _recording(self, name: str, weight_loader: Callable[..., None]) -> Callable[..., None]:
         """``weight_loader`` that also notes which partitions of the tensor ``name`` have come."""
         arrived = self.arrived.setdefault(name, set())
-        every = range(len(self.output_sizes))
+        every = self.owners[name]
 
         def load(param: Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             if shard_id is None:  # the layer is not fused, or was already fused in the checkpoint
@@ -205,13 +327,13 @@ class MatquantLinearMethod(LinearMethodBase):
     def _check_arrivals(self) -> None:
         # vLLM reports no missing tensors for quantized models and would serve uninitialized memory.
         for name, arrived in self.arrived.items():
-            for partition, part in enumerate(self.partition_names):
+            for partition in self.owners[name]:
                 if partition not in arrived:
+                    part = self.partition_names[partition]
                     raise MissingTensorError(part, name, "no such tensor among those loaded", "one")
 
-    def _slice(self, disk: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Base and planes of the resident width, cut from what had to be read to make them."""
-        width = self.precision.resident_width
+    def _slice(self, disk: dict[str, torch.Tensor], width: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Base and planes of a width, cut from what had to be read to make them."""
         stored_width = self.format.stored_width(width)
         base = disk[WEIGHT_BASE]
         planes = [disk[plane_name(plane)] for plane in range(BASE_BITS + 1, stored_width + 1)]
@@ -235,7 +357,10 @@ def quantized_layers(model: Module) -> Iterator[tuple[Module, MatquantLinearMeth
 def resident_bytes(model: Module) -> int:
     """Bytes of codes and decoders in the quantized layers of this rank (usable with ``LLM.apply_model``)."""
     return sum(
-        layer.get_parameter(name).nbytes for layer, _ in quantized_layers(model) for name in ("planes", "decoders")
+        layer.get_parameter(name).nbytes
+        for layer, method in quantized_layers(model)
+        for segment in method.segments
+        for name in (segment.planes, segment.decoders)
     )
 
 

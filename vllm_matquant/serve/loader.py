@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import get_lock, maybe_download_from_modelscope
 from vllm.transformers_utils.repo_utils import hf_api
 
-from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, shard_pattern
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
@@ -33,20 +33,21 @@ class MatquantModelLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        self._opened: tuple[Checkpoint, int] | None = None
+        self._opened: tuple[Checkpoint, Widths] | None = None
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         if model_config.quantization != QUANT_METHOD:
             return super().load_model(vllm_config, model_config, prefix)
         quant_config = vllm_config.quant_config
-        bits = quant_config.resolve_precision(vllm_config.additional_config).bits
-        folder = self._fetch(model_config, shard_pattern(quant_config.format.stored_width(bits)))
+        precision = quant_config.resolve_precision(vllm_config.additional_config)
+        stored_width = quant_config.format.stored_width(precision.bits)
+        folder = fetch(model_config, self.load_config.download_dir, ["*.json", shard_pattern(stored_width)])
         # A downloaded checkpoint could not be checked before; a faulty one must not cost an allocation.
-        self._opened = open_checkpoint(folder, bits), bits
+        self._opened = open_checkpoint(folder, precision.widths), precision.widths
         model = super().load_model(vllm_config, model_config, prefix)
         logger.info(
-            "Serving at %d bits with the kernel %s: codes and decoders take %d bytes on this rank, by the format %d",
-            bits,
+            "Serving at %s with the kernel %s: codes and decoders take %d bytes on this rank, by the format %d",
+            f"{precision.bits} bits" if precision.recipe is None else f"a recipe's 2 to {precision.bits} bits",
             ", ".join(sorted({method.kernel.name for _, method in quantized_layers(model)})),
             resident_bytes(model),
             predicted_bytes(model),
@@ -60,25 +61,25 @@ class MatquantModelLoader(DefaultModelLoader):
         if self._opened is None:
             raise RuntimeError(f"{model_config.model}: a matquant model cannot be reloaded in place")
         self.counter_before_loading_weights = time.perf_counter()
-        checkpoint, bits = self._opened
+        checkpoint, widths = self._opened
         check_embeddings(model, checkpoint.layers)
-        yield from checkpoint.tensors(bits)
+        yield from checkpoint.tensors(widths)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
 
-    def _fetch(self, model_config: Any, shards: str) -> Path:
-        """The checkpoint's folder; from a hub, with the JSON files and the ``shards`` that match this glob only."""
-        model, cache = model_config.model, self.load_config.download_dir
-        patterns = ["*.json", shards]
-        model = maybe_download_from_modelscope(model, model_config.revision, cache, allow_patterns=patterns) or model
-        if os.path.isdir(model):
-            return Path(model)
-        with get_lock(model, cache):
-            folder = hf_api().snapshot_download(
-                model,
-                revision=model_config.revision,
-                allow_patterns=patterns,
-                cache_dir=cache,
-                local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
-            )
-        return Path(folder)
+
+def fetch(model_config: Any, cache: str | None, patterns: list[str]) -> Path:
+    """The checkpoint's folder; from a hub, with the files that match these globs only."""
+    model = model_config.model
+    model = maybe_download_from_modelscope(model, model_config.revision, cache, allow_patterns=patterns) or model
+    if os.path.isdir(model):
+        return Path(model)
+    with get_lock(model, cache):
+        folder = hf_api().snapshot_download(
+            model,
+            revision=model_config.revision,
+            allow_patterns=patterns,
+            cache_dir=cache,
+            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
+        )
+    return Path(folder)
