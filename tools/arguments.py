@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, read_recipe
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 _CELL = 9  # characters of a figure
@@ -38,6 +39,30 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_list(text: str) -> tuple[int, ...]:
+    """Parse ``1,2,8``."""
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def float_list(text: str) -> tuple[float, ...]:
+    """Parse ``0.1,2.5``: positive numbers."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected positive numbers such as 0.5,2.5")
+    return numbers
+
+
+def output_folder(text: str) -> Path:
+    """A folder to write, which must not be there yet, or be empty."""
+    path = Path(text)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"found {path}, expected a folder that is not there, or is empty")
+    return path
+
+
 def output_file(text: str) -> Path:
     """A file to write, whose folder must be there before the work begins."""
     path = Path(text)
@@ -57,6 +82,45 @@ def chosen_widths(checkpoint: Checkpoint, asked: Sequence[int] | None) -> Sequen
     for width in widths:
         checkpoint.files_for(width)
     return widths
+
+
+def chosen_slices(checkpoint: Checkpoint, options: argparse.Namespace) -> list[int | Recipe]:
+    """What ``--bits`` and ``--recipes`` ask for, see :func:`chosen_widths` and :func:`chosen_recipes`."""
+    return [*chosen_widths(checkpoint, options.bits), *chosen_recipes(checkpoint, options.recipes)]
+
+
+def add_recipes_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--recipes",
+        metavar="LIST",
+        help=f"recipes to {what} too: names of the checkpoint's, files, or all (its own, but for those of one width)",
+    )
+
+
+def chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[Recipe]:
+    """The recipes of ``--recipes``.
+
+    Raises:
+        CheckpointError: a file is no recipe of this checkpoint, or the folder cannot serve one.
+        ValueError: a name that is neither a recipe of the checkpoint nor a file.
+    """
+    own = {recipe.name: recipe for recipe in checkpoint.recipes}
+    chosen = []
+    if asked == "all":
+        chosen = [recipe for recipe in own.values() if len(set(recipe.widths.values())) > 1]
+    elif asked is not None:
+        for name in asked.split(","):
+            if name in own:
+                chosen.append(own[name])
+            elif Path(name).is_file():
+                chosen.append(read_recipe(Path(name), checkpoint.format, checkpoint.layers))
+            else:
+                raise ValueError(
+                    f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}"
+                )
+    for recipe in chosen:
+        checkpoint.files_for(recipe.widths)
+    return chosen
 
 
 def headings(columns: Sequence[str]) -> str:

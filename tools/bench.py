@@ -19,13 +19,24 @@ from typing import Any
 # what they do where nothing is set, and so in a server.
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
-from arguments import chosen_widths, figures, headings, output_file, positive, width_list
+from arguments import (
+    add_recipes_argument,
+    chosen_slices,
+    figures,
+    headings,
+    output_file,
+    positive,
+    positive_list,
+    width_list,
+)
 from bench_kernel import BATCHES, PEERS, SHAPES, Settings, bench_kernel, plot_kernel
 from bench_kernel import COLUMNS as KERNEL_COLUMNS
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.spec import CONFIG_FILE, WIDTHS
+from vllm_matquant.quantize.evaluate import label
 from vllm_matquant.serve.precision import ACTIVATION_BITS
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -52,8 +63,8 @@ class Load:
     activation_bits: int | None = None
 
 
-def serve_one_width(folder: Path, bits: int | None, load: Load) -> dict[str, Any]:
-    """Serve one width in this process, or a model that is not quantized, and measure it.
+def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, Any]:
+    """Serve a width or a recipe in this process, or (None) a model that is not quantized, and measure it.
 
     Returns:
         A row of ``bench serve``, with the greedy ``answer`` to the prompt beside it.
@@ -68,7 +79,12 @@ def serve_one_width(folder: Path, bits: int | None, load: Load) -> dict[str, Any
     from vllm_matquant.serve.linear import resident_bytes
 
     start = time.perf_counter()
-    settings = {} if bits is None else {"matquant": {"bits": bits, "activation_bits": load.activation_bits}}
+    named: dict[str, Any] = {"bits": UNQUANTIZED_BITS}
+    settings = {}
+    if part is not None:
+        named = label(part, open_checkpoint(folder, check_values=False))
+        widths = {"recipe": dict(part.widths)} if isinstance(part, Recipe) else {"bits": part}
+        settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     llm = LLM(
         str(folder),
@@ -96,8 +112,7 @@ def serve_one_width(folder: Path, bits: int | None, load: Load) -> dict[str, Any
         answer = llm.chat([{"role": "user", "content": load.prompt}], greedy, use_tqdm=False)[0].outputs[0].text
     elif has_tokenizer:
         answer = llm.generate([load.prompt], greedy, use_tqdm=False)[0].outputs[0].text
-    return {
-        "bits": UNQUANTIZED_BITS if bits is None else bits,
+    return named | {
         "output_tokens_per_s": generated / seconds,
         "resident_bytes": sum(llm.apply_model(resident_bytes)),
         "load_seconds": load_seconds,
@@ -108,13 +123,13 @@ def serve_one_width(folder: Path, bits: int | None, load: Load) -> dict[str, Any
 
 
 def bench_serve(
-    folder: Path, widths: Sequence[int], load: Load, reference: Path | None = None
+    folder: Path, slices: Sequence[int | Recipe], load: Load, reference: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of ``bench serve``, each from an engine in a process of its own; that of the reference comes first."""
     models = [(reference, None)] if reference else []
-    for model, bits in [*models, *((folder, width) for width in widths)]:
+    for model, part in [*models, *((folder, part) for part in slices)]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            yield pool.submit(serve_one_width, model, bits, load).result()
+            yield pool.submit(serve_one, model, part, load).result()
 
 
 def bench_llama_cpp(python: Path, folder: Path, output_tokens: int, threads: int) -> list[dict[str, Any]]:
@@ -143,7 +158,7 @@ def plot_serving(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Tokens per second and resident megabytes against the width (needs matplotlib)."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.get("bits") in WIDTHS]  # neither the reference nor peers
+    rows = [row for row in rows if row.get("bits") in WIDTHS and "recipe" not in row]  # neither reference nor peers
     figure = Figure(figsize=(6, 4), layout="constrained")
     speed = figure.subplots()
     bits = [row["bits"] for row in rows]
@@ -170,11 +185,6 @@ def shape_list(text: str) -> tuple[tuple[int, int], ...]:
             expected = f"some of {', '.join(SHAPES)} or N x K with K a multiple of 8, such as 4096x11008"
             raise argparse.ArgumentTypeError(f"found {part!r}, expected {expected}")
     return tuple(dict.fromkeys(shapes))
-
-
-def positive_list(text: str) -> tuple[int, ...]:
-    """Parse ``1,2,8``."""
-    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
 def peer_list(text: str) -> tuple[str, ...]:
@@ -262,6 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("folder", metavar="DIR", type=Path, help="folder of the nested checkpoint")
     serve.add_argument("--bits", type=width_list, help="widths to measure; default: all that the folder can serve")
+    add_recipes_argument(serve, "measure")
     serve.add_argument("--batch", type=positive, default=1, help="requests at a time (default: %(default)s)")
     serve.add_argument(
         "--output-tokens", type=positive, default=64, help="tokens to generate for each request (default: %(default)s)"
@@ -284,13 +295,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_serve(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.folder, check_values=False)
-    widths = chosen_widths(checkpoint, options.bits)
+    slices = chosen_slices(checkpoint, options)
     print(headings(COLUMNS))
     rows = []
     load = Load(options.batch, options.output_tokens, options.prompt, options.activation_bits)
-    for row in bench_serve(options.folder, widths, load, options.reference):
+    for row in bench_serve(options.folder, slices, load, options.reference):
         rows.append(row)
-        print(figures(row, COLUMNS), flush=True)
+        print(figures(row, COLUMNS), row.get("recipe", ""), flush=True)
     if options.llama_cpp:
         import torch
 

@@ -1,4 +1,4 @@
-"""Perplexity of each width of a nested checkpoint on a text, and its KL divergence from the model it was made from."""
+"""Perplexity of a nested checkpoint's widths and recipes on a text, and KL divergence from the model it comes from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import chosen_widths, figures, headings, output_file, positive, width_list
+from arguments import (
+    add_recipes_argument,
+    chosen_slices,
+    figures,
+    headings,
+    output_file,
+    positive,
+    width_list,
+)
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -25,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", required=True, metavar="MODEL", help="the source model: a folder or a hub name")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text that calibration never saw")
     parser.add_argument("--bits", type=width_list, help="widths to evaluate; default: all that the folder can serve")
+    add_recipes_argument(parser, "evaluate")
     parser.add_argument(
         "--samples", type=positive, default=16, help="windows, spread evenly over the text (default: %(default)s)"
     )
@@ -46,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         checkpoint = open_checkpoint(options.folder)
-        widths = chosen_widths(checkpoint, options.bits)
+        slices = chosen_slices(checkpoint, options)
         reference = locate(options.reference)
         tokens = text_windows(
             read_text(options.text),
@@ -54,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples=options.samples,
             sequence_length=options.sequence_length,
         )
-        rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, widths, options.activation_bits))
+        rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, slices, options.activation_bits))
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(headings(COLUMNS))
     for row in rows:
-        print(figures(row, COLUMNS))
+        print(figures(row, COLUMNS), row.get("recipe", ""))
     if options.json:
         publish_json(options.json, rows)
     return 0

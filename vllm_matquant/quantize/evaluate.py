@@ -14,7 +14,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.reader import Checkpoint, Widths
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits
 from vllm_matquant.kernels.reference import dequantize, round_activations
 
 _BATCH_TOKENS = 2048
@@ -45,33 +46,50 @@ def evaluate(
     checkpoint: Checkpoint,
     reference: Path,
     tokens: torch.Tensor,
-    widths: Sequence[int],
+    slices: Sequence[int | Recipe],
     activation_bits: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Compare each width of a nested checkpoint with the reference, see :func:`compare`.
+    """Compare widths and recipes of a nested checkpoint with the reference, see :func:`compare`.
 
     Args:
         checkpoint: the nested checkpoint.
         reference: folder of the source model.
         tokens: int64 [samples, sequence_length].
-        widths: to compare.
+        slices: widths and recipes to compare.
         activation_bits: round what quantized layers read as the kernels do, 8 or 16; by default not at all.
 
     Yields:
-        For each width ``bits``, the figures of :func:`compare` and ``bits_per_weight`` (codes and decoder).
+        For each width ``bits``, the figures of :func:`compare` and ``bits_per_weight`` (codes and decoder). A recipe's
+        ``bits`` are the average of its widths, and its name stands as ``recipe``.
 
     Raises:
         ValueError: the reference does not have the checkpoint's layers.
     """
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
-    slices = ((f"{width} bits", slice_weights(checkpoint, width)) for width in widths)
+    served = {_name(part): part.widths if isinstance(part, Recipe) else part for part in slices}
+    weights_of = ((name, slice_weights(checkpoint, widths)) for name, widths in served.items())
     group_sizes = {
         layer: checkpoint.format.group_size_of(columns, layer) for layer, (_, columns) in checkpoint.layers.items()
     }
     rounding = partial(_round_inputs, group_sizes, activation_bits) if activation_bits else None
-    compared = compare(reference, tokens, checkpoint.layers, slices, rounding)
-    for width, quality in zip(widths, compared, strict=True):
-        yield {"bits": width} | quality | {"bits_per_weight": 8 * checkpoint.resident_bytes(width) / weights}
+    compared = compare(reference, tokens, checkpoint.layers, weights_of, rounding)
+    for part, quality in zip(slices, compared, strict=True):
+        yield (
+            label(part, checkpoint)
+            | quality
+            | {"bits_per_weight": 8 * checkpoint.resident_bytes(served[_name(part)]) / weights}
+        )
+
+
+def label(part: int | Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What rows of figures call a width or a recipe: ``bits`` and, of a recipe, its name as ``recipe``."""
+    if isinstance(part, Recipe):
+        return {"bits": average_bits(part.widths, checkpoint.layers), "recipe": part.name}
+    return {"bits": part}
+
+
+def _name(part: int | Recipe) -> str:
+    return part.name if isinstance(part, Recipe) else f"{part} bits"
 
 
 @torch.no_grad()
@@ -145,9 +163,9 @@ def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: P
             module.register_forward_pre_hook(rounding(group_sizes[name]))
 
 
-def slice_weights(checkpoint: Checkpoint, width: int) -> LayerWeights:
-    """The decoded ``width``-bit weights of a nested checkpoint, layer by layer."""
-    for layer in checkpoint.layers:
+def slice_weights(checkpoint: Checkpoint, widths: Widths) -> LayerWeights:
+    """The decoded weights of a nested checkpoint at its ``widths``, layer by layer."""
+    for layer, width in checkpoint.layer_widths(widths).items():
         scale, offset = checkpoint.decoder(layer, width)
         yield layer, dequantize(checkpoint.codes(layer, width), scale, offset)
 

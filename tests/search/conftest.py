@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serve.tiny_models import VOCABULARY, write_checkpoint
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.search.sliced import SlicedModel
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny random Llama; one of its layers has widths of its own."""
+    format = Format(group_size=32, layer_widths={"model.layers.1.mlp.down_proj": (3, 6)})
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("search") / "llama", "llama", format))
+
+
+@pytest.fixture(scope="session")
+def new_model(checkpoint: Checkpoint) -> Callable[[], SlicedModel]:
+    return lambda: SlicedModel(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.folder

@@ -1,0 +1,342 @@
+"""Search the recipe, a width for each layer, of least divergence within a budget, and put it into the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import figures, headings, output_file, positive
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
+from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
+from vllm_matquant.checkpoint.spec import INDEX_FILE
+from vllm_matquant.quantize.calibration import Calibration, held_out_text, load_calibration, sample_windows
+from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
+from vllm_matquant.search.journal import Journal
+from vllm_matquant.search.law import Law, read_law
+from vllm_matquant.search.planner import METHODS, Planner, Step, check_within
+from vllm_matquant.search.shapes import SHAPES, shape_widths
+from vllm_matquant.search.sliced import SlicedModel
+
+STATE_FOLDER = ".matquant-search"
+COLUMNS = ("average_bits", "resident_bytes", "kl", "passes", "seconds")
+_NAME_COLUMNS = 24
+_EPILOG = """
+A budget is an average width (2.5), a size of all weights (90MiB), or the time of all quantized layers for one token
+on this machine (6ms). For each the recipe lies in DIR/recipes afterwards, beside recipes of the plain widths that say
+what those lose on the same text: `vllm serve DIR --bits 2.5` and `--memory 90MiB` choose among them.
+
+A search that was cut off goes on with --resume, to the same recipes. The default way needs about as long as 100 runs
+of the model over the text for the sensitivities, once, and 4 runs for each step of each budget.
+"""
+
+
+def budget_list(text: str) -> tuple[Budget, ...]:
+    """Parse ``2.25,2.5,90MiB``."""
+    try:
+        budgets = tuple(parse_budget(part) for part in text.split(","))
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if len({budget.name for budget in budgets}) < len(budgets):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected each budget once")
+    return budgets
+
+
+def shape_list(text: str) -> tuple[str, ...]:
+    """Parse ``pyramid,increasing`` or ``all``."""
+    names = tuple(SHAPES) if text == "all" else tuple(text.split(","))
+    if not set(names) <= set(SHAPES):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected some of {', '.join(SHAPES)}, or all")
+    return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the nested checkpoint")
+    parser.add_argument(
+        "--budget",
+        type=budget_list,
+        required=True,
+        metavar="LIST",
+        help="such as 2.5,3 (bits per weight), 90MiB (all weights) or 6ms (all quantized layers, one token)",
+    )
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="measure divergence from this source model; default: from the widest slice"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="hf:NAME|FILE.txt|FILE.jsonl",
+        help="text to measure on, another one than the checkpoint was made with; default: a part of Python's reference "
+        "that quantize.py leaves out",
+    )
+    parser.add_argument("--text-column", default="text", help="its field in JSON lines or a data set")
+    parser.add_argument("--samples", type=positive, default=32, help="windows of it (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens of each (default: %(default)s)")
+    parser.add_argument(
+        "--sensitivity-samples",
+        type=positive,
+        default=256,
+        help="windows of 128 tokens from which each layer's sensitivity is estimated (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="program: integer programs on measured sensitivities; evolution: EvoPress; both: evolution from the "
+        "programs' result (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=8, help="programs after the first one (default: %(default)s)")
+    parser.add_argument("--generations", type=positive, default=25, help="of evolution (default: %(default)s)")
+    parser.add_argument("--offspring", type=positive, default=16, help="of each generation (default: %(default)s)")
+    parser.add_argument(
+        "--shapes",
+        type=shape_list,
+        default=(),
+        metavar="LIST",
+        help=f"also measure MatQuant's hand-made recipes: some of {', '.join(SHAPES)}, or all",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda (default: %(default)s)")
+    parser.add_argument("--law", type=Path, metavar="LAW.json", help="print what this scaling law predicts beside it")
+    parser.add_argument("--resume", action="store_true", help="go on with a search of these settings that was cut off")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write every step there (JSON)")
+    return parser
+
+
+def layer_milliseconds(checkpoint: Checkpoint) -> Costs:
+    """Measured time of each layer at each width for one token on this machine; equal layers share a measurement."""
+    from bench_kernel import Settings, bench_kernel
+
+    format = checkpoint.format
+    shapes = {layer: (shape, format.group_size_of(shape[1], layer)) for layer, shape in checkpoint.layers.items()}
+    widths = sorted({width for layer in shapes for width in format.widths_of(layer)})
+    seconds: dict[Any, dict[int, float]] = {}
+    for shape, group_size in tqdm(sorted(set(shapes.values())), desc="milliseconds", unit="shape"):
+        settings = Settings([shape], [1], widths, [torch.get_num_threads()], group_size)
+        seconds[shape, group_size] = {row["bits"]: 1e3 * row["seconds"] for row in bench_kernel(settings)}
+    return {layer: {width: seconds[key][width] for width in format.widths_of(layer)} for layer, key in shapes.items()}
+
+
+class Search:
+    """One run of this program: what was asked for, and what comes of it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.checkpoint = open_checkpoint(options.folder)
+        missing = sorted(set(self.checkpoint.format.widths) - set(self.checkpoint.servable_widths))
+        if missing:
+            raise ValueError(
+                f"{options.folder}: found no files of {missing} bits, expected those of all offered widths"
+            )
+        self.law: Law | None = read_law(options.law) if options.law else None
+        self.reference = locate(options.reference) if options.reference else None
+        tokenizer = load_tokenizer(self.reference or options.folder)
+
+        def windows(samples: int, length: int) -> Calibration:
+            if options.calibration is None:
+                # Not the text that decoders were trained on: there the plain widths lose less than elsewhere.
+                return sample_windows(
+                    held_out_text(),
+                    "held-out part of the built-in text",
+                    tokenizer,
+                    samples=samples,
+                    sequence_length=length,
+                    seed=options.seed,
+                )
+            return load_calibration(
+                options.calibration,
+                tokenizer,
+                samples=samples,
+                sequence_length=length,
+                seed=options.seed,
+                text_column=options.text_column,
+            )
+
+        self.calibration = windows(options.samples, options.sequence_length)
+        self.sensitivity = windows(options.sensitivity_samples, 128)
+        self.milliseconds: Costs | None = None
+        self.start = time.monotonic()
+
+    def settings(self) -> dict[str, Any]:
+        """All that the measurements depend on."""
+        index = (self.options.folder / INDEX_FILE).read_bytes()
+        config = self.checkpoint.format.to_dict() | {"recipes": []}
+        state = {
+            "checkpoint": hashlib.sha256(index + json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "bytes": self.checkpoint.resident_bytes(self.checkpoint.format.max_width),
+            "reference": self.reference.name if self.reference else None,
+            "calibration": self.calibration.source,
+            "sensitivity": self.sensitivity.source,
+            "seed": self.options.seed,
+            "device": self.options.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        return state
+
+    def run(self) -> list[dict[str, Any]]:
+        options, checkpoint = self.options, self.checkpoint
+        timed = any(budget.kind == "ms" for budget in options.budget)
+        path = None if options.dry_run else options.folder / STATE_FOLDER / "journal.jsonl"
+        if not timed:
+            self.check_budgets()  # before anything is written
+        journal = Journal(path, self.settings(), resume=options.resume)
+        if timed:
+            # In the journal: a resumed search must use the times of the first run, and they differ from run to run.
+            measured = journal.measure("milliseconds", lambda: (layer_milliseconds(checkpoint), 0))
+            self.milliseconds = {layer: {int(w): ms for w, ms in own.items()} for layer, own in measured.items()}
+        costs = self.check_budgets()
+        if options.dry_run:
+            for budget, (table, limit) in costs.items():
+                least, most = (sum(pick(own.values()) for own in table.values()) / limit for pick in (min, max))
+                print(
+                    f"{budget.name}: the layers take {least:.0%} of it at their narrowest, {most:.0%} at their widest"
+                )
+            return []
+        source = AutoModelForCausalLM.from_pretrained(self.reference, dtype=torch.bfloat16) if self.reference else None
+        planner = Planner(
+            SlicedModel(checkpoint, source, device=options.device),
+            self.calibration.tokens,
+            self.sensitivity.tokens,
+            journal,
+            options.seed,
+            _Bar(),
+        )
+        rows, recipes = [], []
+        print(" " * _NAME_COLUMNS + headings(COLUMNS), flush=True)
+        for width in checkpoint.format.widths:
+            widths = checkpoint.layer_widths(width)
+            recipes.append(self.recipe(UNIFORM.format(width), widths, planner.kl(widths)))
+            rows.append(self.row(recipes[-1].name, "uniform", widths, recipes[-1].kl or 0.0, journal.passes))
+            self.show(rows[-1])
+        for budget, (table, limit) in costs.items():
+            name = f"{budget.name}-bits" if budget.kind == "bits" else budget.name
+            for shape in options.shapes:
+                widths = shape_widths(shape, table, limit)
+                recipes.append(self.recipe(f"{shape}-{name}", widths, planner.kl(widths)))
+                rows.append(self.row(recipes[-1].name, "shape", widths, recipes[-1].kl or 0.0, journal.passes))
+                self.show(rows[-1])
+            best: Step | None = None
+            for step in self.steps(planner, table, limit):
+                check_within(step.widths, table, limit)
+                if best is None or step.kl <= best.kl:
+                    best = step
+                rows.append(self.row(name, step.what, step.widths, step.kl, step.passes))
+                self.show(rows[-1])
+            assert best is not None
+            recipes.append(self.recipe(name, best.widths, best.kl, budget))
+            self.compare(budget, best)
+        add_recipes(checkpoint, recipes)
+        journal.remove()
+        return rows
+
+    def check_budgets(self) -> dict[Budget, tuple[Costs, float]]:
+        """What layers cost and may cost, for each budget.
+
+        Raises:
+            BudgetError: a budget is less than the narrowest widths cost.
+        """
+        costs = {budget: budget.costs(self.checkpoint, self.milliseconds) for budget in self.options.budget}
+        for budget, (table, limit) in costs.items():
+            check_feasible(budget, table, limit)
+        return costs
+
+    def steps(self, planner: Planner, costs: Costs, limit: float) -> Iterator[Step]:
+        options = self.options
+        last = None
+        if options.method in ("program", "both"):
+            for last in planner.program(costs, limit, options.steps):
+                yield last
+        if options.method in ("evolution", "both"):
+            start = last.widths if last else None
+            yield from planner.evolution(costs, limit, options.generations, options.offspring, start)
+
+    def recipe(self, name: str, widths: dict[str, int], kl: float, budget: Budget | None = None) -> Recipe:
+        origin = {
+            "reference": self.reference.name if self.reference else "widest slice",
+            "calibration": self.calibration.source,
+        }
+        if budget is not None:
+            origin |= {"budget": budget.name, "method": self.options.method, "seed": self.options.seed}
+        return Recipe(name, widths, kl, origin)
+
+    def row(self, name: str, what: str, widths: dict[str, int], kl: float, passes: int) -> dict[str, Any]:
+        layers = self.checkpoint.layers
+        return {
+            "name": name,
+            "what": what,
+            "average_bits": average_bits(widths, layers),
+            "resident_bytes": resident_bytes(widths, self.checkpoint.format, layers),
+            "kl": kl,
+            "passes": passes,
+            "evaluations": passes / self.calibration.tokens.numel(),
+            "seconds": round(time.monotonic() - self.start, 1),
+        }
+
+    def show(self, row: dict[str, Any]) -> None:
+        what = row["name"] if row["what"] in ("uniform", "shape") else f"{row['name']} {row['what']}"
+        tqdm.write(f"{what:<{_NAME_COLUMNS}}" + figures(row, COLUMNS))
+        sys.stdout.flush()
+
+    def compare(self, budget: Budget, best: Step) -> None:
+        """Say what the scaling law expects, where one is given."""
+        average = average_bits(best.widths, self.checkpoint.layers)
+        if self.law is None:
+            return
+        weights = sum(map(math.prod, self.checkpoint.layers.values()))
+        sizes = {
+            self.checkpoint.format.group_size_of(columns, layer)
+            for layer, (_, columns) in self.checkpoint.layers.items()
+        }
+        predicted = self.law.predict_for_budget(average, weights, sum(sizes) / len(sizes))
+        tqdm.write(
+            f"{budget.name}: the scaling law predicts {predicted:.3g} nats for a random mix of {average:.4g} bits; "
+            f"measured {best.kl:.3g}"
+        )
+
+
+class _Bar:
+    """A progress bar with the time that is left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=what, unit="window")
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        rows = Search(options).run()
+        if options.json and not options.dry_run:
+            publish_json(options.json, rows)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""Train a small Llama on a text: a model of a size of one's own, for scaling laws and tests, with no download.
+
+The tokenizer, byte-level BPE, is trained on the same text. A twentieth of the text, at its end, is not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from arguments import output_folder, positive
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from vllm_matquant.quantize.calibration import read_text
+
+HELD_OUT = 1 / 20  # of the text
+WARM_UP = 0.05  # of the steps
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.split("\n"), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train, and write model and tokenizer to a folder.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    torch.manual_seed(options.seed)
+    text = "\n\n".join(read_text(path) for path in options.text)
+    split = int(len(text) * (1 - HELD_OUT))
+    tokenizer = train_tokenizer(text[:split], options.vocabulary)
+    ids, held_out = (torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in (text[:split], text[split:]))
+    length = options.sequence_length
+    if len(held_out) < length:
+        raise ValueError(f"text: found {len(held_out)} tokens that are not trained on, expected at least {length}")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=3 * options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64,
+        num_key_value_heads=options.hidden_size // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    bar = trange(options.steps, desc="training", unit="step")
+    for _ in bar:
+        starts = torch.randint(len(ids) - length, (options.batch,))
+        batch = torch.stack([ids[start : start + length] for start in starts])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix_str(f"loss {float(loss):.3f}")
+    windows = held_out[: len(held_out) // length * length].view(-1, length)[:64]
+    with torch.no_grad():
+        loss = float(model(windows, labels=windows).loss)
+    model.to(torch.bfloat16).save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    weights = sum(
+        module.weight.numel() for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )  # fmt: skip
+    print(f"{options.output}: {weights:,} weights in linear layers, held-out perplexity {math.exp(loss):.2f}")
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+
+def heads(text: str) -> int:
+    """A hidden size that heads of 64 divide."""
+    size = positive(text)
+    if size % 64:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a multiple of 64")
+    return size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts to train on (UTF-8)")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="a folder that is not there")
+    parser.add_argument("--hidden-size", type=heads, default=256, help="default: %(default)s")
+    parser.add_argument("--layers", type=positive, default=6, help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=positive, default=4096, help="tokens to learn (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=1000, help="default: %(default)s")
+    parser.add_argument("--batch", type=positive, default=16, help="windows of a step (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=positive, default=128, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and windows (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        train(options)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""A model in memory whose layers change their widths in place: what every candidate of a search is measured on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.spec import PARENT_BITS
+from vllm_matquant.kernels.reference import dequantize
+
+REFERENCE = 0  # what stands for a width where a layer has the weights of the model to compare with
+_BATCH_TOKENS = 2048
+
+
+class SlicedModel:
+    """transformers' model of a checkpoint, with the codes of all its layers beside it.
+
+    To change a layer's width takes the time that it takes to decode it; nothing is read from the disk.
+
+    Attributes:
+        layers: names of the quantized layers, in the model's order.
+        passes: tokens that went through the model so far, those of a backward pass counted twice more.
+
+    Args:
+        checkpoint: with every width on the disk.
+        source: the model that was quantized, to measure divergence from; None for the widest slices.
+        dtype: of weights and activations; products are summed in float32.
+        device: of all that is computed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: PreTrainedModel | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+    ) -> None:
+        self._format = checkpoint.format
+        self._device = torch.device(device)
+        self.layers = list(checkpoint.layers)
+        self.passes = 0
+        self._codes, self._decoders = {}, {}
+        for layer in self.layers:
+            widths = self.widths_of(layer)
+            stored = self._format.stored_width(widths[-1])
+            codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
+            self._codes[layer] = codes.to(self._device)
+            for width in widths:
+                scale, offset = checkpoint.decoder(layer, width)
+                self._decoders[layer, width] = scale.to(self._device), offset.to(self._device)
+        self.model = _build(checkpoint, source).to(dtype).to(self._device).eval().requires_grad_(False)
+        parameters = dict(self.model.named_parameters())
+        self._weights = {layer: parameters[f"{layer}.weight"] for layer in self.layers}
+        self._reference = None
+        if source is not None:
+            self._reference = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
+        self._current = dict.fromkeys(self.layers, REFERENCE)
+        self.set(dict.fromkeys(self.layers, REFERENCE))
+
+    def weights_of(self, layer: str) -> int:
+        """How many weights a layer has."""
+        return self._weights[layer].numel()
+
+    def widths_of(self, layer: str) -> tuple[int, ...]:
+        """The widths that a layer can have, ascending."""
+        return self._format.widths_of(layer)
+
+    def decode(self, layer: str, width: int) -> torch.Tensor:
+        """A layer's weight at a width, or at ``REFERENCE``: float [out_features, in_features]."""
+        if width == REFERENCE:
+            if self._reference is not None:
+                return self._reference[layer]
+            width = self.widths_of(layer)[-1]
+        codes = slice_codes(self._codes[layer], PARENT_BITS, width, self._format.slicing)
+        return dequantize(codes, *self._decoders[layer, width])
+
+    @torch.no_grad()
+    def set(self, widths: Mapping[str, int]) -> None:
+        """Give layers their widths, each one that the layer has or ``REFERENCE``; those not named keep theirs."""
+        for layer, width in widths.items():
+            if self._current[layer] != width or self._current[layer] == REFERENCE:
+                self._weights[layer].copy_(self.decode(layer, width))
+                self._current[layer] = width
+
+    def batches(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Windows as many at a time as go through the model at once."""
+        return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the model says of each following token: float32 [windows, length - 1, vocabulary]."""
+        self.passes += tokens.numel()
+        logits: torch.Tensor = self.model(tokens.to(self._device), use_cache=False).logits
+        return logits[:, :-1].float()
+
+    def gradients(self, loss: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The derivative of ``loss``, computed from :meth:`logits` of ``tokens``, by each layer's weight."""
+        self.passes += 2 * tokens.numel()
+        found = torch.autograd.grad(loss, [self._weights[layer] for layer in self.layers])
+        return dict(zip(self.layers, found, strict=True))
+
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Within, :meth:`gradients` is possible; what goes through the model takes more memory then."""
+        for weight in self._weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in self._weights.values():
+                weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def products(self, layer: str, directions: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Products of directions with what a layer's weight at each of its widths differs by from ``REFERENCE``.
+
+        Args:
+            layer: its name.
+            directions: float32 [count, weights of the layer].
+
+        Returns:
+            For each width float32 [count].
+        """
+        reference = self.decode(layer, REFERENCE).float()
+        return {
+            width: directions @ (self.decode(layer, width) - reference).flatten() for width in self.widths_of(layer)
+        }
+
+
+def _build(checkpoint: Checkpoint, source: PreTrainedModel | None) -> PreTrainedModel:
+    if source is not None:
+        return source
+    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
+    model.tie_weights()
+    return model
