@@ -22,7 +22,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
 from vllm_matquant.checkpoint.spec import INDEX_FILE
-from vllm_matquant.quantize.calibration import Calibration, held_out_text, load_calibration, sample_windows
+from vllm_matquant.quantize.calibration import Calibration, load_calibration
 from vllm_matquant.quantize.source import load_tokenizer, locate
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
 from vllm_matquant.search.journal import Journal
@@ -81,8 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="hf:NAME|FILE.txt|FILE.jsonl",
-        help="text to measure on, another one than the checkpoint was made with; default: a part of Python's reference "
-        "that quantize.py leaves out",
+        help="text to measure on, as varied as what the model shall do; default: that of quantize.py",
     )
     parser.add_argument("--text-column", default="text", help="its field in JSON lines or a data set")
     parser.add_argument("--samples", type=positive, default=32, help="windows of it (default: %(default)s)")
@@ -149,16 +148,6 @@ class Search:
         tokenizer = load_tokenizer(self.reference or options.folder)
 
         def windows(samples: int, length: int) -> Calibration:
-            if options.calibration is None:
-                # Not the text that decoders were trained on: there the plain widths lose less than elsewhere.
-                return sample_windows(
-                    held_out_text(),
-                    "held-out part of the built-in text",
-                    tokenizer,
-                    samples=samples,
-                    sequence_length=length,
-                    seed=options.seed,
-                )
             return load_calibration(
                 options.calibration,
                 tokenizer,

@@ -77,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.set_postfix_str(f"loss {float(loss):.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
     windows = held_out[: len(held_out) // length * length].view(-1, length)[:64]
     with torch.no_grad():
         loss = float(model(windows, labels=windows).loss)

@@ -64,26 +64,10 @@ def load_calibration(
         CalibrationError: no such file, a line without text, a text with too few tokens, or no ``datasets`` package.
         OSError: the text cannot be read.
     """
-    characters = samples * sequence_length * _CHARACTERS_PER_TOKEN * _MARGIN
-    text = "\n\n".join(_documents(source, characters, text_column))
-    name = source or "built-in text"
-    return sample_windows(text, name, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
-
-
-def sample_windows(
-    text: str, name: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int, seed: int
-) -> Calibration:
-    """Tokenize a text and take windows at random places, see :func:`load_calibration`.
-
-    Args:
-        text: the text.
-        name: what to call it.
-
-    Raises:
-        CalibrationError: it has too few tokens.
-    """
     wanted = samples * sequence_length
+    text = "\n\n".join(_documents(source, wanted * _CHARACTERS_PER_TOKEN * _MARGIN, text_column))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    name = source or "built-in text"
     if len(ids) < wanted:
         raise CalibrationError(
             f"{name}: found {len(ids):,} tokens, expected at least {wanted:,} ({samples} x {sequence_length}). "
