@@ -1,4 +1,4 @@
-"""From a real model to tokens at several widths: fetch, quantize, evaluate, serve, and show it all in one table."""
+"""From a real model to tokens at several widths: fetch, quantize, search, evaluate, serve, and show it all at once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import fetch_model
+import plot
 import quantize
-from bench import PROMPT, Load, bench_serve
+import search
+from bench import PROMPT, UNQUANTIZED_BITS, Load, bench_serve
 
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.quantize.calibration import read_text
 from vllm_matquant.quantize.evaluate import evaluate, text_windows
 from vllm_matquant.quantize.source import load_tokenizer
 
 WIDTHS = (8, 6, 4, 3, 2)
+BUDGETS = (3.5, 2.5)
+# A small part of what a search takes by default: some tens of seconds.
+SEARCH = ("--samples", "8", "--sequence-length", "256", "--sensitivity-samples", "96", "--steps", "2")
 FOLDER = fetch_model.CACHE / "demo"
 GROUP_SIZE = 64  # 576, this model's hidden size, is no multiple of 128
 COLUMNS = {
-    "bits": ("width", "{:d}"),
+    "bits": ("bits", "{:.3g}"),
     "bits_per_weight": ("bits/weight", "{:.2f}"),
     "resident_megabytes": ("resident MB", "{:.1f}"),
     "output_tokens_per_s": ("tokens/s", "{:.1f}"),
@@ -45,14 +51,35 @@ def nested_checkpoint(model: Path, folder: Path) -> Path:
     return folder
 
 
+def add_recipes(model: Path, nested: Path) -> None:
+    """Search the recipes of the budgets, unless the checkpoint has them."""
+    wanted = [f"{budget}-bits" for budget in BUDGETS]
+    if not set(wanted) <= {recipe.name for recipe in open_checkpoint(nested).recipes}:
+        print(f"searching recipes of {', '.join(map(str, BUDGETS))} bits on average", flush=True)
+        search.main([str(nested), "--budget", ",".join(map(str, BUDGETS)), "--reference", str(model), *SEARCH])
+
+
 def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
-    """Quality and speed of each width."""
+    """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
     tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
-    quality = list(evaluate(open_checkpoint(nested), model, tokens, WIDTHS))
+    checkpoint = open_checkpoint(nested)
+    recipes = {recipe.name: recipe for recipe in checkpoint.recipes}
+    slices: list[int | Recipe] = [*WIDTHS, *(recipes[f"{budget}-bits"] for budget in BUDGETS)]
+    quality = list(evaluate(checkpoint, model, tokens, slices))
     rows = []
-    for measured, served in zip(quality, bench_serve(nested, WIDTHS, Load()), strict=True):
-        print(f"served {served['bits']} bits", flush=True)
+    reference, *speeds = bench_rows(model, nested, slices)
+    for measured, served in zip(quality, speeds, strict=True):
         rows.append(measured | served | {"resident_megabytes": served["resident_bytes"] / 1e6})
+    return [*sorted(rows, key=lambda row: -row["bits"]), reference]
+
+
+def bench_rows(model: Path, nested: Path, slices: Sequence[int | Recipe]) -> list[dict[str, Any]]:
+    """The rows of ``bench serve``, each said when it is there."""
+    rows = []
+    for row in bench_serve(nested, slices, Load(), reference=model):
+        what = "bfloat16" if row["bits"] == UNQUANTIZED_BITS else f"{row['bits']:.3g} bits"
+        print(f"served {what}", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -60,14 +87,18 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [[form.format(row[name]) for name, (_, form) in COLUMNS.items()] for row in rows]
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> None:
     lines = [[title for title, _ in COLUMNS.values()], *cells(rows)]
     sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)))
-    print(f"\nperplexity of the bfloat16 model: {rows[0]['reference_perplexity']:.2f}\n\n{PROMPT}")
+    speed = f"{reference['output_tokens_per_s']:.1f} tokens/s"
+    print(f"\nthe bfloat16 model: perplexity {rows[0]['reference_perplexity']:.2f}, {speed}")
+    print(f"bits with a fraction are recipes: a width for each layer\n\n{PROMPT}")
     for row in rows:
-        print(textwrap.fill(row["answer"], 110, initial_indent=f"  {row['bits']} bits: ", subsequent_indent=" " * 10))
+        print(
+            textwrap.fill(row["answer"], 110, initial_indent=f"  {row['bits']:.3g} bits: ", subsequent_indent=" " * 10)
+        )
 
 
 def save_picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -98,11 +129,13 @@ def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     model, text = fetch_model.fetch_model(), fetch_model.fetch_text()
     nested = nested_checkpoint(model, FOLDER / "SmolLM2-135M-Instruct-matquant")
-    rows = collect_rows(model, nested, text)
-    print_table(rows)
-    publish_json(FOLDER / "demo.json", rows)
+    add_recipes(model, nested)
+    *rows, reference = collect_rows(model, nested, text)
+    print_table(rows, reference)
+    publish_json(FOLDER / "demo.json", [*rows, reference])
     save_picture(rows, FOLDER / "demo.png")
-    print(f"\nsaved as {FOLDER / 'demo.json'} and {FOLDER / 'demo.png'}")
+    plot.draw(rows, [*rows, reference], [], FOLDER / "trade.png")
+    print(f"\nsaved as demo.json, demo.png and trade.png in {FOLDER}")
     return 0
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import demo
 import pytest
+import torch
+
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.recipe_store import add_recipes
+from vllm_matquant.quantize.evaluate import label
 
 
 @pytest.fixture
@@ -23,18 +30,21 @@ def rows() -> list[dict[str, Any]]:
             "answer": f"At {bits} bits the answer is Paris. " * 8,
             "model": "tiny",
         }
-        for bits in demo.WIDTHS
+        for bits in (8, 4, 3.5, 3)
     ]
 
 
+REFERENCE = {"bits": 16, "output_tokens_per_s": 60.5, "model": "source"}
+
+
 def test_table(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    demo.print_table(rows)
+    demo.print_table(rows, REFERENCE)
     said = capsys.readouterr().out
     titles, *lines = said.splitlines()
-    assert [len(line) for line in lines[:5]] == [len(titles)] * 5
+    assert [len(line) for line in lines[:4]] == [len(titles)] * 4
     assert lines[0].split() == ["8", "8.50", "120.0", "123.5", "20.12", "0.0039"]
-    assert "perplexity of the bfloat16 model: 19.88" in said
-    for bits in demo.WIDTHS:
+    assert "the bfloat16 model: perplexity 19.88, 60.5 tokens/s" in said
+    for bits in (8, 4, 3.5, 3):
         assert f"  {bits} bits: At {bits} bits the answer is Paris." in said
     assert max(map(len, said.splitlines())) <= 120
 
@@ -42,6 +52,40 @@ def test_table(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -
 def test_picture(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     demo.save_picture(rows, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_recipes_are_searched_once(nested: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(nested, tmp_path / "nested"))
+    monkeypatch.setattr(demo, "SEARCH", ("--samples", "2", "--sequence-length", "16", "--sensitivity-samples", "2",
+                                         "--steps", "0"))  # fmt: skip
+    demo.add_recipes(source, folder)
+    assert {"2.5-bits", "3.5-bits"} <= {recipe.name for recipe in open_checkpoint(folder).recipes}
+    monkeypatch.setattr(demo.search, "main", lambda arguments: pytest.fail(f"searched again: {arguments}"))
+    demo.add_recipes(source, folder)
+
+
+def test_rows_come_with_the_widest_first(
+    nested: Path, source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(nested, tmp_path / "nested"))
+    checkpoint = open_checkpoint(folder)
+    widths = dict.fromkeys(checkpoint.layers, 2) | {next(iter(checkpoint.layers)): 8}
+    add_recipes(checkpoint, [Recipe(f"{budget}-bits", widths) for budget in demo.BUDGETS])
+
+    def serve(folder: Path, slices: Any, load: Any, reference: Path) -> Any:
+        for part in (16, *slices):
+            named = label(part, checkpoint)
+            yield named | {"output_tokens_per_s": 1.0, "resident_bytes": 7_000_000, "model": "m", "answer": "Paris"}
+
+    monkeypatch.setattr(demo, "WIDTHS", (8, 2))
+    monkeypatch.setattr(demo, "bench_serve", serve)
+    monkeypatch.setattr(demo, "text_windows", lambda *arguments, **options: torch.ones(1, 8, dtype=torch.int64))
+    *rows, reference = demo.collect_rows(source, folder, text_file)
+    assert reference["bits"] == 16
+    assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)
+    assert [row.get("recipe") for row in rows] == [None, "3.5-bits", "2.5-bits", None]
+    assert rows[1]["resident_megabytes"] == 7.0
+    assert {"kl", "perplexity", "output_tokens_per_s"} <= set(rows[1])
 
 
 def test_a_sound_checkpoint_is_used_again(

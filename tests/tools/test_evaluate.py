@@ -9,6 +9,10 @@ from pathlib import Path
 import evaluate
 import pytest
 
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits
+from vllm_matquant.checkpoint.recipe_store import add_recipes
+
 SMALL = ["--samples", "4", "--sequence-length", "24"]
 
 
@@ -34,6 +38,33 @@ def test_table(nested: Path, source: Path, text_file: Path, tmp_path: Path, caps
             [row[name] for name in evaluate.COLUMNS], rel=1e-3
         )
     assert rows[0]["kl"] > rows[1]["kl"] > rows[2]["kl"] > 0
+
+
+def test_recipes_beside_widths(
+    nested: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(nested, tmp_path / "nested"))
+    checkpoint = open_checkpoint(folder)
+    mixed = dict.fromkeys(checkpoint.layers, 2) | dict.fromkeys(list(checkpoint.layers)[:7], 4)
+    uniform = dict.fromkeys(checkpoint.layers, 4)
+    add_recipes(checkpoint, [Recipe("mixed", mixed), Recipe("uniform-4", uniform)])
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"recipe_version": 1, "name": "own", "widths": {}, "default": 4}))
+    rows_file = tmp_path / "rows.json"
+    arguments = [str(folder), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
+    assert evaluate.main([*arguments, "--bits", "2,4", "--recipes", f"mixed,{own}"]) == 0
+    two, four, of_mixed, of_own = json.loads(rows_file.read_text())
+    assert two["kl"] > of_mixed["kl"] > four["kl"]
+    assert of_own == {**four, "recipe": "own", "bits": 4.0}
+    assert of_mixed["recipe"] == "mixed"
+    assert of_mixed["bits"] == average_bits(mixed, checkpoint.layers)
+    assert two["bits_per_weight"] < of_mixed["bits_per_weight"] < four["bits_per_weight"]
+    assert capsys.readouterr().out.splitlines()[3].split()[-1] == "mixed"
+    assert evaluate.main([*arguments, "--bits", "4", "--recipes", "all"]) == 0
+    assert [row.get("recipe") for row in json.loads(rows_file.read_text())] == [None, "mixed"]
+    status, said = refusal(capsys, *arguments, "--recipes", "none-such")
+    assert status == 1
+    assert "--recipes: found 'none-such', expected a file or one of mixed, uniform-4" in said
 
 
 def test_widths_in_the_folder(nested: Path, source: Path, text_file: Path, tmp_path: Path) -> None:

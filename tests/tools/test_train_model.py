@@ -1,0 +1,31 @@
+"""A small model, trained on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import train_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_a_model_that_learned_its_text(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(folder: str, steps: int) -> str:
+        sizes = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "300", "--sequence-length", "32"]
+        output = str(tmp_path / folder)
+        assert train_model.main(["--text", str(text_file), "--output", output, "--steps", str(steps), *sizes]) == 0
+        return capsys.readouterr().out
+
+    def perplexity(said: str) -> float:
+        return float(said.rsplit(" ", 1)[1])
+
+    assert perplexity(train("long", 60)) < 0.2 * perplexity(train("short", 1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
+    text = "The 7 cats of house 49 sat there."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(SystemExit):
+        train_model.main(["--text", str(text_file), "--output", str(tmp_path / "long")])
+    assert "expected a folder that is not there, or is empty" in capsys.readouterr().err
