@@ -11,7 +11,7 @@ help:  ## show this list
 environment:  ## make or update .venv (PYTHON=... chooses the interpreter)
 	@tools/environment.sh
 
-demo: environment  ## quantize a small real model and let it answer through vLLM at 8, 6, 4, 3 and 2 bits
+demo: environment  ## quantize a small real model and let it answer through vLLM at widths and budgets from 8 to 2 bits
 	@$(BIN)/python tools/demo.py
 
 test: environment lint  ## check the style, then run every test

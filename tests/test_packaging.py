@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
 FORBIDDEN = {
-    "checkpoint": {"quantize", "kernels", "serve", "plugin"},
-    "quantize": {"serve", "plugin"},
-    "kernels": {"quantize", "serve", "plugin"},
-    "serve": {"quantize"},
+    "checkpoint": {"quantize", "kernels", "search", "serve", "plugin"},
+    "quantize": {"search", "serve", "plugin"},
+    "kernels": {"quantize", "search", "serve", "plugin"},
+    "search": {"quantize", "serve", "plugin"},
+    "serve": {"quantize", "search"},
 }
 
 
@@ -61,7 +62,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in ("checkpoint", "quantize", "kernels"):
+        for part in ("checkpoint", "quantize", "kernels", "search"):
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 importlib.import_module(module.name)

@@ -18,15 +18,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.manifest import read_manifest
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
-from vllm_matquant.checkpoint.spec import INDEX_FILE
+from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
 from vllm_matquant.quantize.source import load_tokenizer, locate
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
 from vllm_matquant.search.journal import Journal
-from vllm_matquant.search.law import Law, read_law
+from vllm_matquant.search.law import Law, LawError, read_law
 from vllm_matquant.search.planner import METHODS, Planner, Step, check_within
 from vllm_matquant.search.shapes import SHAPES, shape_widths
 from vllm_matquant.search.sliced import SlicedModel
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="text to measure on, as varied as what the model shall do; default: that of quantize.py",
     )
     parser.add_argument("--text-column", default="text", help="its field in JSON lines or a data set")
-    parser.add_argument("--samples", type=positive, default=32, help="windows of it (default: %(default)s)")
+    parser.add_argument("--samples", type=positive, default=16, help="windows of it (default: %(default)s)")
     parser.add_argument("--sequence-length", type=positive, default=512, help="tokens of each (default: %(default)s)")
     parser.add_argument(
         "--sensitivity-samples",
@@ -160,15 +161,21 @@ class Search:
         self.calibration = windows(options.samples, options.sequence_length)
         self.sensitivity = windows(options.sensitivity_samples, 128)
         self.milliseconds: Costs | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.recipes: list[Recipe] = []
         self.start = time.monotonic()
 
     def settings(self) -> dict[str, Any]:
         """All that the measurements depend on."""
-        index = (self.options.folder / INDEX_FILE).read_bytes()
         config = self.checkpoint.format.to_dict() | {"recipes": []}
-        state = {
-            "checkpoint": hashlib.sha256(index + json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "bytes": self.checkpoint.resident_bytes(self.checkpoint.format.max_width),
+        index = (self.options.folder / INDEX_FILE).read_bytes()
+        shards = {}
+        if (self.options.folder / MANIFEST_FILE).is_file():
+            files = read_manifest(self.options.folder)
+            shards = {name: entry["sha256"] for name, entry in files.items() if shard_width(name) is not None}
+        content = index + json.dumps([config, shards], sort_keys=True).encode()
+        return {
+            "checkpoint": hashlib.sha256(content).hexdigest(),
             "reference": self.reference.name if self.reference else None,
             "calibration": self.calibration.source,
             "sensitivity": self.sensitivity.source,
@@ -177,7 +184,6 @@ class Search:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        return state
 
     def run(self) -> list[dict[str, Any]]:
         options, checkpoint = self.options, self.checkpoint
@@ -207,33 +213,31 @@ class Search:
             options.seed,
             _Bar(),
         )
-        rows, recipes = [], []
         print(" " * _NAME_COLUMNS + headings(COLUMNS), flush=True)
         for width in checkpoint.format.widths:
-            widths = checkpoint.layer_widths(width)
-            recipes.append(self.recipe(UNIFORM.format(width), widths, planner.kl(widths)))
-            rows.append(self.row(recipes[-1].name, "uniform", widths, recipes[-1].kl or 0.0, journal.passes))
-            self.show(rows[-1])
+            self.compared(planner, UNIFORM.format(width), "uniform", checkpoint.layer_widths(width))
         for budget, (table, limit) in costs.items():
             name = f"{budget.name}-bits" if budget.kind == "bits" else budget.name
             for shape in options.shapes:
-                widths = shape_widths(shape, table, limit)
-                recipes.append(self.recipe(f"{shape}-{name}", widths, planner.kl(widths)))
-                rows.append(self.row(recipes[-1].name, "shape", widths, recipes[-1].kl or 0.0, journal.passes))
-                self.show(rows[-1])
+                self.compared(planner, f"{shape}-{name}", "shape", shape_widths(shape, table, limit))
             best: Step | None = None
             for step in self.steps(planner, table, limit):
                 check_within(step.widths, table, limit)
                 if best is None or step.kl <= best.kl:
                     best = step
-                rows.append(self.row(name, step.what, step.widths, step.kl, step.passes))
-                self.show(rows[-1])
-            assert best is not None
-            recipes.append(self.recipe(name, best.widths, best.kl, budget))
-            self.compare(budget, best)
-        add_recipes(checkpoint, recipes)
+                self.show(name, step)
+            assert best is not None  # every method takes a step
+            self.recipes.append(self.recipe(name, best.widths, best.kl, budget))
+            self.foretell(budget, best)
+        add_recipes(checkpoint, self.recipes)
         journal.remove()
-        return rows
+        return self.rows
+
+    def compared(self, planner: Planner, name: str, what: str, widths: dict[str, int]) -> None:
+        """Measure widths that nobody searched."""
+        kl = planner.kl(widths)
+        self.recipes.append(self.recipe(name, widths, kl))
+        self.show(name, Step(widths, kl, planner.journal.passes, what))
 
     def check_budgets(self) -> dict[Budget, tuple[Costs, float]]:
         """What layers cost and may cost, for each budget.
@@ -265,39 +269,38 @@ class Search:
             origin |= {"budget": budget.name, "method": self.options.method, "seed": self.options.seed}
         return Recipe(name, widths, kl, origin)
 
-    def row(self, name: str, what: str, widths: dict[str, int], kl: float, passes: int) -> dict[str, Any]:
+    def show(self, name: str, step: Step) -> None:
+        """Print a step and keep it for ``--json``."""
         layers = self.checkpoint.layers
-        return {
+        row = {
             "name": name,
-            "what": what,
-            "average_bits": average_bits(widths, layers),
-            "resident_bytes": resident_bytes(widths, self.checkpoint.format, layers),
-            "kl": kl,
-            "passes": passes,
-            "evaluations": passes / self.calibration.tokens.numel(),
+            "what": step.what,
+            "average_bits": average_bits(step.widths, layers),
+            "resident_bytes": resident_bytes(step.widths, self.checkpoint.format, layers),
+            "kl": step.kl,
+            "passes": step.passes,
+            "evaluations": step.passes / self.calibration.tokens.numel(),
             "seconds": round(time.monotonic() - self.start, 1),
         }
-
-    def show(self, row: dict[str, Any]) -> None:
-        what = row["name"] if row["what"] in ("uniform", "shape") else f"{row['name']} {row['what']}"
+        self.rows.append(row)
+        what = name if step.what in ("uniform", "shape") else f"{name} {step.what}"
         tqdm.write(f"{what:<{_NAME_COLUMNS}}" + figures(row, COLUMNS))
         sys.stdout.flush()
 
-    def compare(self, budget: Budget, best: Step) -> None:
+    def foretell(self, budget: Budget, best: Step) -> None:
         """Say what the scaling law expects, where one is given."""
-        average = average_bits(best.widths, self.checkpoint.layers)
         if self.law is None:
             return
-        weights = sum(map(math.prod, self.checkpoint.layers.values()))
-        sizes = {
-            self.checkpoint.format.group_size_of(columns, layer)
-            for layer, (_, columns) in self.checkpoint.layers.items()
-        }
-        predicted = self.law.predict_for_budget(average, weights, sum(sizes) / len(sizes))
-        tqdm.write(
-            f"{budget.name}: the scaling law predicts {predicted:.3g} nats for a random mix of {average:.4g} bits; "
-            f"measured {best.kl:.3g}"
-        )
+        layers = self.checkpoint.layers
+        average = average_bits(best.widths, layers)
+        sizes = {self.checkpoint.format.group_size_of(columns, layer) for layer, (_, columns) in layers.items()}
+        try:
+            weights = sum(map(math.prod, layers.values()))
+            predicted = self.law.predict_for_budget(average, weights, sum(sizes) / len(sizes))
+            said = f"predicts {predicted:.3g} nats per token for a random mix of {average:.4g} bits"
+        except LawError as error:
+            said = f"does not reach it ({error})"
+        tqdm.write(f"{budget.name}: the scaling law {said}; measured {best.kl:.3g}")
 
 
 class _Bar:

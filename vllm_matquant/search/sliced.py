@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS
-from vllm_matquant.kernels.reference import dequantize
 
 REFERENCE = 0  # what stands for a width where a layer has the weights of the model to compare with
 _BATCH_TOKENS = 2048
@@ -52,7 +51,7 @@ class SlicedModel:
             self._codes[layer] = codes.to(self._device)
             for width in widths:
                 scale, offset = checkpoint.decoder(layer, width)
-                self._decoders[layer, width] = scale.to(self._device), offset.to(self._device)
+                self._decoders[layer, width] = scale.float().to(self._device), offset.float().to(self._device)
         self.model = _build(checkpoint, source).to(dtype).to(self._device).eval().requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         self._weights = {layer: parameters[f"{layer}.weight"] for layer in self.layers}
@@ -71,13 +70,16 @@ class SlicedModel:
         return self._format.widths_of(layer)
 
     def decode(self, layer: str, width: int) -> torch.Tensor:
-        """A layer's weight at a width, or at ``REFERENCE``: float [out_features, in_features]."""
+        """A layer's weight at a width, a new tensor in float32, or at ``REFERENCE``: [out_features, in_features]."""
         if width == REFERENCE:
             if self._reference is not None:
                 return self._reference[layer]
             width = self.widths_of(layer)[-1]
         codes = slice_codes(self._codes[layer], PARENT_BITS, width, self._format.slicing)
-        return dequantize(codes, *self._decoders[layer, width])
+        # As kernels.reference.dequantize, in place: half of a search's time that is not the model's is spent here.
+        scale, offset = self._decoders[layer, width]
+        groups = codes.unflatten(1, (scale.shape[1], -1)).float()
+        return groups.mul_(scale.unsqueeze(-1)).add_(offset.unsqueeze(-1)).flatten(1)
 
     @torch.no_grad()
     def set(self, widths: Mapping[str, int]) -> None:
@@ -127,7 +129,7 @@ class SlicedModel:
         """
         reference = self.decode(layer, REFERENCE).float()
         return {
-            width: directions @ (self.decode(layer, width) - reference).flatten() for width in self.widths_of(layer)
+            width: directions @ self.decode(layer, width).sub_(reference).flatten() for width in self.widths_of(layer)
         }
 
 
