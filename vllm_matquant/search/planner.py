@@ -28,7 +28,8 @@ METHODS = ("program", "evolution", "both")
 _FIRST_REGION = 0.1  # bits per weight that may change at once
 _SHRINK, _GROW = 0.4, 1.5
 _GOOD_STEP = 0.5  # of the predicted fall: the region grows
-_SAMPLED_AT_ONCE = 8  # windows whose gradients are in memory at once
+_GRADIENT_BYTES = 4 * 2**30  # of the windows that are sampled at once, for which each slice is decoded once
+_MOST_AT_ONCE = 32
 _STAGES = ((8, 0.25), (2, 0.5), (1, 1.0))  # of evolution: how many candidates pass, after which share of the text
 
 
@@ -149,9 +150,11 @@ class Planner:
         if not self._samples:
             count = len(self.fisher_tokens)
             parts = []
-            for first in range(0, count, _SAMPLED_AT_ONCE):
+            bytes_each = self.model.weights * self.model.model.dtype.itemsize
+            at_once = max(1, min(_MOST_AT_ONCE, _GRADIENT_BYTES // bytes_each))
+            for first in range(0, count, at_once):
                 self.report("sensitivities", first, count)
-                windows = range(first, min(first + _SAMPLED_AT_ONCE, count))
+                windows = range(first, min(first + at_once, count))
                 parts.append(_integer_keys(self._measure(f"fisher/{first}", partial(self._sample, windows))))
             self.report("sensitivities", count, count)
             self._samples = {
@@ -165,7 +168,7 @@ class Planner:
         return fisher_samples(self.model, self.fisher_tokens[windows.start : windows.stop], seeds)
 
     def _share(self, layer: str) -> float:
-        return self.model.weights_of(layer) / sum(map(self.model.weights_of, self.model.layers))
+        return self.model.weights_of(layer) / self.model.weights
 
     def _digits(self, widths: Mapping[str, int]) -> str:
         return "".join(str(widths[layer]) for layer in self.model.layers)

@@ -61,6 +61,11 @@ class SlicedModel:
         self._current = dict.fromkeys(self.layers, REFERENCE)
         self.set(dict.fromkeys(self.layers, REFERENCE))
 
+    @property
+    def weights(self) -> int:
+        """How many weights all layers have."""
+        return sum(map(self.weights_of, self.layers))
+
     def weights_of(self, layer: str) -> int:
         """How many weights a layer has."""
         return self._weights[layer].numel()
