@@ -81,7 +81,12 @@ def problems(draw: Any) -> tuple[dict[str, dict[int, float]], dict[str, dict[int
 @given(problems(), st.integers(0, 100))
 def test_no_budget_is_ever_exceeded(problem: Any, seed: int) -> None:
     costs, losses, limit = problem
-    found = [cheapest_widths(losses, [Limit(costs, limit)]), fill(costs, limit)]
+    found = [cheapest_widths(losses, Limit(costs, limit)), fill(costs, limit)]
+    # Near the fill: as the sequence of programs asks, where both limits bind.
+    away = {layer: {width: abs(width - found[1][layer]) * own[width] for width in own} for layer, own in costs.items()}
+    found += [
+        cheapest_widths(losses, Limit(costs, limit), Limit(away, bound)) for bound in (0.0, limit / 50, limit / 3)
+    ]
     found += [shape_widths(name, costs, limit) for name in SHAPES]
     found.append(mutate(found[0], costs, limit, random.Random(seed)))
     stages = [(lambda widths: float(sum(losses[layer][width] for layer, width in widths.items())), 1)]
@@ -109,13 +114,13 @@ def test_the_program_finds_the_best_widths(problem: Any) -> None:
     for widths in combinations:
         if spent(costs, widths) <= limit:
             best = min(best, sum(losses[layer][width] for layer, width in widths.items()))
-    found = cheapest_widths(losses, [Limit(costs, limit)])
+    found = cheapest_widths(losses, Limit(costs, limit))
     assert sum(losses[layer][width] for layer, width in found.items()) == pytest.approx(best, abs=1e-3)
 
 
 def test_a_program_without_a_solution_is_refused() -> None:
     with pytest.raises(ValueError, match="no solution"):
-        cheapest_widths({"a": {2: 0.0}}, [Limit({"a": {2: 2.0}}, 1.0)])
+        cheapest_widths({"a": {2: 0.0}}, Limit({"a": {2: 2.0}}, 1.0))
 
 
 @pytest.mark.parametrize("name", SHAPES)

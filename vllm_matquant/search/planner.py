@@ -93,7 +93,7 @@ class Planner:
 
     def start(self, costs: Costs, limit: float) -> dict[str, int]:
         """The widths of least loss by the samples alone."""
-        return cheapest_widths(self.curvature(), [Limit(costs, limit)])
+        return cheapest_widths(self.curvature(), Limit(costs, limit))
 
     def program(self, costs: Costs, limit: float, steps: int) -> Iterator[Step]:
         """The sequence of integer programs.
@@ -114,7 +114,7 @@ class Planner:
             losses = _sum(self.slopes(widths), self.curvature(widths))
             distance = {layer: {width: self._share(layer) * abs(width - widths[layer]) for width in own}
                         for layer, own in costs.items()}  # fmt: skip
-            candidate = cheapest_widths(losses, [Limit(costs, limit), Limit(distance, region)])
+            candidate = cheapest_widths(losses, Limit(costs, limit), Limit(distance, region))
             predicted = sum(losses[layer][width] for layer, width in candidate.items())
             found = self.kl(candidate)  # known already where the program keeps the widths
             if found < kl:

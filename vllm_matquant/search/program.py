@@ -23,12 +23,15 @@ class Limit:
     bound: float
 
 
-def cheapest_widths(losses: Mapping[str, Mapping[int, float]], limits: list[Limit]) -> dict[str, int]:
-    """The widths with the least sum of losses that keep all limits: a multiple-choice knapsack, solved by HiGHS.
+def cheapest_widths(
+    losses: Mapping[str, Mapping[int, float]], budget: Limit, region: Limit | None = None
+) -> dict[str, int]:
+    """The widths with the least sum of losses within a budget: a multiple-choice knapsack, solved by HiGHS.
 
     Args:
         losses: what each layer loses at each of its widths; may be negative.
-        limits: of what the widths cost.
+        budget: of what the widths cost; kept exactly.
+        region: another limit, kept up to the solver's tolerance.
 
     Raises:
         ValueError: no widths keep the limits.
@@ -38,7 +41,7 @@ def cheapest_widths(losses: Mapping[str, Mapping[int, float]], limits: list[Limi
     ones = np.ones(len(choices))
     one_each = csr_array((ones, ([rows[layer] for layer, _ in choices], range(len(choices)))))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    for limit in limits:
+    for limit in (budget, region) if region else (budget,):
         costs = np.array([limit.costs[layer][width] for layer, width in choices], dtype=float)
         scale = costs.max() or 1.0
         constraints.append(LinearConstraint(costs[None] / scale, -np.inf, limit.bound / scale))
@@ -53,21 +56,20 @@ def cheapest_widths(losses: Mapping[str, Mapping[int, float]], limits: list[Limi
     if solution.x is None:
         raise ValueError(f"the integer program has no solution: {solution.message}")
     chosen = {layer: width for (layer, width), taken in zip(choices, solution.x, strict=True) if taken > 0.5}
-    return _within(chosen, losses, limits)
+    return _within(chosen, losses, budget)
 
 
-def _within(widths: dict[str, int], losses: Mapping[str, Mapping[int, float]], limits: list[Limit]) -> dict[str, int]:
-    """The widths themselves if they keep the limits exactly, and not only up to the solver's tolerance."""
-    for limit in limits:
-        while sum(limit.costs[layer][width] for layer, width in widths.items()) > limit.bound:
-            cheaper = [
-                (losses[layer][other] - losses[layer][width], layer, other)
-                for layer, width in widths.items()
-                for other in losses[layer]
-                if limit.costs[layer][other] < limit.costs[layer][width]
-            ]
-            if not cheaper:
-                raise ValueError("no widths keep the limits")
-            _, layer, other = min(cheaper)
-            widths = widths | {layer: other}
+def _within(widths: dict[str, int], losses: Mapping[str, Mapping[int, float]], budget: Limit) -> dict[str, int]:
+    """The widths themselves if they keep the budget exactly, and not only up to the solver's tolerance."""
+    while sum(budget.costs[layer][width] for layer, width in widths.items()) > budget.bound:
+        cheaper = [
+            (losses[layer][other] - losses[layer][width], layer, other)
+            for layer, width in widths.items()
+            for other in losses[layer]
+            if budget.costs[layer][other] < budget.costs[layer][width]
+        ]
+        if not cheaper:
+            raise ValueError("no widths keep the budget")
+        _, layer, other = min(cheaper)
+        widths = widths | {layer: other}
     return widths
