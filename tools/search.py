@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="text to measure on, as varied as what the model shall do; default: that of quantize.py",
     )
     parser.add_argument("--text-column", default="text", help="its field in JSON lines or a data set")
-    parser.add_argument("--samples", type=positive, default=16, help="windows of it (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--samples", type=positive, default=64, help="windows of it (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=positive, default=256, help="tokens of each (default: %(default)s)")
     parser.add_argument(
         "--sensitivity-samples",
         type=positive,

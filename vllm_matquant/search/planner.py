@@ -106,9 +106,6 @@ class Planner:
         widths = self.start(costs, limit)
         kl = self.kl(widths)
         yield Step(widths, kl, self.journal.passes, "first program")
-        plain = fill(costs, limit)  # with few samples it can be the better place to go on from
-        if self.kl(plain) < kl:
-            widths, kl = plain, self.kl(plain)
         region = _FIRST_REGION
         for step in range(steps):
             losses = _sum(self.slopes(widths), self.curvature(widths))
