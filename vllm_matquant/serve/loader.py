@@ -19,6 +19,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, shard_pattern
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
+from vllm_matquant.serve.precision import Precision
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -47,7 +48,7 @@ class MatquantModelLoader(DefaultModelLoader):
         model = super().load_model(vllm_config, model_config, prefix)
         logger.info(
             "Serving at %s with the kernel %s: codes and decoders take %d bytes on this rank, by the format %d",
-            f"{precision.bits} bits" if precision.recipe is None else f"a recipe's 2 to {precision.bits} bits",
+            _described(precision),
             ", ".join(sorted({method.kernel.name for _, method in quantized_layers(model)})),
             resident_bytes(model),
             predicted_bytes(model),
@@ -83,3 +84,9 @@ def fetch(model_config: Any, cache: str | None, patterns: list[str]) -> Path:
             local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
         )
     return Path(folder)
+
+
+def _described(precision: Precision) -> str:
+    """The widths of a model, for the log."""
+    least = min(precision.recipe.values(), default=precision.bits) if precision.recipe else precision.bits
+    return f"{precision.bits} bits" if least == precision.bits else f"{least} to {precision.bits} bits"
