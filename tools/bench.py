@@ -67,7 +67,7 @@ def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, 
     """Serve a width or a recipe in this process, or (None) a model that is not quantized, and measure it.
 
     Returns:
-        A row of ``bench serve``, with the greedy ``answer`` to the prompt beside it.
+        A row of ``bench serve`` but for what it is called, with the greedy ``answer`` to the prompt beside it.
     """
     # The engine in this process: its model can be asked for its size, and nothing outlives the process.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -79,10 +79,8 @@ def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, 
     from vllm_matquant.serve.linear import resident_bytes
 
     start = time.perf_counter()
-    named: dict[str, Any] = {"bits": UNQUANTIZED_BITS}
     settings = {}
     if part is not None:
-        named = label(part, open_checkpoint(folder, check_values=False))
         widths = {"recipe": dict(part.widths)} if isinstance(part, Recipe) else {"bits": part}
         settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
     has_tokenizer = (folder / "tokenizer_config.json").exists()
@@ -112,7 +110,7 @@ def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, 
         answer = llm.chat([{"role": "user", "content": load.prompt}], greedy, use_tqdm=False)[0].outputs[0].text
     elif has_tokenizer:
         answer = llm.generate([load.prompt], greedy, use_tqdm=False)[0].outputs[0].text
-    return named | {
+    return {
         "output_tokens_per_s": generated / seconds,
         "resident_bytes": sum(llm.apply_model(resident_bytes)),
         "load_seconds": load_seconds,
@@ -126,10 +124,11 @@ def bench_serve(
     folder: Path, slices: Sequence[int | Recipe], load: Load, reference: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of ``bench serve``, each from an engine in a process of its own; that of the reference comes first."""
-    models = [(reference, None)] if reference else []
-    for model, part in [*models, *((folder, part) for part in slices)]:
+    checkpoint = open_checkpoint(folder, check_values=False)
+    models = [(reference, None, {"bits": UNQUANTIZED_BITS})] if reference else []
+    for model, part, named in [*models, *((folder, part, label(part, checkpoint)) for part in slices)]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            yield pool.submit(serve_one, model, part, load).result()
+            yield named | pool.submit(serve_one, model, part, load).result()
 
 
 def bench_llama_cpp(python: Path, folder: Path, output_tokens: int, threads: int) -> list[dict[str, Any]]:

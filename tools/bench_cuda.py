@@ -47,9 +47,9 @@ class Layer:
 
 def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
     """torch's linear layer in float16."""
-    weights = [torch.randn(rows, columns, device=DEVICE).half() for _ in range(copies_of(2 * rows * columns))]
-    uses = iter(range(2**62))
-    return lambda x: torch.nn.functional.linear(x, weights[next(uses) % len(weights)])
+    copies = range(copies_of(2 * rows * columns))
+    weights = itertools.cycle([torch.randn(rows, columns, device=DEVICE).half() for _ in copies])
+    return lambda x: torch.nn.functional.linear(x, next(weights))
 
 
 def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
@@ -68,10 +68,10 @@ def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
     ]
     scales = torch.rand(columns // 128, rows, device=device).half()
     empty, workspace = marlin_make_empty_g_idx(device), marlin_make_workspace_new(device)
-    uses = iter(range(2**62))
+    uses = itertools.cycle(weights)
     return lambda x: apply_gptq_marlin_linear(
         input=x,
-        weight=weights[next(uses) % len(weights)],
+        weight=next(uses),
         weight_scale=scales,
         weight_zp=empty,
         g_idx=empty,
@@ -96,8 +96,8 @@ def humming(bits: int, rows: int, columns: int) -> Callable[[torch.Tensor], Any]
         layer.load_from_unquantized(weight)
         layer.transform()
         layers.append(layer)
-    uses = iter(range(2**62))
-    return lambda x: layers[next(uses) % len(layers)](x)
+    uses = itertools.cycle(layers)
+    return lambda x: next(uses)(x)
 
 
 PEERS: dict[str, Callable[[int, int], Callable[[torch.Tensor], Any]]] = {

@@ -17,7 +17,7 @@ from vllm_matquant.checkpoint.files import publish_json, read_json
 from vllm_matquant.quantize.calibration import held_out_text, read_text
 from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.source import load_tokenizer, locate
-from vllm_matquant.search.degeneration import MixedModel
+from vllm_matquant.search.degeneration import MixedModel, linear_layers
 from vllm_matquant.search.law import UNQUANTIZED_BITS, Law, LawError, Observation, fit_law, read_law
 
 _EPILOG = """
@@ -79,11 +79,7 @@ def observe(options: argparse.Namespace) -> list[Observation]:
             text, load_tokenizer(folder), samples=options.samples, sequence_length=options.sequence_length
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        head = model.get_output_embeddings()
-        layers = [
-            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-        ]
-        mixed = MixedModel(folder.name, model, layers, tokens, options.bits, options.high_bits)
+        mixed = MixedModel(folder.name, model, linear_layers(model), tokens, options.bits, options.high_bits)
         total = len(options.blocks) * len(options.ratios) * options.trials
         found = mixed.observe(options.ratios, options.blocks, options.trials, options.seed)
         observations += list(tqdm(found, desc=folder.name, total=total, unit="mix"))
@@ -127,9 +123,9 @@ def predict(options: argparse.Namespace) -> None:
         for block in options.blocks:
             delta = law.predict(law.ratio_for_budget(bits), options.weights, block)
             print(f"{bits:6.3g} {block:6} {delta:18.4g} {math.log1p(delta):15.4g}")
-    for what, value, known in (("weights", options.weights, law.models.values()),):
-        if not min(known) <= value <= max(known):
-            print(f"note: {what} {value:,.0f} lie outside of the {min(known):,} to {max(known):,} that were measured")
+    least, most = min(law.models.values()), max(law.models.values())
+    if not least <= options.weights <= most:
+        print(f"note: weights {options.weights:,.0f} lie outside of the {least:,} to {most:,} that were measured")
 
 
 def plot(law: Law, observations: Sequence[Observation], file: Path) -> None:

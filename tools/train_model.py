@@ -17,6 +17,7 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from vllm_matquant.quantize.calibration import read_text
+from vllm_matquant.search.degeneration import linear_layers
 
 HELD_OUT = 1 / 20  # of the text
 WARM_UP = 0.05  # of the steps
@@ -83,10 +84,7 @@ def train(options: argparse.Namespace) -> None:
         loss = float(model(windows, labels=windows).loss)
     model.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    weights = sum(
-        module.weight.numel() for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    )  # fmt: skip
+    weights = sum(model.get_parameter(f"{layer}.weight").numel() for layer in linear_layers(model))
     print(f"{options.output}: {weights:,} weights in linear layers, held-out perplexity {math.exp(loss):.2f}")
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +26,3 @@ def new_model(checkpoint: Checkpoint) -> Callable[[], SlicedModel]:
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     return torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def folder(checkpoint: Checkpoint) -> Path:
-    return checkpoint.folder

@@ -69,12 +69,16 @@ def choose_recipe(
     files = {path.name for path in checkpoint.folder.glob("*.safetensors")}
     servable = [recipe for recipe in candidates if partial or checkpoint.file_names(recipe.widths) <= files]
 
-    def cost(recipe: Recipe) -> float:
-        return average_bits(recipe.widths, checkpoint.layers) if bits is not None else weight_bytes(checkpoint, recipe)
-
     limit = bits if bits is not None else memory
     if limit is None:
         raise ValueError("choose_recipe: found neither bits nor memory, expected one of them")
+    fixed = checkpoint.unquantized_bytes() if bits is None else 0  # read from the disk, once for all
+
+    def cost(recipe: Recipe) -> float:
+        if bits is not None:
+            return average_bits(recipe.widths, checkpoint.layers)
+        return fixed + checkpoint.resident_bytes(recipe.widths)
+
     fitting = [recipe for recipe in servable if cost(recipe) <= limit]
     if not fitting:
         unit = "bits" if bits is not None else "bytes"

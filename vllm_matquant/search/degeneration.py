@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_matquant.search.law import UNQUANTIZED_BITS, Observation
-
-_BATCH_TOKENS = 2048
+from vllm_matquant.search.sliced import batches
 
 
 def round_to_nearest(weight: torch.Tensor, bits: float, block: int) -> torch.Tensor:
@@ -34,6 +33,14 @@ def round_to_nearest(weight: torch.Tensor, bits: float, block: int) -> torch.Ten
     scale = (high - low) / (2**bits - 1)
     steps = torch.where(scale > 0, (groups - low) / scale, 0).round()
     return (steps * scale + low).flatten(1)[:, :columns]
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of a model's linear layers, but for its output head."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    ]
 
 
 class MixedModel:
@@ -109,7 +116,7 @@ class MixedModel:
             bits = self._bits[0] if layer in low else self._bits[1]
             weight.copy_(round_to_nearest(self._source[layer], bits, block))
         total = 0.0
-        for batch in self._tokens.split(max(1, _BATCH_TOKENS // self._tokens.shape[1])):
+        for batch in batches(self._tokens):
             logits = self.model(batch, use_cache=False).logits[:, :-1].float()
             total += float(
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_matquant.search.sliced import REFERENCE, SlicedModel
+from vllm_matquant.search.sliced import REFERENCE, SlicedModel, batches
 
 
 class Divergence:
@@ -21,7 +21,7 @@ class Divergence:
 
     def __init__(self, model: SlicedModel, tokens: torch.Tensor) -> None:
         self._model = model
-        self._batches = model.batches(tokens)
+        self._batches = batches(tokens)
         self._expected: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each batch: probabilities, minus entropy
 
     def of(self, widths: Mapping[str, int], share: float = 1.0) -> float:

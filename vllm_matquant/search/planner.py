@@ -106,10 +106,11 @@ class Planner:
         widths = self.start(costs, limit)
         kl = self.kl(widths)
         yield Step(widths, kl, self.journal.passes, "first program")
-        region = _FIRST_REGION
+        region, weights = _FIRST_REGION, self.model.weights
+        shares = {layer: self.model.weights_of(layer) / weights for layer in costs}
         for step in range(steps):
             losses = _sum(self.slopes(widths), self.curvature(widths))
-            distance = {layer: {width: self._share(layer) * abs(width - widths[layer]) for width in own}
+            distance = {layer: {width: shares[layer] * abs(width - widths[layer]) for width in own}
                         for layer, own in costs.items()}  # fmt: skip
             candidate = cheapest_widths(losses, Limit(costs, limit), Limit(distance, region))
             predicted = sum(losses[layer][width] for layer, width in candidate.items())
@@ -163,9 +164,6 @@ class Planner:
     def _sample(self, windows: range) -> dict[str, dict[int, list[float]]]:
         seeds = [self.seed * 1_000_003 + window for window in windows]
         return fisher_samples(self.model, self.fisher_tokens[windows.start : windows.stop], seeds)
-
-    def _share(self, layer: str) -> float:
-        return self.model.weights_of(layer) / self.model.weights
 
     def _digits(self, widths: Mapping[str, int]) -> str:
         return "".join(str(widths[layer]) for layer in self.model.layers)

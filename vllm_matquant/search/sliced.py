@@ -94,10 +94,6 @@ class SlicedModel:
                 self._weights[layer].copy_(self.decode(layer, width))
                 self._current[layer] = width
 
-    def batches(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Windows as many at a time as go through the model at once."""
-        return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the model says of each following token: float32 [windows, length - 1, vocabulary]."""
         self.passes += tokens.numel()
@@ -136,6 +132,11 @@ class SlicedModel:
         return {
             width: directions @ self.decode(layer, width).sub_(reference).flatten() for width in self.widths_of(layer)
         }
+
+
+def batches(tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Windows [windows, length], as many at a time as go through a model at once."""
+    return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
 
 
 def _build(checkpoint: Checkpoint, source: PreTrainedModel | None) -> PreTrainedModel:
