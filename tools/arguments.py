@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe, read_recipe
+from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 _CELL = 9  # characters of a figure
@@ -113,7 +113,7 @@ def chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[Recipe]:
             if name in own:
                 chosen.append(own[name])
             elif Path(name).is_file():
-                chosen.append(read_recipe(Path(name), checkpoint.format, checkpoint.layers))
+                chosen.append(checkpoint.read_recipe(Path(name)))
             else:
                 raise ValueError(
                     f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}"

@@ -24,7 +24,9 @@ from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
 from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
 from vllm_matquant.quantize.calibration import Calibration, load_calibration
-from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.quantize.end_to_end import EndToEndSettings
+from vllm_matquant.quantize.recipe_decoders import train_recipe
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
 from vllm_matquant.search.journal import Journal
 from vllm_matquant.search.law import Law, LawError, read_law
@@ -35,13 +37,18 @@ from vllm_matquant.search.sliced import SlicedModel
 STATE_FOLDER = ".matquant-search"
 COLUMNS = ("average_bits", "resident_bytes", "kl", "passes", "seconds")
 _NAME_COLUMNS = 24
+DECODER_SAMPLES = 128
+_STEP_TOKENS = 512  # that each step of the training of decoders sees
+_TRAINING_PASSES = 4  # through the model: forwards, forwards again for the backward pass, which counts twice
 _EPILOG = """
 A budget is an average width (2.5), a size of all weights (90MiB), or the time of all quantized layers for one token
 on this machine (6ms). For each the recipe lies in DIR/recipes afterwards, beside recipes of the plain widths that say
 what those lose on the same text: `vllm serve DIR --bits 2.5` and `--memory 90MiB` choose among them.
 
+With --reference, decoders are then trained for each recipe alone (--decoder-samples).
+
 A search that was cut off goes on with --resume, to the same recipes. The default way needs about as long as 100 runs
-of the model over the text for the sensitivities, once, and 4 runs for each step of each budget.
+of the model over the text for the sensitivities, once, 4 runs for each step of each budget, and 8 for its decoders.
 """
 
 
@@ -92,6 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=256,
         help="windows of 128 tokens from which each layer's sensitivity is estimated (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--decoder-samples",
+        type=int,
+        metavar="N",
+        help="windows of --sequence-length to train decoders on for each recipe alone; 0: it keeps those of the "
+        f"plain widths (default: {DECODER_SAMPLES} with --reference, which training needs; else 0)",
     )
     parser.add_argument(
         "--method",
@@ -146,6 +160,11 @@ class Search:
             )
         self.law: Law | None = read_law(options.law) if options.law else None
         self.reference = locate(options.reference) if options.reference else None
+        if options.decoder_samples is None:
+            options.decoder_samples = DECODER_SAMPLES if self.reference else 0
+        if options.decoder_samples < 0 or (options.decoder_samples and not self.reference):
+            expected = "a number from 0 up" if self.reference else "--reference, whose predictions they are trained on"
+            raise ValueError(f"--decoder-samples: found {options.decoder_samples}, expected {expected}")
         tokenizer = load_tokenizer(self.reference or options.folder)
 
         def windows(samples: int, length: int) -> Calibration:
@@ -160,9 +179,11 @@ class Search:
 
         self.calibration = windows(options.samples, options.sequence_length)
         self.sensitivity = windows(options.sensitivity_samples, 128)
+        self.training = windows(options.decoder_samples, options.sequence_length) if options.decoder_samples else None
         self.milliseconds: Costs | None = None
         self.rows: list[dict[str, Any]] = []
         self.recipes: list[Recipe] = []
+        self.decoders: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self.start = time.monotonic()
 
     def settings(self) -> dict[str, Any]:
@@ -179,6 +200,7 @@ class Search:
             "reference": self.reference.name if self.reference else None,
             "calibration": self.calibration.source,
             "sensitivity": self.sensitivity.source,
+            "training": self.training.source if self.training else None,
             "seed": self.options.seed,
             "device": self.options.device,
             "threads": torch.get_num_threads(),
@@ -227,9 +249,10 @@ class Search:
                     best = step
                 self.show(name, step)
             assert best is not None  # every method takes a step
+            best = self.train(planner, name, best)
             self.recipes.append(self.recipe(name, best.widths, best.kl, budget))
             self.foretell(budget, best)
-        add_recipes(checkpoint, self.recipes)
+        add_recipes(checkpoint, self.recipes, self.decoders)
         journal.remove()
         return self.rows
 
@@ -260,6 +283,31 @@ class Search:
             start = last.widths if last else None
             yield from planner.evolution(costs, limit, options.generations, options.offspring, start)
 
+    def train(self, planner: Planner, name: str, best: Step) -> Step:
+        """Train decoders for the best widths, if asked for: they are kept where they lose less than the plain ones."""
+        if self.training is None or self.reference is None:
+            return best
+        tokens, reference = self.training.tokens, self.reference
+
+        def run() -> tuple[dict[str, torch.Tensor], int]:
+            settings = EndToEndSettings(
+                epochs=1, sequences=max(1, _STEP_TOKENS // tokens.shape[1]), device=self.options.device,
+                seed=self.options.seed,
+            )  # fmt: skip
+            trained = train_recipe(SourceModel(reference), self.checkpoint, best.widths, tokens, settings)
+            parts = {f"{layer}.scale": each.scale for layer, each in trained.items()}
+            parts |= {f"{layer}.offset": each.offset for layer, each in trained.items()}
+            return parts, _TRAINING_PASSES * tokens.numel()
+
+        parts = planner.journal.tensors(f"{name}-decoders", run)
+        decoders = {layer: (parts[f"{layer}.scale"], parts[f"{layer}.offset"]) for layer in best.widths}
+        step = Step(best.widths, planner.kl_with(best.widths, decoders), planner.journal.passes, "own decoders")
+        self.show(name, step)
+        if step.kl >= best.kl:
+            return best
+        self.decoders[name] = decoders
+        return step
+
     def recipe(self, name: str, widths: dict[str, int], kl: float, budget: Budget | None = None) -> Recipe:
         origin = {
             "reference": self.reference.name if self.reference else "widest slice",
@@ -267,7 +315,9 @@ class Search:
         }
         if budget is not None:
             origin |= {"budget": budget.name, "method": self.options.method, "seed": self.options.seed}
-        return Recipe(name, widths, kl, origin)
+        if name in self.decoders and self.training is not None:
+            origin["training"] = self.training.source
+        return Recipe(name, widths, kl, origin, own_decoders=name in self.decoders)
 
     def show(self, name: str, step: Step) -> None:
         """Print a step and keep it for ``--json``."""

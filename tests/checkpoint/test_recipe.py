@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from vllm_matquant.checkpoint.errors import MissingFileError, RecipeError
+from vllm_matquant.checkpoint.errors import (
+    CheckpointError,
+    DecoderValueError,
+    MissingFileError,
+    MissingTensorError,
+    RecipeError,
+    ShardError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedTensorError,
+)
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, parse_recipe, read_recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes, choose_recipe, weight_bytes
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, WIDTHS, Format, recipe_file
+from vllm_matquant.checkpoint.spec import CONFIG_FILE, MANIFEST_FILE, WIDTHS, Format, recipe_decoders_file, recipe_file
 from vllm_matquant.checkpoint.verify import verify
 
 
@@ -171,3 +184,160 @@ def test_a_crash_between_the_files_leaves_a_checkpoint_that_is_served(
     monkeypatch.setattr(recipe_store, "publish_json", publish)
     add_recipes(checkpoint, [recipe])
     assert all(result.passed for result in verify(sample.folder))
+
+
+def own_decoders(checkpoint: Checkpoint, recipe: Recipe, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Decoders that are not the plain widths'."""
+    generator = torch.Generator().manual_seed(seed)
+    decoders = {}
+    for layer, width in recipe.widths.items():
+        shape = checkpoint.decoder(layer, width)[0].shape
+        scale, offset = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+        decoders[layer] = scale.half(), offset.half()
+    return decoders
+
+
+def with_own_decoders(folder: Path, seed: int = 1) -> tuple[Recipe, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """A recipe with decoders of its own, put into a checkpoint."""
+    checkpoint = opened(folder)
+    recipe = random_recipe(checkpoint, seed, kl=0.1, own_decoders=True)
+    decoders = own_decoders(checkpoint, recipe)
+    add_recipes(checkpoint, [recipe], {recipe.name: decoders})
+    return recipe, decoders
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_decoders_of_a_recipe_serve_its_widths_and_no_others(sample: Any, seed: int) -> None:
+    recipe, decoders = with_own_decoders(sample.folder, seed)
+    checkpoint = opened(sample.folder)
+    assert checkpoint.recipes == [recipe]
+    assert checkpoint.decoders_file(recipe.widths) == f"recipes/{recipe.name}.safetensors"
+    tensors = dict(checkpoint.tensors(recipe.widths))
+    for layer, codes, scale, offset in checkpoint.slices(recipe.widths):
+        width = recipe.widths[layer]
+        assert torch.equal(codes, sample.codes[layer] >> (8 - width))
+        for found, expected in zip((scale, offset), decoders[layer], strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(tensors[f"{layer}.weight_scale{width}"], scale)
+        assert torch.equal(tensors[f"{layer}.weight_offset{width}"], offset)
+    layer = next(iter(checkpoint.layers))
+    other = dict(recipe.widths) | {layer: recipe.widths[layer] % 7 + 2}
+    for widths in (*WIDTHS, other):
+        assert checkpoint.decoders_file(widths) is None
+        tensors = dict(checkpoint.tensors(widths))
+        for name, own in checkpoint.layer_widths(widths).items():
+            assert torch.equal(tensors[f"{name}.weight_scale{own}"], sample.decoders[name][own][0].half())
+    assert all(result.passed for result in verify(sample.folder))
+    manifest = json.loads((sample.folder / MANIFEST_FILE).read_text())["files"]
+    assert f"recipes/{recipe.name}.safetensors" in manifest
+
+
+def test_a_recipe_without_its_decoders_is_not_served(sample: Any) -> None:
+    recipe, _ = with_own_decoders(sample.folder)
+    (sample.folder / recipe_decoders_file(recipe.name)).unlink()
+    checkpoint = opened(sample.folder)
+    assert choose_recipe(checkpoint, bits=8.0).name != recipe.name
+    with pytest.raises(MissingFileError, match=f"these widths: found no recipes/{recipe.name}.safetensors"):
+        checkpoint.files_for(recipe.widths)
+    with pytest.raises(MissingFileError):
+        open_checkpoint(sample.folder, recipe.widths)
+    assert dict(checkpoint.tensors(3))
+    assert all(result.passed for result in verify(sample.folder))
+
+
+def test_a_recipe_that_loses_its_decoders(sample: Any) -> None:
+    """Replaced by one of the same name, whose decoders are the plain widths'."""
+    recipe, _ = with_own_decoders(sample.folder)
+    add_recipes(opened(sample.folder), [replace(recipe, own_decoders=False)])
+    checkpoint = opened(sample.folder)
+    assert checkpoint.decoders_file(recipe.widths) is None
+    assert not (sample.folder / recipe_decoders_file(recipe.name)).exists()
+    assert all(result.passed for result in verify(sample.folder))
+
+
+def test_a_file_elsewhere_may_not_claim_decoders(sample: Any, tmp_path: Path) -> None:
+    recipe, _ = with_own_decoders(sample.folder)
+    path = tmp_path / "mine.json"
+    content = json.loads((sample.folder / recipe_file(recipe.name)).read_text())
+    path.write_text(json.dumps(content))
+    assert opened(sample.folder).read_recipe(path) == recipe
+    layer = next(iter(recipe.widths))
+    changed = {"widths": dict(recipe.widths) | {layer: recipe.widths[layer] % 7 + 2}}
+    del content["average_bits"], content["resident_bytes"]
+    path.write_text(json.dumps(content | changed))
+    with pytest.raises(RecipeError, match=r"mine\.json: own_decoders: found true, expected a recipe of the checkpoint"):
+        opened(sample.folder).read_recipe(path)
+
+
+@pytest.mark.parametrize("fault", ["absent", "more", "shape", "dtype", "nan", "negative", "cut"])
+def test_faulty_decoders_of_a_recipe_are_refused(sample: Any, fault: str) -> None:
+    recipe, _ = with_own_decoders(sample.folder)
+    path = sample.folder / recipe_decoders_file(recipe.name)
+    tensors = load_file(path)
+    name = min(name for name in tensors if ".weight_scale" in name)
+    changes: dict[str, tuple[Any, type[CheckpointError]]] = {
+        "absent": (lambda: tensors.pop(name), MissingTensorError),
+        "more": (lambda: tensors.update(other=torch.zeros(1)), UnexpectedTensorError),
+        "shape": (lambda: tensors.update({name: tensors[name][:-1].clone()}), TensorShapeError),
+        "dtype": (lambda: tensors.update({name: tensors[name].float()}), TensorDtypeError),
+        "nan": (lambda: tensors[name][0].fill_(math.nan), DecoderValueError),
+        "negative": (lambda: tensors[name][0].fill_(-1), DecoderValueError),
+        "cut": (lambda: None, ShardError),
+    }
+    change, error = changes[fault]
+    change()
+    save_file(tensors, path)
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    for widths in (None, recipe.widths):
+        with pytest.raises(error, match=rf"recipes/{recipe.name}\.safetensors"):
+            open_checkpoint(sample.folder, widths)
+    assert open_checkpoint(sample.folder, 3)  # which reads none of it
+    assert not all(result.passed for result in verify(sample.folder))
+
+
+def test_decoders_that_give_no_weights_are_not_written(sample: Any) -> None:
+    checkpoint = opened(sample.folder)
+    recipe = random_recipe(checkpoint, 1, own_decoders=True)
+    decoders = own_decoders(checkpoint, recipe)
+    layer = next(iter(decoders))
+    decoders[layer] = torch.full_like(decoders[layer][0].float(), 1e9), decoders[layer][1]  # infinite in float16
+    with pytest.raises(DecoderValueError, match="finite values"):
+        add_recipes(checkpoint, [recipe], {recipe.name: decoders})
+    assert not (sample.folder / recipe_file(recipe.name)).exists()
+    with pytest.raises(ValueError, match="expected it to tell of decoders"):
+        add_recipes(checkpoint, [recipe])
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_a_crash_never_pairs_a_recipe_with_the_decoders_of_another(
+    sample: Any, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """A recipe is replaced by one of the same name with other widths and decoders, and the process dies on the way."""
+    from vllm_matquant.checkpoint import files
+
+    before, _ = with_own_decoders(sample.folder)
+    checkpoint = opened(sample.folder)
+    after = replace(random_recipe(checkpoint, 2, kl=0.2, own_decoders=True), name=before.name)
+    done, real = 0, files.os.replace
+
+    def crash(*paths: Any) -> None:
+        nonlocal done
+        real(*paths)
+        done += 1
+        if done == writes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        add_recipes(checkpoint, [after], {after.name: own_decoders(checkpoint, after, 7)})
+    monkeypatch.undo()
+    [recipe] = opened(sample.folder).recipes
+    assert recipe == (after if writes >= 3 else replace(after, own_decoders=False, kl=None))
+    assert dict(opened(sample.folder).tensors(recipe.widths))
+
+
+def test_another_checkpoint_takes_no_decoders_over(sample: Any, write: Any) -> None:
+    recipe, _ = with_own_decoders(sample.folder)
+    write(sample.folder, overwrite=True)
+    assert not (sample.folder / recipe_decoders_file(recipe.name)).exists()

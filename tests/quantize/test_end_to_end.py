@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.methods import with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
+from vllm_matquant.quantize.recipe_decoders import train_recipe
 from vllm_matquant.quantize.source import SourceModel
 from vllm_matquant.quantize.training import TrainedDecoder
 
@@ -69,8 +71,10 @@ class Model:
             if layer == name or layer.startswith(f"{name}.")
         }
 
-    def training(self, width: int, settings: EndToEndSettings, folder: Path | None = None) -> EndToEnd:
-        return EndToEnd(self.source, self.format, width, self.load, self.tokens, self.states, settings, folder)
+    def training(
+        self, widths: int | dict[str, int], settings: EndToEndSettings, folder: Path | None = None
+    ) -> EndToEnd:
+        return EndToEnd(self.source, self.format, widths, self.load, self.tokens, self.states, settings, folder)
 
     def divergence(self, weights: dict[str, torch.Tensor], windows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Mean KL divergence with these weights in the place of the source's."""
@@ -79,33 +83,37 @@ class Model:
         expected = self.expected[windows]
         return (expected.exp() * (expected - logits)).sum(-1).mean()
 
-    def decoded(self, width: int, decoders: dict[str, Decoder] | None = None) -> dict[str, torch.Tensor]:
+    def decoded(
+        self, widths: int | dict[str, int], decoders: dict[str, Decoder] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The weights of a slice, with other decoders where given."""
         weights = {}
         for name, layer in self.layers.items():
+            width = widths if isinstance(widths, int) else widths[name]
             own = layer if name not in (decoders or {}) else replace(layer, decoders={width: (decoders or {})[name]})
             weights[name] = own.decode(width, "truncate")
         return weights
 
 
 def recorded_slopes(
-    model: Model, width: int, monkeypatch: pytest.MonkeyPatch, **settings: Any
+    model: Model, widths: int | dict[str, int], monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> dict[str, torch.Tensor]:
     """The derivatives of the first step, taken on all windows."""
     found: list[torch.Tensor] = []
     monkeypatch.setattr(TrainedDecoder, "step", lambda self, slopes, rate, step: found.append(slopes))
     all_windows = EndToEndSettings(epochs=1, sequences=len(model.tokens), **settings)
-    training = model.training(width, all_windows)
+    training = model.training(widths, all_windows)
     training.train()
     names = [name for block in reversed(training._trained) for name in block]
     return dict(zip(names, found, strict=True))
 
 
-def expected_slopes(model: Model, width: int) -> dict[str, torch.Tensor]:
+def expected_slopes(model: Model, widths: int | dict[str, int]) -> dict[str, torch.Tensor]:
     """The same by torch alone."""
-    middle = (2**width - 1) / 2
-    weights, changes = model.decoded(width), {}
+    weights, changes = model.decoded(widths), {}
     for name, layer in model.layers.items():
+        width = widths if isinstance(widths, int) else widths[name]
+        middle = (2**width - 1) / 2
         if width not in layer.decoders or ".layers." not in name:
             continue
         decoder, sliced = layer.decoders[width], (layer.codes >> (8 - width)).float()
@@ -159,6 +167,60 @@ def test_layers_without_the_width_are_served_but_not_trained(llama: Path, monkey
     assert {name.rsplit(".", 1)[1] for name in found} == {"q_proj", "k_proj", "gate_proj", "up_proj"}
 
 
+def random_widths(model: Model, seed: int) -> dict[str, int]:
+    draw = random.Random(seed)
+    return {name: draw.choice(list(layer.decoders)) for name, layer in model.layers.items()}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_gradients_of_a_recipe(seed: int, embeddings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is trained at its own width, among neighbours at theirs."""
+    plan = {"quantize_embeddings": embeddings, "bits_for": [("v_proj", (3,))]}
+    model = Model(write_source(tmp_path), tokens_of(seed), **plan)
+    widths = random_widths(model, seed)
+    assert len(set(widths.values())) > 1
+    assert_same_slopes(recorded_slopes(model, widths, monkeypatch), expected_slopes(model, widths))
+
+
+def test_rates_of_a_recipe_are_those_of_the_widths(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: dict[int, set[float]] = {}
+
+    def step(self: TrainedDecoder, slopes: torch.Tensor, rate: float, step: int) -> None:
+        rates.setdefault(self.width, set()).add(rate)
+
+    monkeypatch.setattr(TrainedDecoder, "step", step)
+    model, settings = Model(llama, tokens_of(0)), EndToEndSettings(epochs=1)
+    model.training(random_widths(model, 0), settings).train()
+    mixed, rates = rates, {}
+    assert set(mixed) == set(WIDTHS)
+    for width in WIDTHS:
+        model.training(width, settings).train()
+    assert rates == mixed
+
+
+def test_decoders_of_a_recipe_of_a_checkpoint(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    quantized(llama, tmp_path / "out", text_file, EndToEndSettings(up_to=0))
+    checkpoint, model = open_checkpoint(tmp_path / "out"), Model(llama, tokens_of(3, 8))
+    widths = {layer: width for layer, width in zip(checkpoint.layers, (2, 3, 2, 5) * 9, strict=False)}
+
+    def lost(decoders: dict[str, Decoder]) -> float:
+        weights = {layer: decoders[layer].decode(checkpoint.codes(layer, width)) for layer, width in widths.items()}
+        return float(model.divergence(weights))
+
+    plain = {layer: Decoder(*map(torch.Tensor.float, checkpoint.decoder(layer, r))) for layer, r in widths.items()}
+    settings = EndToEndSettings(epochs=10, sequences=2, rate=0.01)
+    trained = train_recipe(model.source, checkpoint, widths, model.tokens, settings)
+    assert list(trained) == list(widths)
+    assert lost(trained) < 0.8 * lost(plain)
+    again = train_recipe(model.source, checkpoint, widths, model.tokens, settings, tmp_path)
+    for layer, decoder in trained.items():
+        assert torch.equal(decoder.scale, decoder.scale.half().float())
+        assert torch.equal(decoder.scale, again[layer].scale)
+        assert torch.equal(decoder.offset, again[layer].offset)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("width", [2, 3])
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -201,8 +263,9 @@ def test_what_was_trained_is_not_trained_again(
     train, widths = EndToEnd.train, list[int]()
 
     def recorded(self: EndToEnd, fail_at: int | None = None) -> Any:
-        widths.append(self._width)
-        if self._width == fail_at:
+        assert isinstance(self._widths, int)
+        widths.append(self._widths)
+        if self._widths == fail_at:
             raise KeyboardInterrupt
         return train(self)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.tiny_models import reference_model
+from tests.serve.tiny_models import own_decoder, reference_model
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.search.budget import Budget, spent
 from vllm_matquant.search.divergence import Divergence, fisher_samples
@@ -47,6 +47,23 @@ def test_layers_change_their_widths_in_place(
     model.set(widths)
     expected = logs_of(reference_model(checkpoint.folder, widths), tokens)
     torch.testing.assert_close(model.logits(tokens).double().log_softmax(-1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_decoders_come_and_go(
+    checkpoint: Checkpoint, new_model: NewModel, tokens: torch.Tensor, seed: int
+) -> None:
+    model = new_model()
+    widths = random_widths(model, seed)
+    decoders = {layer: own_decoder(*checkpoint.decoder(layer, width)) for layer, width in widths.items()}
+    plain, own = (logs_of(reference_model(checkpoint.folder, widths, each), tokens) for each in (False, True))
+    assert divergence(plain, own) > 1e-3
+    model.set(widths)
+    with model.other_decoders(widths, decoders):
+        model.set(widths)
+        torch.testing.assert_close(model.logits(tokens).double().log_softmax(-1), own, rtol=0, atol=1e-4)
+    model.set(widths)
+    torch.testing.assert_close(model.logits(tokens).double().log_softmax(-1), plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -210,3 +227,19 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
         Journal(path, {"seed": 2, "text": "a"}, resume=True)
     anew.remove()
     assert not path.exists()
+
+
+def test_tensors_that_a_journal_does_not_know_are_made_anew(tmp_path: Path) -> None:
+    """A file of theirs may be there: of a search of other settings, or of one that died before it was noted."""
+    path = tmp_path / "state" / "journal.jsonl"
+    first = Journal(path, {"seed": 1})
+    made = first.tensors("own", lambda: ({"a": torch.ones(2)}, 5))
+    assert torch.equal(made["a"], torch.ones(2))
+    again = Journal(path, {"seed": 1}, resume=True)
+    assert torch.equal(again.tensors("own", lambda: pytest.fail("made again"))["a"], torch.ones(2))
+    assert (first.passes, again.passes) == (5, 5)
+    other = Journal(path, {"seed": 2})
+    assert torch.equal(other.tensors("own", lambda: ({"a": torch.zeros(2)}, 5))["a"], torch.zeros(2))
+    assert torch.equal(Journal(None, {}).tensors("own", lambda: ({"a": torch.ones(1)}, 1))["a"], torch.ones(1))
+    other.remove()
+    assert not path.parent.exists()

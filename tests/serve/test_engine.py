@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.tiny_models import EMBEDDINGS, VOCABULARY, log_probabilities, reference_model, write_checkpoint
+from tests.serve.tiny_models import (
+    EMBEDDINGS,
+    VOCABULARY,
+    log_probabilities,
+    own_decoder,
+    reference_model,
+    write_checkpoint,
+)
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
@@ -43,6 +50,8 @@ MODELS: dict[str, tuple[str, Format, dict[str, Any]]] = {
     "rounded": ("llama", Format(group_size=64, slicing="round", **EMBEDDINGS), {"tie_word_embeddings": True}),
 }
 
+WITH_OWN_DECODERS = ("llama", "rounded")  # whose recipes have such
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,7 +61,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not checkpoint_format.layer_widths:
             checkpoint = open_checkpoint(root / name)
             widths = {layer: width for layer in checkpoint.layers for part, width in RECIPE.items() if part in layer}
-            add_recipes(checkpoint, [Recipe("mixed", widths, kl=0.5)])
+            recipe = Recipe("mixed", widths, kl=0.5, own_decoders=name in WITH_OWN_DECODERS)
+            decoders = {layer: own_decoder(*checkpoint.decoder(layer, width)) for layer, width in widths.items()}
+            add_recipes(checkpoint, [recipe], {"mixed": decoders} if recipe.own_decoders else None)
     return root
 
 
@@ -60,10 +71,12 @@ def at(bits: float | None, **llm: Any) -> dict[str, Any]:
     return {"llm": llm | ({} if bits is None else {"additional_config": {"matquant": {"bits": bits}}})}
 
 
-def assert_served(result: dict[str, Any], model: Path, widths: Any, switch: int = 0) -> None:
+def assert_served(
+    result: dict[str, Any], model: Path, widths: Any, switch: int = 0, own_decoders: bool = False
+) -> None:
     """The served log-probabilities are those of the reference at ``widths``."""
     assert "error" not in result, result["error"]
-    expected = log_probabilities(reference_model(model, widths), TOKENS)
+    expected = log_probabilities(reference_model(model, widths, own_decoders), TOKENS)
     torch.testing.assert_close(result["log_probabilities"][switch], expected, rtol=0, atol=TOLERANCE)
 
 
@@ -156,7 +169,7 @@ def test_tensor_parallelism(models: Path, results: dict) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "rounded", "parallel", "compiled"])
 def test_a_recipe_that_mixes_widths_inside_fused_layers(models: Path, results: dict, name: str) -> None:
     result, model = results["recipe", name], models / (name if name in MODELS else "llama")
-    assert_served(result, model, RECIPE)
+    assert_served(result, model, RECIPE, own_decoders=model.name in WITH_OWN_DECODERS)
     [recipe] = open_checkpoint(model).recipes
     expected = open_checkpoint(model).resident_bytes(recipe.widths)
     ranks = 2 if name == "parallel" else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from tests.serve.tiny_models import EMBEDDINGS, write_checkpoint
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits
+from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.checkpoint.spec import Format, shard_width
 from vllm_matquant.plugin import register
 from vllm_matquant.serve import loader as loader_module
-from vllm_matquant.serve.config import MatquantConfig
+from vllm_matquant.serve.config import MatquantConfig, settle_precision
 from vllm_matquant.serve.loader import LOAD_FORMATS, MatquantModelLoader
 
 register()
@@ -39,10 +42,12 @@ class Hub:
         self.fetched: list[str] = []
 
     def snapshot_download(self, name: str, *, allow_patterns: list[str], **options: Any) -> str:
-        for file in self.model.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                (self.cache / file.name).symlink_to(file)
-                self.fetched.append(file.name)
+        for file in filter(Path.is_file, self.model.rglob("*")):
+            path = file.relative_to(self.model).as_posix()
+            if any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns) and path not in self.fetched:
+                (self.cache / path).parent.mkdir(exist_ok=True)
+                (self.cache / path).symlink_to(file)
+                self.fetched.append(path)
         return str(self.cache)
 
 
@@ -62,6 +67,60 @@ def load(monkeypatch: pytest.MonkeyPatch, model: str, checkpoint_format: Format,
     model_config = SimpleNamespace(model=model, revision=None, quantization="matquant")
     get_model_loader(LoadConfig()).load_model(config, model_config)
     return seen
+
+
+def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(folder, model)
+    cache.mkdir()
+    checkpoint = open_checkpoint(model)
+    narrow = dict.fromkeys(checkpoint.layers, 2)
+    mixes = {"some": narrow | {"model.layers.1.mlp.down_proj": 3}, "more": narrow | {"model.layers.1.mlp.up_proj": 4}}
+    decoders = {
+        name: {
+            layer: tuple(values * 1.5 for values in checkpoint.decoder(layer, width)) for layer, width in widths.items()
+        }
+        for name, widths in mixes.items()
+    }
+    recipes = [
+        Recipe(name, widths, kl, own_decoders=True)
+        for (name, widths), kl in zip(mixes.items(), (0.5, 0.4), strict=True)
+    ]
+    add_recipes(checkpoint, recipes, decoders)
+
+    hub = Hub(model, cache)
+    monkeypatch.setattr(loader_module, "hf_api", lambda: hub)
+    quant_config = MatquantConfig(checkpoint.format)
+    quant_config.maybe_update_config("someone/model")
+    config = SimpleNamespace(
+        quant_config=quant_config,
+        additional_config={"matquant": {"bits": average_bits(mixes["some"], checkpoint.layers)}},
+        load_config=LoadConfig(),
+        model_config=SimpleNamespace(model="someone/model", revision=None, quantization="matquant"),
+    )
+    settle_precision(config)
+    assert config.additional_config == {"matquant": {"recipe": mixes["some"]}}
+    assert {shard_width(name) for name in hub.fetched} == {None, 2}
+    assert not [name for name in hub.fetched if name.startswith("recipes/") and name.endswith(".safetensors")]
+
+    seen: dict[str, torch.Tensor] = {}
+
+    def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        seen.update(self.get_all_weights(model_config, torch.nn.Module()))
+        return torch.nn.Module()
+
+    monkeypatch.setattr(DefaultModelLoader, "load_model", load_model)
+    get_model_loader(LoadConfig()).load_model(config, config.model_config)
+    assert {shard_width(name) for name in hub.fetched} == {None, 2, 3}
+    assert [name for name in hub.fetched if name.endswith(".safetensors") and shard_width(name) is None] == [
+        "recipes/some.safetensors"
+    ]
+    for layer, width in mixes["some"].items():
+        scale, offset = decoders["some"][layer]
+        assert torch.equal(seen[f"{layer}.weight_scale{width}"], scale)
+        assert torch.equal(seen[f"{layer}.weight_offset{width}"], offset)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 7, 8])

@@ -76,12 +76,18 @@ def write_checkpoint(
     return folder
 
 
-def reference_model(folder: Path, widths: int | dict[str, int]) -> torch.nn.Module:
+def own_decoder(scale: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a recipe has in the place of a plain decoder."""
+    return scale * 1.25, offset * 0.75
+
+
+def reference_model(folder: Path, widths: int | dict[str, int], own_decoders: bool = False) -> torch.nn.Module:
     """transformers' own model with the dequantized slices of a checkpoint as its weights.
 
     Args:
         folder: the checkpoint.
         widths: the width of every layer, or the width of a layer by a part of its name, which all layers must have.
+        own_decoders: whether :func:`own_decoder` has changed the decoders.
     """
     checkpoint = open_checkpoint(folder)
     fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
@@ -92,7 +98,8 @@ def reference_model(folder: Path, widths: int | dict[str, int]) -> torch.nn.Modu
     for layer in checkpoint.layers:
         width = widths if isinstance(widths, int) else next(w for part, w in widths.items() if part in layer)
         codes = checkpoint.codes(layer, width)
-        weights[f"{layer}.weight"] = reference.dequantize(codes, *checkpoint.decoder(layer, width))
+        decoder = checkpoint.decoder(layer, width)
+        weights[f"{layer}.weight"] = reference.dequantize(codes, *(own_decoder(*decoder) if own_decoders else decoder))
     loaded = model.load_state_dict(weights, strict=False)
     missing = set(loaded.missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if missing or loaded.unexpected_keys:

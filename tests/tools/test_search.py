@@ -10,12 +10,19 @@ from typing import Any
 import bench_kernel
 import pytest
 import search
+import torch
+from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import average_bits
 from vllm_matquant.checkpoint.recipe_store import choose_recipe, weight_bytes
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.quantize.calibration import load_calibration
+from vllm_matquant.quantize.evaluate import evaluate
+from vllm_matquant.quantize.source import load_tokenizer
+from vllm_matquant.search.divergence import Divergence
 from vllm_matquant.search.law import Observation, fit_law
+from vllm_matquant.search.sliced import SlicedModel
 
 SMALL = ["--samples", "3", "--sequence-length", "24", "--sensitivity-samples", "9", "--steps", "1"]
 
@@ -37,7 +44,7 @@ def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *options: object) 
 
 
 def recipe_files(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (folder / "recipes").iterdir()}
+    return {path.name: path.read_text() for path in (folder / "recipes").iterdir()}  # none has decoders of its own
 
 
 def test_recipes_come_into_the_checkpoint(
@@ -93,6 +100,48 @@ def test_the_same_search_gives_the_same_bytes_also_after_a_crash(
     assert (other / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+def test_decoders_of_a_recipe_are_those_that_were_measured(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a crash in the training, and in one search of the same widths that keeps the plain decoders."""
+    options = ["--budget", "3,4.5", "--reference", source]
+    other, plain = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("other", "plain"))
+    assert run(folder, *options) == 0
+    assert run(plain, *options, "--decoder-samples", "0") == 0
+    trained, without = open_checkpoint(folder), open_checkpoint(plain)
+    tokens = load_calibration(None, load_tokenizer(source), samples=3, sequence_length=24, seed=0).tokens
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for name in ("3-bits", "4.5-bits"):
+        [recipe] = [recipe for recipe in trained.recipes if recipe.name == name]
+        [untrained] = [recipe for recipe in without.recipes if recipe.name == name]
+        assert recipe.widths == untrained.widths
+        assert (recipe.own_decoders, untrained.own_decoders) == (True, False)
+        assert recipe.kl < untrained.kl
+        assert recipe.origin["training"]["samples"] == search.DECODER_SAMPLES
+        [row] = evaluate(trained, source, tokens, [recipe])
+        assert row["kl"] == pytest.approx(recipe.kl, rel=0.03)  # the search computes in bfloat16
+    sliced = SlicedModel(trained, model)
+    assert Divergence(sliced, tokens).of(recipe.widths) == pytest.approx(untrained.kl, rel=1e-4)
+    assert all(result.passed for result in verify(folder))
+
+    train, calls = search.train_recipe, []
+
+    def crash(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(search, "train_recipe", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(other, *options)
+    assert run(other, *options, "--resume") == 0
+    assert len(calls) == 3
+    assert not (other / search.STATE_FOLDER).exists()
+    for path in filter(Path.is_file, folder.rglob("*")):
+        assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes(), path
+
+
 def test_milliseconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(settings: Any) -> Any:
         [(rows, columns)] = settings.shapes
@@ -129,6 +178,7 @@ def test_a_law_stands_beside_what_was_measured(
         (["--budget", "3", "--calibration", "/no/such.txt"], 1, "/no/such.txt"),
         (["--budget", "3", "--reference", "/no/such"], 1, "/no/such"),
         (["--budget", "3", "--law", "/no/such.json"], 1, "such.json"),
+        (["--budget", "3", "--decoder-samples", "4"], 1, "--decoder-samples: found 4, expected --reference"),
         (["--budget", "3", "--json", "/no/such/x.json"], 2, "found no folder /no/such"),
     ],
 )

@@ -77,9 +77,14 @@ def publish_text(path: Path, text: str) -> None:
 
 def publish_bytes(path: Path, content: bytes) -> None:
     """Likewise, any file."""
+    publish(path, lambda temporary: temporary.write_bytes(content))
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Likewise, what ``write`` puts into a file of the name that it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        write(temporary)
         sync_file(temporary)
         os.replace(temporary, path)
     finally:

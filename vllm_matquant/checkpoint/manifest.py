@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import ChecksumError, IndexFileError, MissingFileError, UnsafePathError
 from vllm_matquant.checkpoint.files import read_json, sha256
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name, is_recipe_file
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name, is_recipe_decoders_file, is_recipe_file
 
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict):
         raise IndexFileError(path, "files", type(files).__name__, "an object")
     for name, entry in files.items():
-        if not is_plain_name(name) and not is_recipe_file(name):
+        if not (is_plain_name(name) or is_recipe_file(name) or is_recipe_decoders_file(name)):
             raise UnsafePathError(path, "files", repr(name), "a file name without a folder, or a recipe's")
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise IndexFileError(path, f"files.{name}", entry, "an object with sha256 and bytes")

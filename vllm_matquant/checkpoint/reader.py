@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_matquant.checkpoint.errors import ConfigError, IndexFileError, MissingFileError
+from vllm_matquant.checkpoint.errors import ConfigError, IndexFileError, MissingFileError, RecipeError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.packing import slice_codes, unpack_codes
 from vllm_matquant.checkpoint.recipe import Recipe, complete_widths, read_recipe, resident_bytes
@@ -29,14 +29,17 @@ from vllm_matquant.checkpoint.spec import (
     Format,
     offset_name,
     plane_name,
+    recipe_decoders_file,
     scale_name,
     shard_width,
 )
 from vllm_matquant.checkpoint.validate import (
+    ExpectedTensor,
     check_decoder,
     check_index,
     check_layer_count,
     check_shards,
+    check_tensors,
     expected_tensors,
     read_index,
 )
@@ -49,7 +52,7 @@ class Checkpoint:
     """A checked checkpoint folder; tensors are read when asked for.
 
     What is served is given as one width for all layers, each of which then takes the width that serves it, or as the
-    width of every layer.
+    width of every layer. Widths that a recipe with decoders of its own has are served with these decoders.
 
     Attributes:
         folder: where it lies.
@@ -109,25 +112,46 @@ class Checkpoint:
             self.format.check_width(widths, self.folder)
             stored_width = self.format.stored_width(widths)
             needed = [name for of, names in sorted(self.shards.items()) if of <= stored_width for name in names]
-            what, expected = f"{widths} bits", f"every shard of the widths up to {stored_width}"
+            what, expected = f"{widths} bits", f"every shard of the widths up to {stored_width} that {INDEX_FILE} lists"
         else:
             read = self.file_names(widths)
             needed = [name for _, names in sorted(self.shards.items()) for name in names if name in read]
-            what, expected = "these widths", "every shard that holds some of their tensors,"
-        missing = {name for names in self.missing_files.values() for name in names}
-        if not missing.isdisjoint(needed):
+            needed += sorted(read - set(needed))  # decoders of a recipe
+            what, expected = "these widths", "every file that holds some of their tensors"
+        missing = [name for name in needed if not (self.folder / name).is_file()]
+        if missing:
             raise MissingFileError(
                 self.folder,
                 f"files of {what}",
-                "no " + ", no ".join(name for name in needed if name in missing),
-                f"{expected} that {INDEX_FILE} lists",
+                "no " + ", no ".join(missing),
+                expected,
                 f"The folder serves {_listed(self.servable_widths)}",
             )
         return [self.folder / name for name in needed]
 
     def file_names(self, widths: Widths) -> set[str]:
-        """Names of the shards that hold what serving at ``widths`` needs, whether they are in the folder or not."""
-        return {self.weight_map[name] for name in self._tensor_names(self.layer_widths(widths))}
+        """Names of the files that hold what serving at ``widths`` needs, whether they are in the folder or not."""
+        return set(self._places(widths).values())
+
+    def decoders_file(self, widths: Widths) -> str | None:
+        """Name of the file of the decoders that were trained for these widths of all layers, if a recipe has such."""
+        if isinstance(widths, int):
+            return None
+        complete = self.layer_widths(widths)
+        names = (recipe.name for recipe in self.recipes if recipe.own_decoders and recipe.widths == complete)
+        return next(map(recipe_decoders_file, names), None)
+
+    def read_recipe(self, path: Path) -> Recipe:
+        """A recipe in any file.
+
+        Raises:
+            MissingFileError, RecipeError: as :func:`vllm_matquant.checkpoint.recipe.read_recipe`; or the recipe was
+                measured with decoders of its own, which the checkpoint does not have.
+        """
+        recipe = read_recipe(path, self.format, self.layers)
+        if recipe.own_decoders and self.decoders_file(recipe.widths) is None:
+            raise RecipeError(path, "own_decoders", "true", "a recipe of the checkpoint with decoders for these widths")
+        return recipe
 
     def tensors(self, widths: Widths) -> Iterator[tuple[str, torch.Tensor]]:
         """What serving at ``widths`` needs, shard by shard.
@@ -138,19 +162,28 @@ class Checkpoint:
         Raises:
             WidthError, RecipeError, MissingFileError: as :meth:`files_for`.
         """
-        needed = self._tensor_names(self.layer_widths(widths))
+        places = self._places(widths)
         for path in self.files_for(widths):
-            for name in sorted(name for name in needed if self.weight_map[name] == path.name):
-                yield name, self._read(name)
+            file = path.relative_to(self.folder).as_posix()
+            for name in sorted(name for name, place in places.items() if place == file):
+                yield name, self._read(name, file)
 
-    def _tensor_names(self, widths: Mapping[str, int]) -> set[str]:
-        """The tensors that serving layers at their ``widths`` needs."""
+    def slices(self, widths: Widths) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(layer, codes, scale, offset) of every quantized layer, as served at ``widths``."""
+        decoders = self.decoders_file(widths)
+        for layer, width in self.layer_widths(widths).items():
+            yield layer, self.codes(layer, width), *self.decoder(layer, width, decoders)
+
+    def _places(self, widths: Widths) -> dict[str, str]:
+        """The file of each tensor that serving at ``widths`` needs."""
         names = set(self._unquantized_names())
-        for layer, width in widths.items():
+        decoders: set[str] = set()
+        for layer, width in self.layer_widths(widths).items():
             planes = range(BASE_BITS + 1, self.format.stored_width(width) + 1)
-            own = (WEIGHT_BASE, *map(plane_name, planes), scale_name(width), offset_name(width))
-            names |= {f"{layer}.{name}" for name in own}
-        return names
+            names |= {f"{layer}.{name}" for name in (WEIGHT_BASE, *map(plane_name, planes))}
+            decoders |= {f"{layer}.{scale_name(width)}", f"{layer}.{offset_name(width)}"}
+        own = self.decoders_file(widths)
+        return {name: own if own and name in decoders else self.weight_map[name] for name in names | decoders}
 
     def _unquantized_names(self) -> list[str]:
         quantized = {
@@ -184,17 +217,23 @@ class Checkpoint:
         planes = [self._read(f"{layer}.{plane_name(plane)}") for plane in range(BASE_BITS + 1, bits + 1)]
         return unpack_codes(base, planes, self.layers[layer][1])
 
-    def decoder(self, layer: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, offset) of a layer, as served at ``width``: float16 [out_features, groups] each."""
+    def decoder(self, layer: str, width: int, file: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, offset) of a layer, as served at ``width``: float16 [out_features, groups] each.
+
+        Args:
+            file: see :meth:`decoders_file`; by default the shards.
+        """
         own = self.format.width_of(layer, width)
-        return self._read(f"{layer}.{scale_name(own)}"), self._read(f"{layer}.{offset_name(own)}")
+        names = f"{layer}.{scale_name(own)}", f"{layer}.{offset_name(own)}"
+        scale, offset = (self._read(name, file) for name in names)
+        return scale, offset
 
     def resident_bytes(self, widths: Widths) -> int:
         """Bytes of the codes and decoders of all quantized layers at ``widths``."""
         return resident_bytes(self.layer_widths(widths), self.format, self.layers)
 
-    def _read(self, name: str) -> torch.Tensor:
-        file = self.weight_map[name]
+    def _read(self, name: str, file: str | None = None) -> torch.Tensor:
+        file = file or self.weight_map[name]
         if file not in self._open_shards:
             self._open_shards[file] = safe_open(self.folder / file, framework="pt")
         return self._open_shards[file].get_tensor(name)
@@ -235,22 +274,33 @@ def open_checkpoint(folder: Path | str, widths: Widths | None = None, *, check_v
     paths = checkpoint.files_for(format.widths[0] if widths is None else widths)
     if widths is None:
         paths = [folder / name for name in sorted(set(weight_map.values())) if (folder / name).is_file()]
-    found = check_shards(paths, weight_map, expected)
+    found = check_shards([path for path in paths if shard_width(path.name)], weight_map, expected)
     found_size = sum(spec.nbytes for spec in found.values())
     if len(found) == len(weight_map) and found_size != total_size:
         raise IndexFileError(
             folder / INDEX_FILE, "metadata.total_size", total_size, f"{found_size}, the tensors' bytes"
         )
-    if check_values:
-        for checked in checkpoint.servable_widths if widths is None else (widths,):
-            _check_decoders(checkpoint, checked)
+    checked: list[Widths] = [*checkpoint.servable_widths] if widths is None else [widths]
+    if widths is None:
+        checked += [recipe.widths for recipe in recipes if recipe.own_decoders]
+    for each in checked:
+        if not (file := checkpoint.decoders_file(each)) or (folder / file).is_file():
+            _check_decoders(checkpoint, each, expected, check_values)
     return checkpoint
 
 
-def _check_decoders(checkpoint: Checkpoint, widths: Widths) -> None:
-    for layer, own in checkpoint.layer_widths(widths).items():
-        file = checkpoint.weight_map[f"{layer}.{scale_name(own)}"]
-        check_decoder(*checkpoint.decoder(layer, own), layer, own, checkpoint.folder / file)
+def _check_decoders(
+    checkpoint: Checkpoint, widths: Widths, expected: Mapping[str, ExpectedTensor], check_values: bool
+) -> None:
+    """Check the decoders that serving at ``widths`` reads; those of a recipe wholly, for no index lists them."""
+    layers = checkpoint.layer_widths(widths)
+    own = checkpoint.decoders_file(widths)
+    if own is not None:
+        names = [f"{layer}.{name(width)}" for layer, width in layers.items() for name in (scale_name, offset_name)]
+        check_tensors(checkpoint.folder / own, {name: expected[name] for name in names})
+    for layer, width in layers.items() if check_values else ():
+        file = own or checkpoint.weight_map[f"{layer}.{scale_name(width)}"]
+        check_decoder(*checkpoint.decoder(layer, width, own), layer, width, checkpoint.folder / file)
 
 
 def _listed(widths: tuple[int, ...]) -> str:

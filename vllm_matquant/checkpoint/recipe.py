@@ -10,6 +10,8 @@ any other file can be named where the checkpoint is served. Its fields:
 ``default``           optional: the width of every layer that ``widths`` does not name
 ``average_bits``      optional: the mean of the widths, weighted by the layers' numbers of weights
 ``resident_bytes``    optional: bytes of codes and decoders
+``own_decoders``      optional: whether decoders of its own lie beside it, see :mod:`vllm_matquant.checkpoint.spec`;
+                      they serve whoever asks for just these widths
 ``kl``                optional: KL divergence from the source model, or from the widest slice, in nats per token
 ``origin``            optional: an object that says how the recipe was found
 ====================  =========================================================================================
@@ -30,7 +32,8 @@ from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_recipe_file, recipe_file
 
 RECIPE_VERSION = 1
-_FIELDS = ("recipe_version", "name", "widths", "default", "average_bits", "resident_bytes", "kl", "origin")
+_OPTIONAL = ("default", "average_bits", "resident_bytes", "own_decoders", "kl", "origin")
+_FIELDS = ("recipe_version", "name", "widths", *_OPTIONAL)
 
 Shapes = Mapping[str, tuple[int, int]]
 """(out_features, in_features) of each quantized layer."""
@@ -45,22 +48,24 @@ class Recipe:
         widths: the width of every quantized layer, one of those that it has.
         kl: KL divergence, in nats per token, measured when the recipe was found; None if it is not known.
         origin: how the recipe was found.
+        own_decoders: whether the checkpoint holds decoders that were trained for just these widths.
     """
 
     name: str
     widths: Mapping[str, int]
     kl: float | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    own_decoders: bool = False
 
     def to_dict(self, format: Format, layers: Shapes) -> dict[str, Any]:
         """The content of the recipe's file."""
-        optional = {"kl": self.kl, "origin": dict(self.origin)}
+        optional = {"own_decoders": self.own_decoders or None, "kl": self.kl, "origin": dict(self.origin) or None}
         return {
             "recipe_version": RECIPE_VERSION,
             "name": self.name,
             "average_bits": average_bits(self.widths, layers),
             "resident_bytes": resident_bytes(self.widths, format, layers),
-            **{name: value for name, value in optional.items() if value not in (None, {})},
+            **{name: value for name, value in optional.items() if value is not None},
             "widths": dict(self.widths),
         }
 
@@ -77,7 +82,7 @@ def resident_bytes(widths: Mapping[str, int], format: Format, layers: Shapes) ->
 
 
 def read_recipe(path: Path, format: Format, layers: Shapes) -> Recipe:
-    """Read a recipe and check it against the checkpoint that it is for.
+    """Read a recipe and check it against the checkpoint that it is for; whether its decoders are there is not checked.
 
     Raises:
         MissingFileError: there is no such file.
@@ -102,6 +107,9 @@ def parse_recipe(content: dict[str, Any], format: Format, layers: Shapes, where:
         raise fail("name", "letters, digits and any of . _ + -")
     if kl is not None and (type(kl) not in (int, float) or not math.isfinite(kl)):
         raise fail("kl", "a finite number")
+    own_decoders = content.get("own_decoders", False)
+    if not isinstance(own_decoders, bool):
+        raise fail("own_decoders", "true or false")
     if not isinstance(origin, dict):
         raise fail("origin", "an object")
     if not isinstance(content.get("widths"), dict):
@@ -114,7 +122,7 @@ def parse_recipe(content: dict[str, Any], format: Format, layers: Shapes, where:
         raise fail("average_bits", f"{average}, by its widths")
     if "resident_bytes" in content and content["resident_bytes"] != size:
         raise fail("resident_bytes", f"{size}, by its widths")
-    return Recipe(name, widths, kl, origin)
+    return Recipe(name, widths, kl, origin, own_decoders)
 
 
 def complete_widths(

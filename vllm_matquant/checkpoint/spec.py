@@ -18,6 +18,9 @@ weight is ``scale_r * t + offset_r``. With "round" (MatQuant, eq. 6) the r-bit c
 clamped, so it also needs the plane r + 1. What lifts the checkpoint to width r (plane and decoder) lies in shards of
 its own; every tensor that is not quantized lies in the shards of width 2 with the base.
 
+A recipe, which gives each layer its width, may have decoders of its own: ``recipes/NAME.safetensors`` holds, of each
+layer, the scale and the offset of its width under the names above, and they take the place of those in the shards.
+
 A layer may have widths of its own. Where the model is served at a width that the layer does not have, the layer is
 served at its next wider one, or else at its widest; what that needs then lies in the shards that the model's width
 reads.
@@ -73,7 +76,8 @@ _GROUP_SIZES_FIELD = "layer_group_sizes"
 _WIDTHS_FIELD = "layer_widths"
 _RECIPES_FIELD = "recipes"
 _SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
-_RECIPE = re.compile(rf"{RECIPES_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9._+-]*)\.json")
+_RECIPE = re.compile(rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*\.json")
+_RECIPE_DECODERS = re.compile(rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*\.safetensors")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -115,6 +119,16 @@ def recipe_file(name: str) -> str:
 def is_recipe_file(path: str) -> bool:
     """Whether a path in the checkpoint's folder is one of a recipe."""
     return _RECIPE.fullmatch(path) is not None
+
+
+def recipe_decoders_file(name: str) -> str:
+    """Likewise, of the decoders that belong to the recipe alone, if it has any."""
+    return f"{RECIPES_FOLDER}/{name}.safetensors"
+
+
+def is_recipe_decoders_file(path: str) -> bool:
+    """Whether a path in the checkpoint's folder is one of a recipe's decoders."""
+    return _RECIPE_DECODERS.fullmatch(path) is not None
 
 
 def is_plain_name(name: str) -> bool:

@@ -100,8 +100,9 @@ class Staging:
                 path.unlink()
         for name in DOCUMENT_FILES:
             (self.folder / name).unlink(missing_ok=True)
-        for path in (self.folder / RECIPES_FOLDER).glob("*.json"):
-            path.unlink()
+        for suffix in (".json", ".safetensors"):
+            for path in (self.folder / RECIPES_FOLDER).glob(f"*{suffix}"):
+                path.unlink()
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.iterdir()):
             if path.name not in last:

@@ -157,6 +157,21 @@ def check_shards(
     return found
 
 
+def check_tensors(path: Path, expected: dict[str, ExpectedTensor]) -> None:
+    """Check the header of a file that holds the ``expected`` tensors and no others.
+
+    Raises:
+        ShardError, MissingTensorError, UnexpectedTensorError, TensorDtypeError, TensorShapeError: it does not.
+    """
+    header = read_header(path)
+    for name, tensor in expected.items():
+        if name not in header:
+            raise MissingTensorError(path, name, "nothing", f"a tensor of shape {list(tensor.shape)}")
+        _check_tensor(path, name, header[name], tensor)
+    for name in sorted(header.keys() - expected.keys()):
+        raise UnexpectedTensorError(path, name, "a tensor", "decoders of the recipe's widths only")
+
+
 def _check_tensor(path: Path, name: str, found: TensorSpec, expected: ExpectedTensor) -> None:
     if found.dtype not in expected.dtypes:
         dtypes = " or ".join(map(str, expected.dtypes))

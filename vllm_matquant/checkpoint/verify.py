@@ -12,7 +12,7 @@ from vllm_matquant.checkpoint.errors import CheckpointError, NestingError
 from vllm_matquant.checkpoint.manifest import check_file, read_manifest
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, RECIPES_FOLDER, shard_width
+from vllm_matquant.checkpoint.spec import MANIFEST_FILE, RECIPES_FOLDER, is_recipe_decoders_file, shard_width
 from vllm_matquant.checkpoint.staging import is_checkpoint_file
 
 
@@ -26,7 +26,8 @@ class Result(NamedTuple):
 def verify(folder: Path) -> Iterator[Result]:
     """Check a folder, with progress bars on a terminal.
 
-    Shards that were left out are no fault as long as a width can be served without them.
+    Shards that were left out are no fault as long as a width can be served without them, nor are a recipe's decoders:
+    the recipe cannot be served then.
 
     Yields:
         One result for each file of the manifest, one for the format and one for the nesting.
@@ -73,14 +74,15 @@ def check_nesting(checkpoint: Checkpoint, layer: str) -> None:
 def _verify_files(folder: Path) -> Iterator[Result]:
     files = read_manifest(folder)
     own = [path for path in sorted(folder.iterdir()) if is_checkpoint_file(path.name) and path.name != MANIFEST_FILE]
-    for path in [*own, *sorted((folder / RECIPES_FOLDER).glob("*.json"))]:
+    recipes = folder / RECIPES_FOLDER
+    for path in [*own, *sorted([*recipes.glob("*.json"), *recipes.glob("*.safetensors")])]:
         if path.relative_to(folder).as_posix() not in files:
             yield Result(False, f"{path}: not in {MANIFEST_FILE}")
     present = [name for name in sorted(files) if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     with tqdm(total=total, desc="SHA-256", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for name, entry in sorted(files.items()):
-            if name not in present and shard_width(name) is not None:
+            if name not in present and (shard_width(name) is not None or is_recipe_decoders_file(name)):
                 yield Result(True, f"{name}: absent, left out")
                 continue
             try:

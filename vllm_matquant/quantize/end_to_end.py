@@ -1,10 +1,10 @@
-"""Decoders trained on the predictions of the whole model, one width after the other.
+"""Decoders trained on the predictions of the whole model, for one width after the other, or for a recipe's widths.
 
 A method that sees a block at a time cannot know what an error does to the model's predictions. When every layer is
 quantized, the scales and offsets of a width follow the gradient of the KL divergence from the source's predictions to
 the slice's on the calibration text (as EfficientQAT, arXiv 2407.11062, section 3.3, trains scales on a text's own
 words). The codes stay as they are, and each width has decoders of its own: what one width gains costs the others
-nothing.
+nothing. Likewise a recipe, whose layers have other neighbours than in a model of one width.
 
 A step goes through the blocks forwards and then backwards. Between the two it keeps what each block was given and runs
 the block once more, so that memory holds one block at a time.
@@ -13,7 +13,7 @@ the block once more, so that memory holds one block at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,12 @@ class EndToEndSettings:
 
 
 class EndToEnd:
-    """The training of one width's decoders in a finished model.
+    """The training of one width's decoders, or of a recipe's, in a finished model.
 
     Args:
         source: the model.
-        format_: of the checkpoint in the making; truncated slices.
-        width: to train.
+        format_: of the checkpoint; truncated slices.
+        widths: the width to train, or that of every quantized layer.
         load: gives the finished layers.
         tokens: int64 [windows, length], the whole calibration text.
         expected: float32 [sequences, length, hidden_size], the outputs of the source's last block on this rank's
@@ -93,14 +93,14 @@ class EndToEnd:
         self,
         source: SourceModel,
         format_: Format,
-        width: int,
+        widths: int | Mapping[str, int],
         load: LoadLayers,
         tokens: torch.Tensor,
         expected: torch.Tensor,
         settings: EndToEndSettings,
         folder: Path | None = None,
     ) -> None:
-        self._source, self._format, self._width, self._load = source, format_, width, load
+        self._source, self._format, self._widths, self._load = source, format_, widths, load
         self._settings, self._steps = settings, settings.steps(len(tokens))
         self._device = ranks.own_device(settings.device)
         self._expected = expected
@@ -108,26 +108,26 @@ class EndToEnd:
         self._trained = [self._begin(block, folder) for block in self._blocks]
         self._inputs = allocate(expected.shape, folder)
         embedding = self._outer_layer(source.embedding)
-        rows = None if embedding is None else lambda ids: embedding[ids].decode(width, format_.slicing)
+        rows = None if embedding is None else lambda ids: self._decode(embedding[ids])
         self._arguments = to_device(source.embed(ranks.spread(tokens), self._inputs, rows), self._device)
         self._head = source.load_head(self._device)
         self._source_head = self._slice_head = self._for_products(source.head_weight())
         if (head := self._outer_layer(source.output_head)) is not None:
-            self._slice_head = self._for_products(head.decode(width, format_.slicing))
+            self._slice_head = self._for_products(self._decode(head))
 
     @torch.no_grad()
     def train(self) -> dict[str, dict[str, Decoder]]:
         """Take all steps.
 
         Returns:
-            For each block the decoders of its layers that have this width, with values that float16 holds exactly.
+            For each block the decoders of its layers that have the width that is trained, or of all where each has its
+            own, with values that float16 holds exactly.
 
         Raises:
             ValueError: the divergence is no longer finite.
         """
         order = batches(len(self._inputs), self._steps, self._settings.sequences, self._settings.seed)
-        first_rate = self._settings.rate * 2 ** ((BASE_BITS - self._width) / 2)
-        title = f"training {self._width} bits"
+        title = f"training {self._widths} bits" if isinstance(self._widths, int) else "training decoders"
         progress = tqdm(order, title, self._steps, unit="step", smoothing=0, disable=not ranks.is_first())
         for step, batch in enumerate(progress, start=1):
             states = [self._inputs[batch].to(self._device)]
@@ -139,9 +139,8 @@ class EndToEnd:
                     f"{title}: the KL divergence is {divergence} in step {step}, expected a finite one; a smaller "
                     f"end_to_end.rate than {self._settings.rate} may help"
                 )
-            rate = first_rate * (1 - (step - 1) / self._steps) ** 0.5
             for index in reversed(range(len(self._blocks))):
-                slope = self._backward(index, states.pop(), slope, rate, step)
+                slope = self._backward(index, states.pop(), slope, step)
             progress.set_postfix_str(f"KL {divergence:.3f}")
         return {
             block: {name: each.decoder.to("cpu").stored() for name, each in trained.items()}
@@ -149,21 +148,32 @@ class EndToEnd:
         }
 
     def _begin(self, block: str, folder: Path | None) -> dict[str, TrainedDecoder]:
-        """What is trained of a block: a layer with other widths than the model may have none of this width."""
-        decoders = {
-            name: layer.decoders[self._width]
-            for name, layer in self._layers(block).items()
-            if self._width in layer.decoders
-        }
-        return {
-            name: TrainedDecoder(
-                decoder.to(self._device), self._width, lambda shape: allocate(shape, folder).to(self._device)
-            )
-            for name, decoder in decoders.items()
-        }
+        """What is trained of a block: a layer with other widths than the model may have none of the model's width."""
+        trained = {}
+        for name, layer in self._layers(block).items():
+            [(width, decoder)] = layer.decoders.items()
+            if not isinstance(self._widths, int) or width == self._widths:
+                trained[name] = TrainedDecoder(
+                    decoder.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
+                )
+        return trained
 
     def _layers(self, name: str) -> dict[str, QuantizedLayer]:
-        return self._load(name, lambda layer: (served_width(self._format.widths_of(layer), self._width),))
+        return self._load(name, lambda layer: (self._width_of(layer),))
+
+    def _width_of(self, layer: str) -> int:
+        if isinstance(self._widths, int):
+            return served_width(self._format.widths_of(layer), self._widths)
+        return self._widths[layer]
+
+    def _decode(self, layer: QuantizedLayer) -> torch.Tensor:
+        """The weight of a layer that has the decoder of one width alone."""
+        [width] = layer.decoders
+        return layer.decode(width, self._format.slicing)
+
+    def _rate(self, width: int, step: int) -> float:
+        first = self._settings.rate * 2 ** ((BASE_BITS - width) / 2)
+        return first * (1 - (step - 1) / self._steps) ** 0.5
 
     def _outer_layer(self, name: str | None) -> QuantizedLayer | None:
         """The input embedding or the output head, if it is quantized."""
@@ -182,11 +192,12 @@ class EndToEnd:
         codes: dict[str, torch.Tensor] = {}
         for layer_name, layer in layers.items():
             if layer_name in trained:
-                sliced = slice_codes(layer.codes, PARENT_BITS, self._width, self._format.slicing)
+                [width] = layer.decoders
+                sliced = slice_codes(layer.codes, PARENT_BITS, width, self._format.slicing)
                 codes[layer_name] = sliced.to(self._device)
                 weight = trained[layer_name].decode(codes[layer_name].float())
             else:
-                weight = layer.decode(self._width, self._format.slicing)
+                weight = self._decode(layer)
             parameters[weight_name(layer_name, name)] = self._for_products(weight)
         return parameters, codes
 
@@ -198,7 +209,7 @@ class EndToEnd:
         parameters, _ = self._prepare(index)
         return self._run(index, parameters, hidden)
 
-    def _backward(self, index: int, hidden: torch.Tensor, slope: torch.Tensor, rate: float, step: int) -> torch.Tensor:
+    def _backward(self, index: int, hidden: torch.Tensor, slope: torch.Tensor, step: int) -> torch.Tensor:
         """Train the decoders of a block.
 
         Args:
@@ -216,7 +227,7 @@ class EndToEnd:
             first, *others = torch.autograd.grad(output, [hidden, *leaves], slope)
         found = [trained[name].slopes(each, codes[name].float()) for name, each in zip(codes, others, strict=True)]
         for name, slopes in zip(codes, ranks.means(found), strict=True):
-            trained[name].step(slopes, rate, step)
+            trained[name].step(slopes, self._rate(trained[name].width, step), step)
         return first
 
     def _divergence(self, hidden: torch.Tensor, expected: torch.Tensor) -> tuple[float, torch.Tensor]:

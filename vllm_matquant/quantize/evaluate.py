@@ -165,9 +165,8 @@ def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: P
 
 def slice_weights(checkpoint: Checkpoint, widths: Widths) -> LayerWeights:
     """The decoded weights of a nested checkpoint at its ``widths``, layer by layer."""
-    for layer, width in checkpoint.layer_widths(widths).items():
-        scale, offset = checkpoint.decoder(layer, width)
-        yield layer, dequantize(checkpoint.codes(layer, width), scale, offset)
+    for layer, codes, scale, offset in checkpoint.slices(widths):
+        yield layer, dequantize(codes, scale, offset)
 
 
 def stored_weights(path: Path) -> LayerWeights:

@@ -31,7 +31,7 @@ class TrainedDecoder:
     VALUES: ClassVar[int] = 7  # float32 values kept for each group
 
     def __init__(self, start: Decoder, width: int, allocate: Allocate | None = None) -> None:
-        self.middle = (2**width - 1) / 2
+        self.width, self.middle = width, (2**width - 1) / 2
         allocate = allocate or start.scale.new_empty
         self._start_scale, self._scale, self._centre = allocate((3, *start.scale.shape))
         self._moments = allocate((2, 2, *start.scale.shape)).zero_()

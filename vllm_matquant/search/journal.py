@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_matquant.checkpoint.files import publish_text
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_matquant.checkpoint.files import publish, publish_text
 
 JOURNAL_VERSION = 1
 
@@ -73,9 +76,25 @@ class Journal:
             self.passes += cost
         return value
 
+    def tensors(self, key: str, run: Callable[[], tuple[dict[str, torch.Tensor], int]]) -> dict[str, torch.Tensor]:
+        """Likewise, tensors by their names: ``run`` makes them and says what they cost. The key names their file."""
+        if self._path is None:
+            return run()[0]
+        file = self._path.with_name(f"{key}.safetensors")
+
+        def kept() -> tuple[str, int]:
+            made, cost = run()
+            publish(file, lambda temporary: save_file(made, temporary))
+            return file.name, cost
+
+        self.measure(key, kept)
+        return load_file(file)
+
     def remove(self) -> None:
-        """Forget the file: the search is complete."""
+        """Forget the files: the search is complete."""
         if self._path is not None:
+            for file in self._path.parent.glob("*.safetensors"):
+                file.unlink()
             self._path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else lies there
                 self._path.parent.rmdir()

@@ -79,6 +79,15 @@ class Planner:
         key = f"kl/{share}/{self._digits(widths)}"
         return float(self._measure(key, lambda: self._divergence.of(widths, share)))
 
+    def kl_with(self, widths: Mapping[str, int], decoders: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """The divergence with decoders of these widths' own; the journal keeps one for the widths."""
+
+        def measured() -> float:
+            with self.model.other_decoders(widths, decoders):
+                return self._divergence.of(widths)
+
+        return float(self._measure(f"own kl/{self._digits(widths)}", measured))
+
     def slopes(self, widths: Mapping[str, int]) -> dict[str, dict[int, float]]:
         """See :meth:`Divergence.slopes`."""
         return _integer_keys(self._measure(f"slopes/{self._digits(widths)}", lambda: self._divergence.slopes(widths)))

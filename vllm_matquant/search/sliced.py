@@ -94,6 +94,22 @@ class SlicedModel:
                 self._weights[layer].copy_(self.decode(layer, width))
                 self._current[layer] = width
 
+    @contextlib.contextmanager
+    def other_decoders(
+        self, widths: Mapping[str, int], decoders: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[None]:
+        """Within, layers have other decoders at these widths: (scale, offset), [out_features, groups] each."""
+        before = {(layer, width): self._decoders[layer, width] for layer, width in widths.items()}
+        for layer, width in widths.items():
+            scale, offset = decoders[layer]
+            self._decoders[layer, width] = scale.float().to(self._device), offset.float().to(self._device)
+            self._current[layer] = REFERENCE  # whatever it has is decoded anew
+        try:
+            yield
+        finally:
+            self._decoders |= before
+            self._current |= dict.fromkeys(widths, REFERENCE)
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the model says of each following token: float32 [windows, length - 1, vocabulary]."""
         self.passes += tokens.numel()

@@ -43,6 +43,10 @@ class MatquantModelLoader(DefaultModelLoader):
         precision = quant_config.resolve_precision(vllm_config.additional_config)
         stored_width = quant_config.format.stored_width(precision.bits)
         folder = fetch(model_config, self.load_config.download_dir, ["*.json", shard_pattern(stored_width)])
+        if precision.recipe is not None:
+            decoders = open_checkpoint(folder, check_values=False).decoders_file(precision.recipe)
+            if decoders is not None:
+                fetch(model_config, self.load_config.download_dir, [decoders])
         # A downloaded checkpoint could not be checked before; a faulty one must not cost an allocation.
         self._opened = open_checkpoint(folder, precision.widths), precision.widths
         model = super().load_model(vllm_config, model_config, prefix)

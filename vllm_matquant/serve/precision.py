@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe, average_bits, read_recipe
+from vllm_matquant.checkpoint.recipe import Recipe, average_bits
 from vllm_matquant.checkpoint.recipe_store import choose_recipe, weight_bytes
 from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS, Format, served_width
@@ -228,7 +228,7 @@ def _choose(
     if isinstance(request.recipe, Mapping):
         return checkpoint.layer_widths(request.recipe)
     if request.recipe is not None:
-        recipe = read_recipe(request.recipe, checkpoint.format, checkpoint.layers)
+        recipe = checkpoint.read_recipe(request.recipe)
     else:
         recipe = choose_recipe(checkpoint, bits=request.budget, memory=request.memory, partial=partial)
     report(describe(recipe, checkpoint))
