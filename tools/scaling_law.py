@@ -22,7 +22,8 @@ from vllm_matquant.search.law import UNQUANTIZED_BITS, Law, LawError, Observatio
 
 _EPILOG = """
 The law (arXiv 2410.06722): loss degeneration = C exp(A Q_r) N^-gamma_n (Q_b + d)^gamma_c, with Q_r the share of weights
-in low precision, Q_b the weights that share a scale (--blocks) and N the model's weights. Precisions are by rounding to
+in low precision, Q_b the weights that share a scale (--blocks) and N the model's weights. It is of the mean over
+random choices of layers (--trials); a single mix may be far from it. Precisions are by rounding to
 the nearest. Observations are kept in OUT with the law: a later call adds other models to them (--add OUT).
 
     python tools/scaling_law.py MODEL_A MODEL_B --output law.json --plot law.png
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="weights that share a scale, Q_b (default: 16,32,64,128)",
     )
-    parser.add_argument("--trials", type=positive, default=2, help="random choices of layers for each (default: 2)")
+    parser.add_argument("--trials", type=positive, default=4, help="random choices of layers for each (default: 4)")
     parser.add_argument("--samples", type=positive, default=8, help="windows of the text (default: %(default)s)")
     parser.add_argument("--sequence-length", type=positive, default=256, help="tokens of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choices (default: %(default)s)")
@@ -80,9 +81,9 @@ def observe(options: argparse.Namespace) -> list[Observation]:
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         mixed = MixedModel(folder.name, model, linear_layers(model), tokens, options.bits, options.high_bits)
-        total = len(options.blocks) * len(options.ratios) * options.trials
+        total = len(options.blocks) * len(options.ratios)
         found = mixed.observe(options.ratios, options.blocks, options.trials, options.seed)
-        observations += list(tqdm(found, desc=folder.name, total=total, unit="mix"))
+        observations += list(tqdm(found, desc=folder.name, total=total, unit="observation"))
     return observations
 
 
@@ -96,7 +97,7 @@ def read_observations(path: Path, options: argparse.Namespace) -> list[Observati
     if (law.low_bits, law.high_bits) != (options.bits, options.high_bits):
         found = f"a law of {law.low_bits:g} and {law.high_bits:g} bits"
         raise LawError(f"{path}: found {found}, expected {options.bits:g} and {options.high_bits:g}")
-    return [Observation(**item) for item in read_json(path)["measured"]]
+    return [Observation(**item | {"mixes": tuple(item["mixes"])}) for item in read_json(path)["measured"]]
 
 
 def show(law: Law) -> None:
@@ -105,7 +106,8 @@ def show(law: Law) -> None:
         print(f"  {name:<8} {getattr(law, name):9.4f}   95 % interval {low:9.4f} to {high:9.4f}")
     print(
         f"  R^2 {law.r2:.4f}, of observations held out {law.held_out_r2:.4f}; "
-        f"median error of a held-out prediction {100 * law.held_out_error:.1f} %"
+        f"median error of a held-out prediction {100 * law.held_out_error:.1f} %, "
+        f"for a single mix {100 * law.mix_error:.1f} %"
     )
 
 
@@ -140,7 +142,9 @@ def plot(law: Law, observations: Sequence[Observation], file: Path) -> None:
         for index, block in enumerate(law.blocks):
             own = [item for item in observations if item.model == name and item.block == block]
             color = f"C{index}"
-            panel.plot([item.ratio for item in own], [item.degeneration for item in own], "o", ms=3, color=color)
+            for item in own:
+                panel.plot([item.ratio] * len(item.mixes), item.mixes, ".", ms=2, alpha=0.5, color=color)
+            panel.plot([item.ratio for item in own], [item.degeneration for item in own], "o", ms=4, color=color)
             line = [law.predict(ratio, law.models[name], block) for ratio in ratios]
             panel.plot(ratios, line, "-", color=color, label=f"blocks of {block}")
         panel.set(yscale="log", xlabel="share in low precision, Q_r", title=f"{name}, N = {law.models[name]:,}")

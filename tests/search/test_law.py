@@ -29,7 +29,7 @@ def observations(
             for ratio in np.linspace(0.05, 1, 12):
                 delta = 0.5 * math.exp(2.5 * ratio) * SIZES[name] ** -0.2 * (block + 20) ** 0.4
                 delta *= math.exp(noise * random.standard_normal())
-                found.append(Observation(name, SIZES[name], float(ratio), block, delta))
+                found.append(Observation(name, SIZES[name], float(ratio), block, (0.8 * delta, 1.2 * delta)))
     return found
 
 
@@ -41,6 +41,7 @@ def test_known_constants_come_back(seed: int) -> None:
     assert law.r2 > 0.98
     assert law.held_out_r2 > 0.98
     assert law.held_out_error < 0.1
+    assert law.mix_error == pytest.approx(0.2, abs=0.07)  # what each mix here lies off the mean
     for name, true in (("a", 2.5), ("gamma_n", 0.2), ("gamma_c", 0.4)):
         low, high = law.intervals[name]
         assert low < high
@@ -53,7 +54,7 @@ def test_known_constants_come_back(seed: int) -> None:
 def test_outliers_do_not_pull_it_far() -> None:
     spoilt = observations(0)
     for index in range(0, len(spoilt), 12):
-        spoilt[index] = Observation(**(vars(spoilt[index]) | {"degeneration": 50 * spoilt[index].degeneration}))
+        spoilt[index] = Observation(**(vars(spoilt[index]) | {"mixes": (50 * spoilt[index].degeneration,)}))
     assert fit_law(spoilt, 4, 16).a == pytest.approx(2.5, abs=0.3)
 
 
@@ -69,7 +70,7 @@ def test_the_same_observations_give_the_same_law() -> None:
 
 
 def test_observations_without_a_logarithm_are_left_out_and_counted() -> None:
-    none = [Observation("small", 10**6, 0.1, 16, -0.001)] * 5
+    none = [Observation("small", 10**6, 0.1, 16, (-0.003, 0.001))] * 5
     law = fit_law(observations(0) + none, 4, 16)
     assert (law.observations, law.left_out) == (108, 5)
     with pytest.raises(LawError, match="found 0 with a positive"):
@@ -130,13 +131,15 @@ def test_mixes_of_a_model() -> None:
     tokens = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
     mixed = MixedModel("tiny", model, layers, tokens, 2)
     found = list(mixed.observe([0.25, 0.5, 1.0], [16, 32], 2, seed=1))
-    assert len(found) == 12
+    assert len(found) == 6
+    assert [len(item.mixes) for item in found] == [2, 2, 1, 2, 2, 1]
     assert found == list(
         MixedModel("tiny", randomized(config, 0), layers, tokens, 2).observe([0.25, 0.5, 1.0], [16, 32], 2, 1)
     )
     whole = [item for item in found if item.ratio == pytest.approx(1)]
-    assert len(whole) == 4
-    assert all(abs(item.ratio - 0.25) < 0.1 for item in found[:2])
+    assert len(whole) == 2
+    assert all(abs(item.ratio - 0.25) < 0.1 for item in found[::3])
+    assert found[0].degeneration == pytest.approx(sum(found[0].mixes) / 2)
     # By hand: every layer rounded, on the model itself.
     model.load_state_dict(source)
     with torch.no_grad():

@@ -10,8 +10,9 @@ import scaling_law
 
 from vllm_matquant.search.law import read_law
 
-SMALL = ["--samples", "4", "--sequence-length", "24", "--bits", "2", "--ratios", "0.3,0.6,1", "--blocks", "16,64"]
-SMALL += ["--trials", "4"]  # half of the mixes make a random model better, by chance
+SMALL = ["--samples", "4", "--sequence-length", "24", "--bits", "2", "--trials", "3"]
+# Many, for half of the mixes make a random model better, by chance.
+SMALL += ["--ratios", "0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "--blocks", "16,32,64"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -32,20 +33,21 @@ def law(source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_measured_and_fitted(law: Path, source: Path) -> None:
     content = json.loads(law.read_text())
-    assert len(content["measured"]) == 3 * 2 * 4
-    assert {item["block"] for item in content["measured"]} == {16, 64}
+    assert len(content["measured"]) == 9 * 3
+    assert sum(len(item["mixes"]) for item in content["measured"]) == (8 * 3 + 1) * 3
+    assert {item["block"] for item in content["measured"]} == {16, 32, 64}
     assert {item["model"] for item in content["measured"]} == {source.name}
     found = read_law(law)
     assert (found.low_bits, found.high_bits) == (2, 16)
     assert found.models == {source.name: content["measured"][0]["weights"]}
-    assert found.observations + found.left_out == 24
+    assert found.observations + found.left_out == 27
 
 
 def test_another_call_adds_to_it(law: Path, source: Path, text_file: Path, tmp_path: Path) -> None:
     both = tmp_path / "both.json"
     arguments = [source, "--text", text_file, "--add", law, "--output", both, *SMALL, "--seed", 1]
     assert scaling_law.main(list(map(str, arguments))) == 0
-    assert len(json.loads(both.read_text())["measured"]) == 48
+    assert len(json.loads(both.read_text())["measured"]) == 54
 
 
 def test_predictions(law: Path, capsys: pytest.CaptureFixture[str]) -> None:

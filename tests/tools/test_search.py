@@ -160,7 +160,7 @@ def test_milliseconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_law_stands_beside_what_was_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    observations = [Observation("m", 10**6, ratio / 10, 64, 0.1 * 2.7**ratio) for ratio in range(1, 11)]
+    observations = [Observation("m", 10**6, ratio / 10, 64, (0.1 * 2.7**ratio,)) for ratio in range(1, 11)]
     law = tmp_path / "law.json"
     law.write_text(json.dumps({"law": fit_law(observations, 2, 8).to_dict()}))
     assert run(folder, "--budget", "3", "--law", law) == 0

@@ -71,6 +71,7 @@ class MixedModel:
         self._source = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
         self.weights = sum(weight.numel() for weight in self._weights.values())
         self._base: dict[int, float] = {}
+        self._current = dict.fromkeys(layers, (UNQUANTIZED_BITS, 0))  # bits and block of what each layer has
 
     def observe(self, ratios: Sequence[float], blocks: Sequence[int], trials: int, seed: int) -> Iterator[Observation]:
         """Measure ``trials`` random choices of layers for each share and each block size.
@@ -78,17 +79,19 @@ class MixedModel:
         Args:
             ratios: shares of weights in low precision to come near to, 0 to 1.
             blocks: columns that share a scale.
-            trials: choices for each.
+            trials: choices for each; where all layers are chosen there is but one.
             seed: of the choices.
         """
+        layers = set(self._weights)
         draw = random.Random(seed)
         for block in blocks:
             for ratio in ratios:
-                for _ in range(trials):
-                    chosen = self._choose(ratio, draw)
-                    share = sum(self._weights[layer].numel() for layer in chosen) / self.weights
-                    loss = self._loss(chosen, block)
-                    yield Observation(self.name, self.weights, share, block, math.expm1(loss - self._base_loss(block)))
+                choices = [self._choose(ratio, draw) for _ in range(trials)]
+                if all(chosen == layers for chosen in choices):
+                    choices = choices[:1]
+                shares = [sum(self._weights[layer].numel() for layer in chosen) / self.weights for chosen in choices]
+                mixes = tuple(math.expm1(self._loss(chosen, block) - self._base_loss(block)) for chosen in choices)
+                yield Observation(self.name, self.weights, sum(shares) / len(shares), block, mixes)
 
     def _choose(self, ratio: float, draw: random.Random) -> set[str]:
         """Layers drawn at random until their share of the weights is nearest to ``ratio``."""
@@ -114,7 +117,9 @@ class MixedModel:
         """Nats per token with the layers ``low`` in low precision."""
         for layer, weight in self._weights.items():
             bits = self._bits[0] if layer in low else self._bits[1]
-            weight.copy_(round_to_nearest(self._source[layer], bits, block))
+            if self._current[layer] != (bits, block):
+                weight.copy_(round_to_nearest(self._source[layer], bits, block))
+                self._current[layer] = bits, block
         total = 0.0
         for batch in batches(self._tokens):
             logits = self.model(batch, use_cache=False).logits[:, :-1].float()

@@ -4,10 +4,11 @@ The loss degeneration, delta = (perplexity of the mix - perplexity) / perplexity
 
     delta = C * exp(A * Q_r) * N^(-gamma_N) * (Q_b + d)^gamma_c
 
-with Q_r the share of weights in low precision, Q_b the weights that share a scale and N the model's weights. It is
-fitted here to the logarithm of delta, by least squares that a few outliers do not pull far (soft L1), with intervals
-from a bootstrap. What the observations do not vary is not fitted: with one model gamma_N is 0 and C holds its size;
-with one block size gamma_c is 0.
+with Q_r the share of weights in low precision, Q_b the weights that share a scale and N the model's weights. Which
+layers are in low precision matters too; the law is of the mean over random choices of them. It is fitted here to the
+logarithm of that mean, by least squares that a few outliers do not pull far (soft L1), with intervals from a bootstrap.
+What the observations do not vary is not fitted: with one model gamma_N is 0 and C holds its size; with one block size
+gamma_c is 0.
 """
 
 from __future__ import annotations
@@ -39,21 +40,26 @@ class LawError(ValueError):
 
 @dataclass(frozen=True)
 class Observation:
-    """One mix of precisions, measured.
+    """Random mixes with the same share of weights in low precision, measured.
 
     Attributes:
         model: whose.
         weights: N, how many weights are quantized or could be.
-        ratio: Q_r, the share of them in low precision.
+        ratio: Q_r, the share of them in low precision, the mean over the mixes.
         block: Q_b, weights that share a scale.
-        degeneration: delta.
+        mixes: delta of each mix.
     """
 
     model: str
     weights: int
     ratio: float
     block: int
-    degeneration: float
+    mixes: tuple[float, ...]
+
+    @property
+    def degeneration(self) -> float:
+        """delta, the mean over the mixes."""
+        return math.fsum(self.mixes) / len(self.mixes)
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ class Law:
         r2: share of the variance of log delta that the law explains.
         held_out_r2: likewise of observations that the law was not fitted to (5 folds).
         held_out_error: median of |predicted / measured - 1| of these.
+        mix_error: likewise, of single mixes instead of their mean.
         intervals: the 95 % interval of each constant.
         observations: how many it was fitted to.
-        left_out: how many more had no positive delta, whose logarithm does not exist.
+        left_out: how many more had no positive mean delta, whose logarithm does not exist.
         models: sizes N by the models' names.
         blocks: the block sizes that were observed.
     """
@@ -84,6 +91,7 @@ class Law:
     r2: float
     held_out_r2: float
     held_out_error: float
+    mix_error: float
     intervals: dict[str, tuple[float, float]]
     observations: int
     left_out: int
@@ -106,7 +114,7 @@ class Law:
         return (self.high_bits - bits) / (self.high_bits - self.low_bits)
 
     def predict_for_budget(self, bits: float, weights: float, block: float) -> float:
-        """What a random mix of ``bits`` on average costs, in nats per token: log(1 + delta)."""
+        """What random mixes of ``bits`` on average cost in the mean, in nats per token: log(1 + delta)."""
         return math.log1p(self.predict(self.ratio_for_budget(bits), weights, block))
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +164,10 @@ def fit_law(observations: Sequence[Observation], low_bits: float, high_bits: flo
     for fold in range(_FOLDS):
         apart = folds == fold
         held_out[apart] = _log_delta(_solve(terms[~apart], target[~apart], free), terms[apart])
+    mix_errors = [
+        np.abs(math.exp(found) / np.array([mix for mix in item.mixes if mix > 0]) - 1)
+        for found, item in zip(held_out, kept, strict=True)
+    ]
     drawn = [random.integers(len(kept), size=len(kept)) for _ in range(_RESAMPLES)]
     resampled = np.array([_solve(terms[rows], target[rows], free, theta) for rows in drawn])
     low, high = np.percentile(resampled, [(100 - _INTERVAL) / 2, (100 + _INTERVAL) / 2], axis=0)
@@ -166,6 +178,7 @@ def fit_law(observations: Sequence[Observation], low_bits: float, high_bits: flo
         r2=_r2(target, _log_delta(theta, terms)),
         held_out_r2=_r2(target, held_out),
         held_out_error=float(np.median(np.abs(np.expm1(held_out - target)))),
+        mix_error=float(np.median(np.concatenate(mix_errors))),
         intervals={name: (float(low[i]), float(high[i])) for i, name in enumerate(_NAMES)},
         observations=len(kept),
         left_out=len(observations) - len(kept),
