@@ -1,6 +1,7 @@
 """Train a small Llama on a text: a model of a size of one's own, for scaling laws and tests, with no download.
 
-The tokenizer, byte-level BPE, is trained on the same text. A twentieth of the text, at its end, is not trained on.
+The tokenizer, byte-level BPE, is trained on the same text. A twentieth of the text, at its end, is not trained on. With
+--start the model begins as some blocks of a trained one, and learns to do without the others.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from arguments import output_folder, positive
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vllm_matquant.quantize.calibration import read_text
+from vllm_matquant.quantize.source import load_tokenizer, locate
 from vllm_matquant.search.degeneration import linear_layers
 
 HELD_OUT = 1 / 20  # of the text
@@ -47,25 +49,15 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     text = "\n\n".join(read_text(path) for path in options.text)
     split = int(len(text) * (1 - HELD_OUT))
-    tokenizer = train_tokenizer(text[:split], options.vocabulary)
+    source = locate(options.start) if options.start else None
+    tokenizer = load_tokenizer(source) if source else train_tokenizer(text[:split], options.vocabulary)
     ids, held_out = (torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in (text[:split], text[split:]))
     length = options.sequence_length
     if len(held_out) < length:
         raise ValueError(f"text: found {len(held_out)} tokens that are not trained on, expected at least {length}")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        intermediate_size=3 * options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
-        num_key_value_heads=options.hidden_size // 64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
+    model = thinned(source, options.layers) if source else new_model(tokenizer, options)
+    rate = options.learning_rate or (3e-4 if source else 2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     bar = trange(options.steps, desc="training", unit="step")
     for _ in bar:
@@ -88,6 +80,41 @@ def train(options: argparse.Namespace) -> None:
     print(f"{options.output}: {weights:,} weights in linear layers, held-out perplexity {math.exp(loss):.2f}")
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=3 * options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64,
+        num_key_value_heads=options.hidden_size // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def thinned(source: Path, count: int) -> PreTrainedModel:
+    """A trained model with ``count`` of its decoder blocks, spread evenly from the first to the last.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    decoder = model.get_decoder()
+    blocks = list(decoder.layers)
+    if count > len(blocks):
+        raise ValueError(f"--layers: found {count}, expected at most the {len(blocks)} of {source.name}")
+    places = torch.linspace(0, len(blocks) - 1, count).round().int().tolist()
+    decoder.layers = torch.nn.ModuleList(blocks[place] for place in places)
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[place] for place in places]
+    return model
+
+
 def _rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to a tenth."""
     warm = max(1, round(WARM_UP * steps))
@@ -108,13 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts to train on (UTF-8)")
     parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="a folder that is not there")
+    parser.add_argument(
+        "--start",
+        metavar="MODEL",
+        help="go on from some blocks of this trained model, with its tokenizer, instead of from random weights",
+    )
     parser.add_argument("--hidden-size", type=heads, default=256, help="default: %(default)s")
     parser.add_argument("--layers", type=positive, default=6, help="default: %(default)s")
     parser.add_argument("--vocabulary", type=positive, default=4096, help="tokens to learn (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument("--batch", type=positive, default=16, help="windows of a step (default: %(default)s)")
     parser.add_argument("--sequence-length", type=positive, default=128, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3, or 3e-4 with --start")
     parser.add_argument("--seed", type=int, default=0, help="of weights and windows (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
