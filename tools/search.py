@@ -23,7 +23,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
 from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
-from vllm_matquant.quantize.calibration import Calibration, load_calibration
+from vllm_matquant.quantize.calibration import load_calibration, load_parts
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.recipe_decoders import train_recipe
 from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
@@ -37,7 +37,8 @@ from vllm_matquant.search.sliced import SlicedModel
 STATE_FOLDER = ".matquant-search"
 COLUMNS = ("average_bits", "resident_bytes", "kl", "passes", "seconds")
 _NAME_COLUMNS = 24
-DECODER_SAMPLES = 128
+DECODER_SAMPLES = 64
+_EPOCHS = 2  # of the training of decoders
 _STEP_TOKENS = 512  # that each step of the training of decoders sees
 _TRAINING_PASSES = 4  # through the model: forwards, forwards again for the backward pass, which counts twice
 _EPILOG = """
@@ -104,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--decoder-samples",
         type=int,
         metavar="N",
-        help="windows of --sequence-length to train decoders on for each recipe alone; 0: it keeps those of the "
-        f"plain widths (default: {DECODER_SAMPLES} with --reference, which training needs; else 0)",
+        help="as many more windows, to train decoders on for each recipe alone; 0: it keeps those of the plain widths "
+        f"(default: {DECODER_SAMPLES} with --reference, which training needs; else 0)",
     )
     parser.add_argument(
         "--method",
@@ -167,19 +168,18 @@ class Search:
             raise ValueError(f"--decoder-samples: found {options.decoder_samples}, expected {expected}")
         tokenizer = load_tokenizer(self.reference or options.folder)
 
-        def windows(samples: int, length: int) -> Calibration:
-            return load_calibration(
-                options.calibration,
-                tokenizer,
-                samples=samples,
-                sequence_length=length,
-                seed=options.seed,
-                text_column=options.text_column,
-            )
-
-        self.calibration = windows(options.samples, options.sequence_length)
-        self.sensitivity = windows(options.sensitivity_samples, 128)
-        self.training = windows(options.decoder_samples, options.sequence_length) if options.decoder_samples else None
+        text = {"seed": options.seed, "text_column": options.text_column}
+        # Decoders are not measured on what they were trained on.
+        self.calibration, self.training = load_parts(
+            options.calibration,
+            tokenizer,
+            samples=(options.samples, options.decoder_samples),
+            sequence_length=options.sequence_length,
+            **text,
+        )
+        self.sensitivity = load_calibration(
+            options.calibration, tokenizer, samples=options.sensitivity_samples, sequence_length=128, **text
+        )
         self.milliseconds: Costs | None = None
         self.rows: list[dict[str, Any]] = []
         self.recipes: list[Recipe] = []
@@ -200,7 +200,7 @@ class Search:
             "reference": self.reference.name if self.reference else None,
             "calibration": self.calibration.source,
             "sensitivity": self.sensitivity.source,
-            "training": self.training.source if self.training else None,
+            "training": self.training.source,
             "seed": self.options.seed,
             "device": self.options.device,
             "threads": torch.get_num_threads(),
@@ -285,19 +285,19 @@ class Search:
 
     def train(self, planner: Planner, name: str, best: Step) -> Step:
         """Train decoders for the best widths, if asked for: they are kept where they lose less than the plain ones."""
-        if self.training is None or self.reference is None:
-            return best
         tokens, reference = self.training.tokens, self.reference
+        if not len(tokens) or reference is None:
+            return best
 
         def run() -> tuple[dict[str, torch.Tensor], int]:
             settings = EndToEndSettings(
-                epochs=1, sequences=max(1, _STEP_TOKENS // tokens.shape[1]), device=self.options.device,
+                epochs=_EPOCHS, sequences=max(1, _STEP_TOKENS // tokens.shape[1]), device=self.options.device,
                 seed=self.options.seed,
             )  # fmt: skip
             trained = train_recipe(SourceModel(reference), self.checkpoint, best.widths, tokens, settings)
             parts = {f"{layer}.scale": each.scale for layer, each in trained.items()}
             parts |= {f"{layer}.offset": each.offset for layer, each in trained.items()}
-            return parts, _TRAINING_PASSES * tokens.numel()
+            return parts, _EPOCHS * _TRAINING_PASSES * tokens.numel()
 
         parts = planner.journal.tensors(f"{name}-decoders", run)
         decoders = {layer: (parts[f"{layer}.scale"], parts[f"{layer}.offset"]) for layer in best.widths}
@@ -315,7 +315,7 @@ class Search:
         }
         if budget is not None:
             origin |= {"budget": budget.name, "method": self.options.method, "seed": self.options.seed}
-        if name in self.decoders and self.training is not None:
+        if name in self.decoders:
             origin["training"] = self.training.source
         return Recipe(name, widths, kl, origin, own_decoders=name in self.decoders)
 

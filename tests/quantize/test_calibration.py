@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.quantize.tiny_sources import byte_tokenizer
 from vllm_matquant.quantize import calibration
-from vllm_matquant.quantize.calibration import Calibration, CalibrationError, load_calibration
+from vllm_matquant.quantize.calibration import Calibration, CalibrationError, load_calibration, load_parts
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +256,26 @@ def test_no_package_datasets(load: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match=r"hf:x: found no package datasets, expected it \(pip install"):
         load("hf:x")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_share_no_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, seed: int) -> None:
+    text = "".join(map(chr, range(0x20, 0x20 + 90)))  # each token once; two of the characters make one
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    parts = load_parts(str(path), tokenizer, samples=(3, 0, 5), sequence_length=10, seed=seed)
+    assert [part.tokens.shape for part in parts] == [(3, 10), (0, 10), (5, 10)]
+    ids = torch.cat([part.tokens.flatten() for part in parts]).tolist()
+    assert len(set(ids)) == 80
+    windows = windows_of(tokenizer, text, 10)
+    assert all(tuple(window) in windows for part in parts for window in part.tokens.tolist())
+    again = load_parts(str(path), tokenizer, samples=(3, 0, 5), sequence_length=10, seed=seed)
+    other = load_parts(str(path), tokenizer, samples=(3, 0, 5), sequence_length=10, seed=seed + 1)
+    assert all(torch.equal(part.tokens, same.tokens) for part, same in zip(parts, again, strict=True))
+    assert not torch.equal(parts[0].tokens, other[0].tokens)
+    assert parts[2].source == {
+        "name": "text.txt", "sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": 5, "sequence_length": 10,
+        "seed": seed, "part": 2,
+    }  # fmt: skip
+    with pytest.raises(CalibrationError, match=r"found 89 tokens, expected at least 100 \(10 x 10\)"):
+        load_parts(str(path), tokenizer, samples=(5, 5), sequence_length=10, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -64,6 +64,45 @@ def load_calibration(
         CalibrationError: no such file, a line without text, a text with too few tokens, or no ``datasets`` package.
         OSError: the text cannot be read.
     """
+    ids, described = _tokenize(source, tokenizer, samples, sequence_length, text_column)
+    places = torch.randint(
+        len(ids) - sequence_length + 1, (samples,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    tokens = torch.tensor([ids[place : place + sequence_length] for place in places])
+    return Calibration(tokens, described | {"seed": seed})
+
+
+def load_parts(
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: Sequence[int],
+    sequence_length: int,
+    seed: int,
+    text_column: str = "text",
+) -> list[Calibration]:
+    """Likewise, several sets of windows no two of which share a token: to train on one, say, and measure on another.
+
+    Args:
+        samples: how many windows each set has.
+
+    Raises:
+        CalibrationError, OSError: as :func:`load_calibration`.
+    """
+    ids, described = _tokenize(source, tokenizer, sum(samples), sequence_length, text_column)
+    count = len(ids) // sequence_length
+    windows = torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: sum(samples)]
+    return [
+        Calibration(windows[part], described | {"samples": size, "seed": seed, "part": index})
+        for index, (size, part) in enumerate(zip(samples, order.split(list(samples)), strict=True))
+    ]
+
+
+def _tokenize(
+    source: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int, text_column: str
+) -> tuple[list[int], dict[str, Any]]:
+    """The tokens of a text that is long enough for the windows, and what to say of it."""
     wanted = samples * sequence_length
     text = "\n\n".join(_documents(source, wanted * _CHARACTERS_PER_TOKEN * _MARGIN, text_column))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -73,18 +112,12 @@ def load_calibration(
             f"{name}: found {len(ids):,} tokens, expected at least {wanted:,} ({samples} x {sequence_length}). "
             "Give a longer text or fewer samples"
         )
-    places = torch.randint(
-        len(ids) - sequence_length + 1, (samples,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
-    tokens = torch.tensor([ids[place : place + sequence_length] for place in places])
-    described = {
+    return ids, {
         "name": name if name.startswith(_HUB) else Path(name).name,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "samples": samples,
         "sequence_length": sequence_length,
-        "seed": seed,
     }
-    return Calibration(tokens, described)
 
 
 def read_text(path: Path) -> str:
