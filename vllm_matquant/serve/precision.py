@@ -237,9 +237,10 @@ def _choose(
 
 def describe(recipe: Recipe, checkpoint: Checkpoint) -> str:
     """One line for the log."""
+    own = " with decoders of its own" if recipe.own_decoders else ""
     loss = "not measured" if recipe.kl is None else f"{recipe.kl:.4g} nats per token"
     return (
-        f"Serving the recipe {recipe.name}: {average_bits(recipe.widths, checkpoint.layers):.4g} bits per weight, "
+        f"Serving the recipe {recipe.name}{own}: {average_bits(recipe.widths, checkpoint.layers):.4g} bits per weight, "
         f"{checkpoint.resident_bytes(recipe.widths):,} bytes of codes and decoders "
         f"({weight_bytes(checkpoint, recipe):,} with what is not quantized), predicted loss (KL divergence) {loss}"
     )
