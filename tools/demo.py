@@ -27,7 +27,7 @@ from vllm_matquant.quantize.source import load_tokenizer
 WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)
 # A part of what a search takes by default: some minutes.
-SEARCH = ("--samples", "8", "--sensitivity-samples", "96", "--steps", "2", "--decoder-samples", "64")
+SEARCH = ("--samples", "8", "--sensitivity-samples", "96", "--steps", "2", "--decoder-samples", "32")
 FOLDER = fetch_model.CACHE / "demo"
 GROUP_SIZE = 64  # 576, this model's hidden size, is no multiple of 128
 COLUMNS = {

@@ -56,9 +56,7 @@ def train_recipe(
     activations = Activations(source, tokens, (), folder)
     for index in range(source.block_count):
         activations.advance(source.load_block(index), lambda width: {})
-    training = EndToEnd(
-        source, checkpoint.format, widths, load, tokens, activations.reference, settings, folder
-    )  # fmt: skip
+    training = EndToEnd(source, checkpoint.format, widths, load, tokens, activations.reference, settings, folder)
     trained = {name: decoder for block in training.train().values() for name, decoder in block.items()}
     return {layer: trained.get(layer) or _plain_decoder(checkpoint, layer, width) for layer, width in widths.items()}
 
