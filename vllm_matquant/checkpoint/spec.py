@@ -76,8 +76,9 @@ _GROUP_SIZES_FIELD = "layer_group_sizes"
 _WIDTHS_FIELD = "layer_widths"
 _RECIPES_FIELD = "recipes"
 _SUFFIX = re.compile(r"weight_(?:base|(?P<kind>plane|scale|offset)(?P<width>\d+))")
-_RECIPE = re.compile(rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*\.json")
-_RECIPE_DECODERS = re.compile(rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*\.safetensors")
+_RECIPE_PATH = rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*"  # without its suffix
+_RECIPE = re.compile(rf"{_RECIPE_PATH}\.json")
+_RECIPE_DECODERS = re.compile(rf"{_RECIPE_PATH}\.safetensors")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
 

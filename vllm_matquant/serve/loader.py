@@ -43,7 +43,7 @@ class MatquantModelLoader(DefaultModelLoader):
         precision = quant_config.resolve_precision(vllm_config.additional_config)
         stored_width = quant_config.format.stored_width(precision.bits)
         folder = fetch(model_config, self.load_config.download_dir, ["*.json", shard_pattern(stored_width)])
-        if precision.recipe is not None:
+        if precision.recipe is not None and quant_config.folder is None:  # a local folder has them, or is refused below
             decoders = open_checkpoint(folder, check_values=False).decoders_file(precision.recipe)
             if decoders is not None:
                 fetch(model_config, self.load_config.download_dir, [decoders])
