@@ -20,7 +20,7 @@ from vllm_matquant.bench.serve import PROMPT, UNQUANTIZED_BITS, Load, bench_serv
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.jobs.plot import draw
 from vllm_matquant.quantize.calibration import read_text
 from vllm_matquant.quantize.evaluate import evaluate, text_windows
@@ -65,8 +65,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
     tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
     checkpoint = open_checkpoint(nested)
-    recipes = {recipe.name: recipe for recipe in checkpoint.recipes}
-    slices: list[int | Recipe] = [*WIDTHS, *(recipes[f"{budget}-bits"] for budget in BUDGETS)]
+    slices = [*map(checkpoint.slice, WIDTHS), *(checkpoint.slice(f"{budget}-bits") for budget in BUDGETS)]
     quality = list(evaluate(checkpoint, model, tokens, slices))
     rows = []
     reference, *speeds = bench_rows(model, nested, slices)
@@ -75,7 +74,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     return [*sorted(rows, key=lambda row: -row["bits"]), reference]
 
 
-def bench_rows(model: Path, nested: Path, slices: Sequence[int | Recipe]) -> list[dict[str, Any]]:
+def bench_rows(model: Path, nested: Path, slices: Sequence[Slice]) -> list[dict[str, Any]]:
     """The rows of ``bench serve``, each said when it is there."""
     rows = []
     for row in bench_serve(nested, slices, Load(), reference=model):

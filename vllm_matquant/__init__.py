@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
     from vllm_matquant.checkpoint.recipe import Recipe
+    from vllm_matquant.checkpoint.slice import Slice
     from vllm_matquant.jobs.bench import BenchKernel, BenchServe, bench_kernel, bench_serve
     from vllm_matquant.jobs.evaluate import Evaluate, evaluate
-    from vllm_matquant.jobs.models import load_model, serve, slice_weights
+    from vllm_matquant.jobs.models import load_model, serve
     from vllm_matquant.jobs.plot import Plot, plot
     from vllm_matquant.jobs.quantize import Quantize, quantize
     from vllm_matquant.jobs.search import Search, search
@@ -43,6 +44,7 @@ __all__ = [
     "Recipe",
     "RoundToNearest",
     "Search",
+    "Slice",
     "Verify",
     "__version__",
     "bench_kernel",
@@ -54,16 +56,16 @@ __all__ = [
     "quantize",
     "search",
     "serve",
-    "slice_weights",
     "verify",
 ]
 
 _MODULES = {
     "checkpoint.reader": ("Checkpoint", "open_checkpoint"),
     "checkpoint.recipe": ("Recipe",),
+    "checkpoint.slice": ("Slice",),
     "jobs.bench": ("BenchKernel", "BenchServe", "bench_kernel", "bench_serve"),
     "jobs.evaluate": ("Evaluate", "evaluate"),
-    "jobs.models": ("load_model", "serve", "slice_weights"),
+    "jobs.models": ("load_model", "serve"),
     "jobs.plot": ("Plot", "plot"),
     "jobs.quantize": ("Quantize", "quantize"),
     "jobs.search": ("Search", "search"),

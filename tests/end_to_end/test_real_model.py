@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import WIDTHS, shard_width
+from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.cli import main
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.calibration import load_calibration

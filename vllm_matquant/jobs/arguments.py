@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize, is_group_size
+from vllm_matquant.checkpoint.quantization_config import is_group_size
+from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize
 from vllm_matquant.jobs.job import show
 
 

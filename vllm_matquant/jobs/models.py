@@ -1,4 +1,4 @@
-"""A checkpoint's slices as models: decoded weights, a transformers model, and vLLM's engine."""
+"""A checkpoint's slices as models: a transformers model, and vLLM's engine."""
 
 from __future__ import annotations
 
@@ -10,33 +10,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_matquant.bench.serve import check_vllm
-from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.quantize.evaluate import load_weights
-from vllm_matquant.quantize.evaluate import slice_weights as decoded_weights
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
-def slice_weights(checkpoint: Checkpoint, widths: Widths) -> dict[str, torch.Tensor]:
-    """The decoded weights of the quantized layers.
-
-    Args:
-        checkpoint: an open checkpoint.
-        widths: one width for all layers, or the width of every layer, such as a recipe's ``widths``.
-
-    Returns:
-        For each layer's name float32 [out_features, in_features].
-
-    Raises:
-        CheckpointError: the checkpoint does not offer these widths, or their files are not in its folder.
-    """
-    checkpoint.files_for(widths)
-    return dict(decoded_weights(checkpoint, widths))
-
-
 def load_model(
-    checkpoint: Checkpoint | Path | str, widths: Widths, dtype: torch.dtype = torch.bfloat16
+    checkpoint: Checkpoint | Path | str, which: Slice | int | str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
     """A transformers model with the weights of a slice, an ordinary one: for its hidden states, its gradients, a study.
 
@@ -44,22 +27,23 @@ def load_model(
 
     Args:
         checkpoint: an open checkpoint, or its folder.
-        widths: one width for all layers, or the width of every layer, such as a recipe's ``widths``.
+        which: a slice, a width, or the name of a recipe; by default the widest width that the folder can serve.
         dtype: of its parameters.
 
     Raises:
-        CheckpointError: the folder holds no sound checkpoint, it does not offer these widths, or files of them are not
-            in the folder.
+        CheckpointError: the folder holds no sound checkpoint, it does not offer this slice, or files of it are not in
+            the folder.
     """
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint, widths)
-    checkpoint.files_for(widths)
+        checkpoint = open_checkpoint(checkpoint, check_files=False)
+    served = which if isinstance(which, Slice) else checkpoint.slice(which)
+    checkpoint.check(served)
     fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
     model.tie_weights()
-    load_weights(model, decoded_weights(checkpoint, widths))
+    load_weights(model, checkpoint.weights(served))
     return model.eval()
 
 

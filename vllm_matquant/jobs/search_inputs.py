@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from vllm_matquant.checkpoint.manifest import read_manifest
+from vllm_matquant.checkpoint.names import INDEX_FILE, MANIFEST_FILE, shard_width
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
 from vllm_matquant.quantize.calibration import Calibration, load_calibration, load_parts
 from vllm_matquant.quantize.source import load_tokenizer, locate
 
@@ -64,7 +65,7 @@ class SearchInputs:
     def fingerprint(self, seed: int, device: str) -> dict[str, Any]:
         """All that the measurements of a search depend on, as JSON values."""
         folder = self.checkpoint.folder
-        config = self.checkpoint.format.to_dict() | {"recipes": []}
+        config = format_to_config(self.checkpoint.format) | {"recipes": []}
         shards = {}
         if (folder / MANIFEST_FILE).is_file():
             files = read_manifest(folder)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.decoder import Affine, Decoder
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
-from vllm_matquant.checkpoint.recipe_store import UNIFORM
+from vllm_matquant.checkpoint.slice import UNIFORM
 from vllm_matquant.jobs.search_inputs import SearchInputs
 from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
@@ -29,8 +30,6 @@ _NAME_COLUMNS = 24
 _EPOCHS = 2  # of the training of decoders
 _STEP_TOKENS = 512  # that each step of the training of decoders sees
 _TRAINING_PASSES = 4  # through the model: forwards, forwards again for the backward pass, which counts twice
-
-Decoders = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class SearchRun:
         law: a scaling law whose prediction stands beside what is measured.
         rows: a row of figures for each step so far.
         recipes: those found so far.
-        decoders: for each recipe with decoders of its own (scale, offset) by layer.
+        decoders: for each recipe with decoders of its own those of all layers.
     """
 
     inputs: SearchInputs
@@ -76,7 +75,7 @@ class SearchRun:
     law: Law | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     recipes: list[Recipe] = field(default_factory=list)
-    decoders: dict[str, Decoders] = field(default_factory=dict)
+    decoders: dict[str, dict[str, Decoder]] = field(default_factory=dict)
     _start: float = field(default_factory=time.monotonic)
 
     @property
@@ -87,7 +86,7 @@ class SearchRun:
         """Say what the columns are, and measure the plain widths."""
         self.say(" " * _NAME_COLUMNS + headings(COLUMNS))
         for width in self.checkpoint.format.widths:
-            self._compare(UNIFORM.format(width), "uniform", self.checkpoint.layer_widths(width))
+            self._compare(UNIFORM.format(width), "uniform", dict(self.checkpoint.slice(width).widths))
 
     def spend(self, budget: Budget, costs: Costs, limit: float, shapes: Sequence[str]) -> None:
         """Find the recipe of a budget.
@@ -153,7 +152,10 @@ class SearchRun:
         self._show(name, step)
         if step.kl >= best.kl:
             return best
-        self.decoders[name] = decoders
+        kind = self.checkpoint.format.decoder_kind
+        self.decoders[name] = {
+            layer: kind.encode(Affine(*decoders[layer]), width) for layer, width in best.widths.items()
+        }
         return step
 
     def _recipe(self, name: str, widths: dict[str, int], kl: float, budget: Budget | None = None) -> Recipe:

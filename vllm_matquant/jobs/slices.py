@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.slice import Slice
 
 RECIPES_HELP = "recipes to {} too: names of the checkpoint's, files, or all (its own, but for those of one width)"
 
 
-def chosen_slices(checkpoint: Checkpoint, bits: Sequence[int] | None, recipes: str | None) -> list[int | Recipe]:
+def chosen_slices(checkpoint: Checkpoint, bits: Sequence[int] | None, recipes: str | None) -> list[Slice]:
     """The widths asked for, or all that the folder can serve, and the recipes asked for.
 
     Args:
@@ -25,26 +25,21 @@ def chosen_slices(checkpoint: Checkpoint, bits: Sequence[int] | None, recipes: s
         ValueError: a name is neither a recipe of the checkpoint nor a file.
     """
     widths = bits or checkpoint.servable_widths
-    for width in widths:
-        checkpoint.files_for(width)
-    return [*widths, *_chosen_recipes(checkpoint, recipes)]
+    slices = [*map(checkpoint.slice, widths), *map(checkpoint.slice, _chosen_recipes(checkpoint, recipes))]
+    for each in slices:
+        checkpoint.files_for(each)
+    return slices
 
 
-def _chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[Recipe]:
+def _chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[str | Path]:
     own = {recipe.name: recipe for recipe in checkpoint.recipes}
-    chosen = []
+    if asked is None:
+        return []
     if asked == "all":
-        chosen = [recipe for recipe in own.values() if len(set(recipe.widths.values())) > 1]
-    elif asked is not None:
-        for name in asked.split(","):
-            if name in own:
-                chosen.append(own[name])
-            elif Path(name).is_file():
-                chosen.append(checkpoint.read_recipe(Path(name)))
-            else:
-                raise ValueError(
-                    f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}"
-                )
-    for recipe in chosen:
-        checkpoint.files_for(recipe.widths)
+        return [name for name, recipe in own.items() if len(set(recipe.widths.values())) > 1]
+    chosen: list[str | Path] = []
+    for name in asked.split(","):
+        if name not in own and not Path(name).is_file():
+            raise ValueError(f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}")
+        chosen.append(name if name in own else Path(name))
     return chosen
