@@ -7,16 +7,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine
 from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
 from vllm_matquant.kernels import ops
-from vllm_matquant.kernels.layout import TILE_ROWS
-from vllm_matquant.kernels.memory import WeightMemory
+from vllm_matquant.kernels.cpu_layout import PAIRS
+from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
 SHAPES = {  # out_features, in_features
     "smollm2-135m": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
@@ -29,6 +31,8 @@ COLUMNS = ("bits", "m", "n", "k", "threads", "seconds", "gb_per_s", "read_gb_per
 ROTATED_BYTES = 256 * 2**20  # of 8-bit weights: even their two planes at 2 bits are more than the caches hold
 SECONDS = 0.4  # for the rounds of one layer and batch, at least ROUNDS of them
 ROUNDS = 7
+KIND = AFFINE_INT8  # of the decoders
+CPU = next(kernel for kernel in KERNELS if kernel.name == "cpu")
 
 
 @dataclass(frozen=True)
@@ -54,46 +58,48 @@ class Settings:
     peers: Sequence[str] = ()
 
 
-@dataclass
 class Layer:
-    """One layer's weights, as often as it takes to fill more than the caches; every use takes the next copy."""
+    """One layer's weights with random codes, as often as it takes to fill more than the caches; every use takes the
+    next copy."""
 
-    settings: Settings
-    rows: int
-    columns: int
-    planes: list[torch.Tensor] = field(default_factory=list)
-    decoders: list[torch.Tensor] = field(default_factory=list)
-    uses: int = 0
-
-    def __post_init__(self) -> None:
-        generator, memory = torch.Generator().manual_seed(0), WeightMemory()
-        groups = -(-self.columns // self.settings.group_size)
-        for _ in range(copies_of(self.rows * self.columns)):
-            packed = [
-                torch.randint(0, 256, (self.rows, self.columns * bits // 8), dtype=torch.uint8, generator=generator)
+    def __init__(self, settings: Settings, rows: int, columns: int) -> None:
+        self.rows, self.columns, self.uses = rows, columns, 0
+        generator = torch.Generator().manual_seed(0)
+        groups = -(-columns // settings.group_size)
+        affine = Affine(torch.rand(rows, groups, generator=generator), torch.rand(rows, groups, generator=generator))
+        decoder = KIND.encode(affine, WIDTHS[-1])
+        self.copies = []
+        for _ in range(copies_of(rows * columns)):
+            base, *planes = (
+                torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
-            ]
-            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows], [WIDTHS[-1]], memory))
-            decoders = torch.rand(1, -(-self.rows // TILE_ROWS), groups, 2, TILE_ROWS, generator=generator)
-            self.decoders.append(memory.copy(decoders.half()))
+            )
+            stored = PAIRS.pack_planes(base, planes, [rows]), PAIRS.pack_decoders([decoder], [rows])
+            self.copies.append({width: self._weight(settings, width, *stored) for width in settings.widths})
+
+    def _weight(self, settings: Settings, width: int, planes: torch.Tensor, decoders: torch.Tensor) -> PackedWeight:
+        """The weight as if it had been loaded for this width alone, in memory that all widths share: the planes past
+        it are left out, and which codes and decoders these are does not matter."""
+        resident = ResidentSegment(planes[:width], decoders, (width,), (self.rows,), width)
+        segment = PackedSegment(resident, torch.tensor([width], dtype=torch.int32))
+        return PackedWeight(CPU, PAIRS, KIND, self.columns, settings.group_size, (segment,), settings.activation_bits)
 
     def bytes_read(self, width: int) -> int:
-        return self.planes[0][:width].nbytes + self.decoders[0].nbytes
+        return self.copies[0][width].resident_bytes
 
-    def multiply(self, x: torch.Tensor, width: int, active_width: torch.Tensor) -> None:
-        # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
-        index = self._next()
-        planes, decoders = self.planes[index][:width], self.decoders[index]
-        group_size, bits = self.settings.group_size, self.settings.activation_bits
-        ops.linear(x, planes, decoders, active_width, [width], [self.rows], group_size, None, bits)
+    def plane_bytes(self, width: int) -> int:
+        return self.copies[0][width].segments[0].resident.planes.nbytes
+
+    def multiply(self, x: torch.Tensor, width: int) -> None:
+        CPU.linear(x, self._next(width).handle, self.rows)
 
     def read(self, width: int) -> None:
         """A plain read of the planes that a product at ``width`` reads."""
-        ops.read_memory(self.planes[self._next()][:width].view(-1))
+        ops.read_memory(self._next(width).segments[0].resident.planes.view(-1))
 
-    def _next(self) -> int:
+    def _next(self, width: int) -> PackedWeight:
         self.uses += 1
-        return self.uses % len(self.planes)
+        return self.copies[self.uses % len(self.copies)][width]
 
 
 def copies_of(size: int) -> int:
@@ -203,17 +209,16 @@ def measure(
     settings: Settings, layer: Layer, peers: dict[str, Callable[[torch.Tensor], None]], threads: int, batch: int
 ) -> Iterator[dict[str, Any]]:
     x = torch.randn(batch, layer.columns).bfloat16()
-    active = {width: torch.tensor([width], dtype=torch.int32) for width in settings.widths}
     multiplied: dict[int, list[float]] = {width: [] for width in settings.widths}
     read: dict[int, list[float]] = {width: [] for width in settings.widths}
     by_peers: dict[str, list[float]] = {name: [] for name in peers}
     end, rounds = time.perf_counter() + SECONDS, 0
     while rounds < ROUNDS or time.perf_counter() < end:
         # Not timed: in a model a layer comes after layers of its kind, not after another library's.
-        layer.multiply(x, settings.widths[-1], active[settings.widths[-1]])
-        layer.read(WIDTHS[-1])
+        layer.multiply(x, settings.widths[-1])
+        layer.read(settings.widths[-1])
         for width in settings.widths:
-            multiplied[width].append(seconds_of(lambda w=width: layer.multiply(x, w, active[w])))  # type: ignore[misc]
+            multiplied[width].append(seconds_of(lambda w=width: layer.multiply(x, w)))  # type: ignore[misc]
             read[width].append(seconds_of(lambda w=width: layer.read(w)))  # type: ignore[misc]
         for name, peer in peers.items():
             by_peers[name].append(seconds_of(lambda p=peer: p(x)))  # type: ignore[misc]
@@ -221,7 +226,7 @@ def measure(
     for width in settings.widths:
         seconds, bytes_read = statistics.median(multiplied[width]), layer.bytes_read(width)
         gb_per_s = bytes_read / seconds / 1e9
-        read_gb_per_s = layer.planes[0][:width].nbytes / statistics.median(read[width]) / 1e9
+        read_gb_per_s = layer.plane_bytes(width) / statistics.median(read[width]) / 1e9
         yield {
             "backend": "cpu",
             "kernel": f"linear, activations of {settings.activation_bits} bits",
@@ -242,8 +247,7 @@ def measure(
 
 
 def plot_kernel(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory (needs
-    matplotlib)."""
+    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory."""
     from matplotlib.figure import Figure
 
     batch, threads = min(row["m"] for row in rows), max(row["threads"] for row in rows)
