@@ -20,9 +20,8 @@ from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
-from vllm_matquant.quantize.calibration import read_text
-from vllm_matquant.quantize.evaluate import evaluate, text_windows
-from vllm_matquant.quantize.source import load_tokenizer
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
+from vllm_matquant.quantize.evaluate import evaluate
 
 WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)
@@ -61,7 +60,7 @@ def add_recipes(model: Path, nested: Path) -> None:
 
 def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
-    tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
+    tokens = spread_windows(text, load_tokenizer(model), samples=8, sequence_length=512).tokens
     checkpoint = open_checkpoint(nested)
     recipes = {recipe.name: recipe for recipe in checkpoint.recipes}
     slices: list[int | Recipe] = [*WIDTHS, *(recipes[f"{budget}-bits"] for budget in BUDGETS)]

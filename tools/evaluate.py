@@ -19,9 +19,9 @@ from arguments import (
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.quantize.calibration import read_text
-from vllm_matquant.quantize.evaluate import evaluate, text_windows
-from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
+from vllm_matquant.quantize.evaluate import evaluate
+from vllm_matquant.quantize.source import locate
 from vllm_matquant.serve.precision import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
@@ -57,13 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = open_checkpoint(options.folder)
         slices = chosen_slices(checkpoint, options)
         reference = locate(options.reference)
-        tokens = text_windows(
-            read_text(options.text),
+        windows = spread_windows(
+            options.text,
             load_tokenizer(reference),
             samples=options.samples,
             sequence_length=options.sequence_length,
         )
-        rows: list[dict[str, Any]] = list(evaluate(checkpoint, reference, tokens, slices, options.activation_bits))
+        rows: list[dict[str, Any]] = [
+            row | {"beginning_of_text": windows.source["beginning_of_text"]}
+            for row in evaluate(checkpoint, reference, windows.tokens, slices, options.activation_bits)
+        ]
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(headings(COLUMNS))

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from arguments import output_file, positive, width_list
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, GroupSize, is_group_size
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.calibration import held_out_text, read_text
-from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, dry_run, plan_format, quantize
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import check_report_requirements, write_report
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
-
-if TYPE_CHECKING:
-    import torch  # at run time only behind ``arguments``, which sets how its threads wait
+from vllm_matquant.quantize.source import SourceModel, locate
 
 
 def group_size(text: str) -> GroupSize:
@@ -49,16 +43,6 @@ def bits_for(text: str) -> tuple[str, tuple[int, ...]]:
     if not equals:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected REGEX=WIDTHS")
     return expression, width_list(widths)
-
-
-def describe_text(path: Path | None, text: str, tokens: torch.Tensor) -> dict[str, Any]:
-    """What the quality was measured on."""
-    return {
-        "name": path.name if path else "built-in text",
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "samples": tokens.shape[0],
-        "sequence_length": tokens.shape[1],
-    }
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -220,13 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokens = None
         if not options.no_report:
             check_report_requirements()
-            text = held_out_text() if options.held_out is None else read_text(options.held_out)
-            tokens = text_windows(
-                text,
+            held_out = spread_windows(
+                options.held_out,
                 load_tokenizer(source.folder),
                 samples=options.held_out_samples,
                 sequence_length=settings.sequence_length,
             )
+            tokens = held_out.tokens
         if options.dry_run:
             if ranks.launched_rank() == 0:
                 print(dry_run(*work, **how, held_out=tokens))
@@ -238,10 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks.launched_rank():
             return 0
         if tokens is not None:
-            described = describe_text(options.held_out, text, tokens)
             model = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
             report = collect_report(
-                source, options.output, method, outcome, model=model, quality_text=described, command=command
+                source, options.output, method, outcome, model=model, quality_text=held_out.source, command=command
             )
             write_report(report, options.output)
     except (ValueError, OSError) as error:

@@ -23,10 +23,10 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
 from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
-from vllm_matquant.quantize.calibration import load_calibration, load_parts
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer, split_windows
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.recipe_decoders import train_recipe
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
+from vllm_matquant.quantize.source import SourceModel, locate
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
 from vllm_matquant.search.journal import Journal
 from vllm_matquant.search.law import Law, LawError, read_law
@@ -170,14 +170,14 @@ class Search:
 
         text = {"seed": options.seed, "text_column": options.text_column}
         # Decoders are not measured on what they were trained on.
-        self.calibration, self.training = load_parts(
+        self.calibration, self.training = split_windows(
             options.calibration,
             tokenizer,
             samples=(options.samples, options.decoder_samples),
             sequence_length=options.sequence_length,
             **text,
         )
-        self.sensitivity = load_calibration(
+        self.sensitivity = draw_windows(
             options.calibration, tokenizer, samples=options.sensitivity_samples, sequence_length=128, **text
         )
         self.milliseconds: Costs | None = None
