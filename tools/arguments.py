@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 _CELL = 9  # characters of a figure
@@ -72,21 +72,18 @@ def output_file(text: str) -> Path:
     return path
 
 
-def chosen_widths(checkpoint: Checkpoint, asked: Sequence[int] | None) -> Sequence[int]:
-    """The widths asked for, or all that the folder can serve.
+def chosen_slices(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Slice]:
+    """What ``--bits`` and ``--recipes`` ask for; without ``--bits`` every width that the folder can serve.
 
     Raises:
         CheckpointError: the folder cannot serve one of them: known before the long work.
+        ValueError: a name that is neither a recipe of the checkpoint nor a file.
     """
-    widths = asked or checkpoint.servable_widths
-    for width in widths:
-        checkpoint.files_for(width)
-    return widths
-
-
-def chosen_slices(checkpoint: Checkpoint, options: argparse.Namespace) -> list[int | Recipe]:
-    """What ``--bits`` and ``--recipes`` ask for, see :func:`chosen_widths` and :func:`chosen_recipes`."""
-    return [*chosen_widths(checkpoint, options.bits), *chosen_recipes(checkpoint, options.recipes)]
+    widths = options.bits or checkpoint.servable_widths
+    slices = [*map(checkpoint.slice, widths), *map(checkpoint.slice, chosen_recipes(checkpoint, options.recipes))]
+    for each in slices:
+        checkpoint.files_for(each)
+    return slices
 
 
 def add_recipes_argument(parser: argparse.ArgumentParser, what: str) -> None:
@@ -97,29 +94,22 @@ def add_recipes_argument(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[Recipe]:
-    """The recipes of ``--recipes``.
+def chosen_recipes(checkpoint: Checkpoint, asked: str | None) -> list[str | Path]:
+    """The recipes of ``--recipes``: names of the checkpoint's, and files.
 
     Raises:
-        CheckpointError: a file is no recipe of this checkpoint, or the folder cannot serve one.
         ValueError: a name that is neither a recipe of the checkpoint nor a file.
     """
     own = {recipe.name: recipe for recipe in checkpoint.recipes}
-    chosen = []
+    if asked is None:
+        return []
     if asked == "all":
-        chosen = [recipe for recipe in own.values() if len(set(recipe.widths.values())) > 1]
-    elif asked is not None:
-        for name in asked.split(","):
-            if name in own:
-                chosen.append(own[name])
-            elif Path(name).is_file():
-                chosen.append(checkpoint.read_recipe(Path(name)))
-            else:
-                raise ValueError(
-                    f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}"
-                )
-    for recipe in chosen:
-        checkpoint.files_for(recipe.widths)
+        return [name for name, recipe in own.items() if len(set(recipe.widths.values())) > 1]
+    chosen: list[str | Path] = []
+    for name in asked.split(","):
+        if name not in own and not Path(name).is_file():
+            raise ValueError(f"--recipes: found {name!r}, expected a file or one of {', '.join(own) or 'no others'}")
+        chosen.append(name if name in own else Path(name))
     return chosen
 
 

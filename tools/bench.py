@@ -33,10 +33,10 @@ from bench_kernel import BATCHES, PEERS, SHAPES, Settings, bench_kernel, plot_ke
 from bench_kernel import COLUMNS as KERNEL_COLUMNS
 
 from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, WIDTHS
-from vllm_matquant.quantize.evaluate import label
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.serve.precision import ACTIVATION_BITS
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -63,8 +63,8 @@ class Load:
     activation_bits: int | None = None
 
 
-def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, Any]:
-    """Serve a width or a recipe in this process, or (None) a model that is not quantized, and measure it.
+def serve_one(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
+    """Serve a slice in this process, or (None) a model that is not quantized, and measure it.
 
     Returns:
         A row of ``bench serve`` but for what it is called, with the greedy ``answer`` to the prompt beside it.
@@ -81,7 +81,7 @@ def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, 
     start = time.perf_counter()
     settings = {}
     if part is not None:
-        widths = {"recipe": dict(part.widths)} if isinstance(part, Recipe) else {"bits": part}
+        widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
         settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     llm = LLM(
@@ -121,12 +121,13 @@ def serve_one(folder: Path, part: int | Recipe | None, load: Load) -> dict[str, 
 
 
 def bench_serve(
-    folder: Path, slices: Sequence[int | Recipe], load: Load, reference: Path | None = None
+    folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of ``bench serve``, each from an engine in a process of its own; that of the reference comes first."""
-    checkpoint = open_checkpoint(folder, check_values=False)
-    models = [(reference, None, {"bits": UNQUANTIZED_BITS})] if reference else []
-    for model, part, named in [*models, *((folder, part, label(part, checkpoint)) for part in slices)]:
+    models: list[tuple[Path, Slice | None, dict[str, Any]]] = []
+    if reference:
+        models.append((reference, None, {"bits": UNQUANTIZED_BITS}))
+    for model, part, named in [*models, *((folder, part, part.label) for part in slices)]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             yield named | pool.submit(serve_one, model, part, load).result()
 

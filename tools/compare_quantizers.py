@@ -27,7 +27,7 @@ from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, spread_windows
-from vllm_matquant.quantize.evaluate import LayerWeights, compare, slice_weights, stored_weights
+from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.source import SourceModel, locate
 
@@ -221,7 +221,8 @@ class Entry:
     def weights(self) -> LayerWeights:
         if self.weights_of.is_file():
             return stored_weights(self.weights_of)
-        return slice_weights(open_checkpoint(self.weights_of, self.bits), self.bits)
+        checkpoint = open_checkpoint(self.weights_of, check_files=False)
+        return checkpoint.weights(checkpoint.slice(self.bits))
 
 
 def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
@@ -238,7 +239,7 @@ def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     seconds = read_json(folder / RECORD_FILE)["seconds"]
     for width in candidate.judged:
-        bits_per_weight = 8 * checkpoint.resident_bytes(width) / weights
+        bits_per_weight = 8 * checkpoint.slice(width).resident_bytes / weights
         yield Entry(candidate.method, width, seconds, bits_per_weight, folder)
 
 

@@ -19,7 +19,7 @@ from bench import PROMPT, UNQUANTIZED_BITS, Load, bench_serve
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize.evaluate import evaluate
 
@@ -62,8 +62,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
     tokens = spread_windows(text, load_tokenizer(model), samples=8, sequence_length=512).tokens
     checkpoint = open_checkpoint(nested)
-    recipes = {recipe.name: recipe for recipe in checkpoint.recipes}
-    slices: list[int | Recipe] = [*WIDTHS, *(recipes[f"{budget}-bits"] for budget in BUDGETS)]
+    slices = [*map(checkpoint.slice, WIDTHS), *(checkpoint.slice(f"{budget}-bits") for budget in BUDGETS)]
     quality = list(evaluate(checkpoint, model, tokens, slices))
     rows = []
     reference, *speeds = bench_rows(model, nested, slices)
@@ -72,7 +71,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     return [*sorted(rows, key=lambda row: -row["bits"]), reference]
 
 
-def bench_rows(model: Path, nested: Path, slices: Sequence[int | Recipe]) -> list[dict[str, Any]]:
+def bench_rows(model: Path, nested: Path, slices: Sequence[Slice]) -> list[dict[str, Any]]:
     """The rows of ``bench serve``, each said when it is there."""
     rows = []
     for row in bench_serve(nested, slices, Load(), reference=model):

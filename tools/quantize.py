@@ -11,7 +11,8 @@ from arguments import output_file, positive, width_list
 
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
-from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, GroupSize, is_group_size
+from vllm_matquant.checkpoint.quantization_config import is_group_size
+from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, GroupSize
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.methods import METHODS, with_settings

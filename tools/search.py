@@ -17,12 +17,15 @@ from arguments import figures, headings, output_file, positive
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import read_manifest
+from vllm_matquant.checkpoint.names import INDEX_FILE, MANIFEST_FILE, shard_width
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
-from vllm_matquant.checkpoint.recipe_store import UNIFORM, add_recipes
-from vllm_matquant.checkpoint.spec import INDEX_FILE, MANIFEST_FILE, shard_width
+from vllm_matquant.checkpoint.recipe_store import add_recipes
+from vllm_matquant.checkpoint.slice import UNIFORM
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer, split_windows
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.recipe_decoders import train_recipe
@@ -188,7 +191,7 @@ class Search:
 
     def settings(self) -> dict[str, Any]:
         """All that the measurements depend on."""
-        config = self.checkpoint.format.to_dict() | {"recipes": []}
+        config = format_to_config(self.checkpoint.format) | {"recipes": []}
         index = (self.options.folder / INDEX_FILE).read_bytes()
         shards = {}
         if (self.options.folder / MANIFEST_FILE).is_file():
@@ -237,7 +240,7 @@ class Search:
         )
         print(" " * _NAME_COLUMNS + headings(COLUMNS), flush=True)
         for width in checkpoint.format.widths:
-            self.compared(planner, UNIFORM.format(width), "uniform", checkpoint.layer_widths(width))
+            self.compared(planner, UNIFORM.format(width), "uniform", dict(checkpoint.slice(width).widths))
         for budget, (table, limit) in costs.items():
             name = f"{budget.name}-bits" if budget.kind == "bits" else budget.name
             for shape in options.shapes:
@@ -252,7 +255,16 @@ class Search:
             best = self.train(planner, name, best)
             self.recipes.append(self.recipe(name, best.widths, best.kl, budget))
             self.foretell(budget, best)
-        add_recipes(checkpoint, self.recipes, self.decoders)
+        kind = checkpoint.format.decoder_kind
+        stored = {
+            recipe.name: {
+                layer: kind.encode(Affine(*self.decoders[recipe.name][layer]), width)
+                for layer, width in recipe.widths.items()
+            }
+            for recipe in self.recipes
+            if recipe.own_decoders
+        }
+        add_recipes(checkpoint, self.recipes, stored)
         journal.remove()
         return self.rows
 

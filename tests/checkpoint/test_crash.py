@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 
 from vllm_matquant.checkpoint import staging, writer
+from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, REPORT_FOLDER
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import (
-    CONFIG_FILE,
-    DOCUMENT_FILES,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    REPORT_FOLDER,
-    Format,
-)
+from vllm_matquant.checkpoint.spec import Format
 
 # Runs in a process of its own, for it forks once for each moment: torch's threads do not survive a fork.
 KILLS = '''
@@ -35,7 +29,8 @@ from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.skeleton import build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 
 torch.set_num_threads(1)

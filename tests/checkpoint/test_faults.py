@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_matquant.checkpoint import errors
+from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 
 LAYER = "model.layers.0.mlp.up_proj"  # 96 x 64
 NORM = "model.norm.weight"

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from vllm_matquant.checkpoint import reader
 from vllm_matquant.checkpoint.errors import MissingFileError, ShardError, WidthError
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.verify import verify
 
 FORMATS = [

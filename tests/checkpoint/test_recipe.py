@@ -24,10 +24,11 @@ from vllm_matquant.checkpoint.errors import (
     TensorShapeError,
     UnexpectedTensorError,
 )
+from vllm_matquant.checkpoint.names import CONFIG_FILE, MANIFEST_FILE, recipe_decoders_file, recipe_file
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, parse_recipe, read_recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes, choose_recipe, weight_bytes
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, MANIFEST_FILE, WIDTHS, Format, recipe_decoders_file, recipe_file
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 from vllm_matquant.checkpoint.verify import verify
 
 

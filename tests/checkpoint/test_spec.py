@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError, WidthError
-from vllm_matquant.checkpoint.spec import (
-    SLICINGS,
-    WIDTHS,
-    Format,
-    Slicing,
-    is_plain_name,
-    shard_name,
-    shard_pattern,
-    shard_width,
-)
+from vllm_matquant.checkpoint.names import is_plain_name, shard_name, shard_pattern, shard_width
+from vllm_matquant.checkpoint.spec import SLICINGS, WIDTHS, Format, Slicing
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,18 @@ from vllm_matquant.checkpoint.errors import (
     UnexpectedTensorError,
 )
 from vllm_matquant.checkpoint.files import read_json
-from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import (
+from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
     INDEX_FILE,
     MANIFEST_FILE,
     MODEL_CARD_FILE,
     REPORT_FOLDER,
-    Format,
     shard_name,
     shard_width,
 )
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import WIDTHS, shard_width
+from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.evaluate import load_weights, slice_weights

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import MANIFEST_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, WIDTHS, GroupSize
+from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
-from vllm_matquant.checkpoint.spec import CONFIG_FILE
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.measure.text import HUB, TextError, held_out_text, read_source, read_text
 
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import dequantize
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import DECODER_DTYPE, PARENT_BITS, Slicing
-from vllm_matquant.kernels.reference import dequantize
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 
+DECODER_DTYPE = torch.float16
 _SCRATCH_BYTES = 8 * 2**20  # of products for a chunk of rows: what a cache holds
 # Pull towards the previous decoder, relative to the diagonal of the normal equations: decides only what the data leaves
 # open, such as the scale of a group whose weights share one code.

@@ -14,8 +14,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.manifest import describe_files, versions
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format, GroupSize, check_layer_widths
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.quantization_config import check_layer_widths, format_to_config
+from vllm_matquant.checkpoint.spec import Format, GroupSize
 from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
@@ -256,7 +259,7 @@ def quantize(
         ranks.check_windows(len(calibration.tokens), "samples")
     if held_out is not None:
         ranks.check_windows(len(held_out), "held-out-samples")
-    given = [method, format_.to_dict(), settings, calibration.source if calibration else None]
+    given = [method, format_to_config(format_), settings, calibration.source if calibration else None]
     ranks.check_same(given, "the ranks have other settings or texts than each other, expected the same for all")
     # All ranks have found their input good: from here on the first one writes.
 
@@ -338,7 +341,7 @@ def _dependencies(source: SourceModel, method: Method, format_: Format, calibrat
         "copied": describe_files(copied),
         "tokens": hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest() if calibration else None,
         "method": {"name": method.name, **asdict(method)},
-        "format": format_.to_dict(),
+        "format": format_to_config(format_),
         "versions": versions(),
         "machine": describe_machine(),
         "ranks": ranks.count(),
@@ -513,7 +516,10 @@ def _add_layers(
     blocks = [source.block_name(index) for index in range(source.block_count)]
     for finished in tqdm([*blocks, *source.outer_layers(format_)], desc="writing", unit="block"):
         for name, layer in work.load(finished, format_.widths_of).items():
-            writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
+            kind = format_.decoder_kind
+            writer.add_layer(
+                name, layer.codes, {r: kind.encode(Affine(d.scale, d.offset), r) for r, d in layer.decoders.items()}
+            )
             if layer.errors:
                 errors[name] = layer.errors
     for name in source.unquantized_names(format_):

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from vllm_matquant.checkpoint.packing import PACKED_CODES
-from vllm_matquant.checkpoint.spec import BASE_BITS, DECODER_DTYPE, Format
+from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.quantize.activations import BATCH_TOKENS
+from vllm_matquant.quantize.decoders import DECODER_DTYPE
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.embeddings import part_rows
 from vllm_matquant.quantize.end_to_end import HEAD_TOKENS

@@ -62,5 +62,5 @@ def train_recipe(
 
 
 def _plain_decoder(checkpoint: Checkpoint, layer: str, width: int) -> Decoder:
-    scale, offset = checkpoint.decoder(layer, width)
-    return Decoder(scale.float(), offset.float())
+    plain = checkpoint.decoder(layer, width).affine
+    return Decoder(plain.scale, plain.offset)

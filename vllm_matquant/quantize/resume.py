@@ -27,8 +27,7 @@ from safetensors.torch import save_file
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json, read_json, sync_file, sync_folder
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import DECODER_DTYPE
-from vllm_matquant.quantize.decoders import Decoder
+from vllm_matquant.quantize.decoders import DECODER_DTYPE, Decoder
 from vllm_matquant.quantize.layer import QuantizedLayer
 
 WORK_FOLDER = ".matquant-resume"

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     ConfigError,
     IndexFileError,
@@ -27,16 +28,10 @@ from vllm_matquant.checkpoint.errors import (
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, is_plain_name
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.spec import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    UNQUANTIZED_DTYPES,
-    Format,
-    TensorSpec,
-    is_plain_name,
-)
+from vllm_matquant.checkpoint.spec import UNQUANTIZED_DTYPES, Format
 
 _SINGLE_FILE = "model.safetensors"
 _CHECKED_VALUES = 2**24  # at a time

@@ -11,7 +11,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from tests.quantize.report.sample_reports import layer_rows, make_report
-from vllm_matquant.checkpoint.spec import WIDTHS, Format, shard_name
+from vllm_matquant.checkpoint.names import shard_name
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 from vllm_matquant.quantize.report.card import read_license, render_card
 
 

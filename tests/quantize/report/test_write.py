@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.quantize.report.sample_reports import layer_rows, make_report
-from vllm_matquant.checkpoint.spec import DOCUMENT_FILES
+from vllm_matquant.checkpoint.names import DOCUMENT_FILES
 from vllm_matquant.quantize.report import write
 from vllm_matquant.quantize.report.data import Report
 from vllm_matquant.quantize.report.write import check_report_requirements, write_report

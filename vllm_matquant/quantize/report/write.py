@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_matquant.checkpoint.files import publish_json, publish_text
-from vllm_matquant.checkpoint.spec import MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_FOLDER, REPORT_PAGE_FILE
+from vllm_matquant.checkpoint.names import MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_FOLDER, REPORT_PAGE_FILE
 from vllm_matquant.quantize.report.card import render_card
 from vllm_matquant.quantize.report.data import Report
 from vllm_matquant.quantize.report.page import render_page
