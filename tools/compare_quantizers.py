@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arguments import positive, width_list
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 from peer_quantizers import PEERS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json, sync_file, sync_folder, write_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.jobs.arguments import positive, width_list
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights
 from vllm_matquant.quantize.methods import METHODS
@@ -33,7 +36,7 @@ from vllm_matquant.quantize.source import SourceModel, locate
 
 ONE_WIDTH = "-one-width"
 DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
-SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as tools/evaluate.py has them
+SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as matquant evaluate has them
 TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
 SETTINGS_FILE = "settings.json"
@@ -67,7 +70,8 @@ class Candidate:
             script = [str(options.peer_python), str(TOOLS / "peer_quantizers.py"), self.method, "--model", str(model)]
             script += ["--tokens", str(options.output / TOKENS_FILE), "--output", str(folder / WEIGHTS_FILE)]
         else:
-            script = [sys.executable, str(TOOLS / "quantize.py"), "--no-report", str(model), "--output", str(folder)]
+            script = [sys.executable, "-m", "vllm_matquant", "quantize", "--no-report"]
+            script += [str(model), "--output", str(folder)]
             script += ["--method", self.method.removesuffix(ONE_WIDTH), "--samples", str(options.samples)]
             script += ["--sequence-length", str(options.sequence_length), "--seed", str(options.seed)]
             script += ["--calibration", options.calibration] if options.calibration else []
@@ -113,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=method_list,
         default=DEFAULT_METHODS,
         metavar="NAME,...",
-        help=f"methods of tools/quantize.py, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
+        help=f"methods of matquant quantize, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
         f"width; and peers: {', '.join(PEERS)} (default: {','.join(DEFAULT_METHODS)})",
     )
     parser.add_argument("--calibration", metavar="hf:NAME|FILE.txt|FILE.jsonl", help="default: a built-in text")

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
-from arguments import float_list, output_file, positive, positive_list
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.files import publish_json, read_json
+from vllm_matquant.jobs.arguments import float_list, output_file, positive, positive_list
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize.source import locate
 from vllm_matquant.search.degeneration import MixedModel, linear_layers

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-import plot
 import pytest
 
+from vllm_matquant import cli
+
+run_plot = cli.tool("plot")
 QUALITY = [
     {"bits": 2, "bits_per_weight": 2.5, "kl": 1.6},
     {"bits": 3, "bits_per_weight": 3.5, "kl": 0.4},
@@ -49,7 +51,7 @@ def test_both_panels(tmp_path: Path, figures: list[Any]) -> None:
     rivals = [{"method": "autoround", "bits": 3, "bits_per_weight": 3.3, "kl": 0.45}, {"method": "none"}]
     quality, speed, peers = write(tmp_path, quality=QUALITY, speed=SPEED, rivals=rivals)
     picture = tmp_path / "trade.png"
-    assert plot.main([quality, "--speed", speed, "--rivals", peers, "--output", str(picture)]) == 0
+    assert run_plot([quality, "--speed", speed, "--rivals", peers, "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     by_bits, by_speed = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in by_bits.lines}
@@ -64,7 +66,7 @@ def test_both_panels(tmp_path: Path, figures: list[Any]) -> None:
 
 def test_quality_alone(tmp_path: Path) -> None:
     [quality] = write(tmp_path, quality=QUALITY)
-    assert plot.main([quality, "--output", str(tmp_path / "trade.svg")]) == 0
+    assert run_plot([quality, "--output", str(tmp_path / "trade.svg")]) == 0
     assert b"<svg" in (tmp_path / "trade.svg").read_bytes()
 
 
@@ -72,6 +74,6 @@ def test_quality_alone(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any) -> None:
     [quality] = write(tmp_path, quality=content)
     with pytest.raises(SystemExit) as stop:
-        plot.main([quality, "--output", str(tmp_path / "trade.png")])
+        run_plot([quality, "--output", str(tmp_path / "trade.png")])
     assert stop.value.code == 1
     assert "found no list of rows" in capsys.readouterr().err

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench
-import bench_kernel
 import pytest
 
+from vllm_matquant import cli
+from vllm_matquant.bench import kernel
+from vllm_matquant.bench import serve as serving
+from vllm_matquant.bench.serve import COLUMNS, Load
+from vllm_matquant.jobs import bench as bench_job
+from vllm_matquant.jobs.bench import BenchKernel
 from vllm_matquant.kernels import ops
+
+run_bench = cli.tool("bench")
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
     asked: list[tuple[Path, tuple[int, ...], dict[str, Any]]] = []
 
     def measure(
-        folder: Path, widths: Sequence[int], load: bench.Load, reference: Path | None = None
+        folder: Path, widths: Sequence[int], load: Load, reference: Path | None = None
     ) -> Iterator[dict[str, Any]]:
         asked.append((folder, tuple(widths), dataclasses.asdict(load) | {"reference": reference}))
         for bits in widths if reference is None else (16, *widths):
@@ -37,19 +42,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
                 "answer": "Paris",
             }
 
-    monkeypatch.setattr(bench, "bench_serve", measure)
+    monkeypatch.setattr(bench_job, "measure_serving", measure)
     return asked
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
-        bench.main(list(map(str, arguments)))
+        run_bench(list(map(str, arguments)))
     return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["serve", str(nested), "--batch", "3", "--output-tokens", "16", "--prompt", "Why?"]
-    assert bench.main([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert run_bench([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
     load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "reference": None}
     assert calls == [(nested, (2, 4, 8), load)]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -57,7 +62,7 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
     named = {"bits", "output_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
     assert all(named <= set(row) for row in rows)
     titles, *lines = capsys.readouterr().out.splitlines()
-    assert titles.split() == list(bench.COLUMNS)
+    assert titles.split() == list(COLUMNS)
     assert lines[1].split() == ["4", "25", "4,000,000", "2.5", "3"]
     picture = (tmp_path / "plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n")
@@ -65,17 +70,17 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_widths(nested: Path, calls: list) -> None:
-    assert bench.main(["serve", str(nested), "--bits", "8,2"]) == 0
+    assert run_bench(["serve", str(nested), "--bits", "8,2"]) == 0
     assert calls[0][1] == (2, 8)
 
 
-def test_plot_without_matplotlib(
-    nested: Path, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_vllm(
+    nested: Path, calls: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, said = refusal(capsys, "serve", nested, "--plot", tmp_path / "plot.png")
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    status, said = refusal(capsys, "serve", nested)
     assert status == 1
-    assert "--plot: found no package matplotlib, expected it (pip install 'vllm_matquant[plot]')" in said
+    assert "vllm: found no such package, expected vLLM 0.32 or newer (pip install 'vllm_matquant[cuda]'" in said
     assert calls == []
 
 
@@ -108,7 +113,7 @@ def test_reference_and_llama_cpp(
     python.chmod(0o755)
     rows, picture = tmp_path / "rows.json", tmp_path / "plot.png"
     options = ["--reference", tmp_path, "--activation-bits", "8", "--llama-cpp", python, "--json", rows]
-    assert bench.main(["serve", str(nested), *map(str, options), "--plot", str(picture)]) == 0
+    assert run_bench(["serve", str(nested), *map(str, options), "--plot", str(picture)]) == 0
     assert calls[0][2]["activation_bits"] == 8
     assert calls[0][2]["reference"] == tmp_path
     assert f"peer_llama_cpp.py {nested}/config.json --threads" in (tmp_path / "asked").read_text()
@@ -131,12 +136,12 @@ def test_llama_cpp_fails(nested: Path, calls: list, tmp_path: Path, capsys: pyte
 
 def test_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Really measured, on small layers and for a moment."""
-    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**16)
-    monkeypatch.setattr(bench_kernel, "SECONDS", 0.0)
+    monkeypatch.setattr(kernel, "ROTATED_BYTES", 2**16)
+    monkeypatch.setattr(kernel, "SECONDS", 0.0)
     rows_file, picture = tmp_path / "rows.json", tmp_path / "plot.png"
     arguments = ["kernel", "--shapes", "48x64,33x96", "--bits", "2,5,8", "--batch", "1,3", "--threads", "1,2"]
     arguments += ["--group-size", "32", "--peers", "torch-bf16"]
-    assert bench.main([*arguments, "--json", str(rows_file), "--plot", str(picture)]) == 0
+    assert run_bench([*arguments, "--json", str(rows_file), "--plot", str(picture)]) == 0
     rows = json.loads(rows_file.read_text())
     measured = [(row["n"], row["k"], row["threads"], row["m"], row["bits"]) for row in rows]
     assert measured == [
@@ -171,9 +176,9 @@ def test_a_peer_that_refuses_a_shape_is_left_out(
     def refuse(rows: int, columns: int, group_size: int) -> None:
         raise RuntimeError("rows: expected a multiple of 32\nand more")
 
-    monkeypatch.setitem(bench_kernel.PEERS, "vllm-int4", refuse)
-    monkeypatch.setattr(bench_kernel, "ROTATED_BYTES", 2**14)
-    monkeypatch.setattr(bench_kernel, "SECONDS", 0.0)
+    monkeypatch.setitem(kernel.PEERS, "vllm-int4", refuse)
+    monkeypatch.setattr(kernel, "ROTATED_BYTES", 2**14)
+    monkeypatch.setattr(kernel, "SECONDS", 0.0)
     arguments = [
         "--shapes",
         "33x64",
@@ -186,7 +191,7 @@ def test_a_peer_that_refuses_a_shape_is_left_out(
         "--peers",
         "vllm-int4,torch-bf16",
     ]
-    assert bench.main(["kernel", *arguments]) == 0
+    assert run_bench(["kernel", *arguments]) == 0
     said = capsys.readouterr()
     assert said.err == "vllm-int4 refuses 33 x 64: rows: expected a multiple of 32\n"
     assert said.out.splitlines()[1].split()[-2] == "nan"
@@ -211,8 +216,8 @@ def test_kernel_refusals(option: str, value: str, message: str, capsys: pytest.C
 
 
 def test_shapes_of_models() -> None:
-    options = bench.build_parser().parse_args(["kernel", "--shapes", "llama-3-8b,4096x4096,32x64"])
-    assert options.shapes == (*bench_kernel.SHAPES["llama-3-8b"], (32, 64))
+    job = BenchKernel(shapes="llama-3-8b,4096x4096,32x64")
+    assert job.shapes == (*kernel.SHAPES["llama-3-8b"], (32, 64))
 
 
 def test_no_such_folder(tmp_path: Path, calls: list, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,4 +229,4 @@ def test_no_such_folder(tmp_path: Path, calls: list, capsys: pytest.CaptureFixtu
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, said = refusal(capsys)
     assert status == 2
-    assert "required: command" in said
+    assert "required: COMMAND" in said

@@ -6,28 +6,30 @@ import json
 import shutil
 from pathlib import Path
 
-import evaluate
 import pytest
 
+from vllm_matquant import cli
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits
 from vllm_matquant.checkpoint.recipe_store import add_recipes
+from vllm_matquant.jobs.evaluate import COLUMNS
 
+run_evaluate = cli.tool("evaluate")
 SMALL = ["--samples", "4", "--sequence-length", "24"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(list(map(str, arguments)))
+        run_evaluate(list(map(str, arguments)))
     return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_table(nested: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows_file = tmp_path / "rows.json"
     arguments = [str(nested), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
-    assert evaluate.main(arguments) == 0
+    assert run_evaluate(arguments) == 0
     titles, *lines = capsys.readouterr().out.splitlines()
-    assert titles.split() == list(evaluate.COLUMNS)
+    assert titles.split() == list(COLUMNS)
     assert [line.split()[0] for line in lines] == ["2", "4", "8"]
     rows = json.loads(rows_file.read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
@@ -35,9 +37,7 @@ def test_table(nested: Path, source: Path, text_file: Path, tmp_path: Path, caps
         assert set(row) == {"bits", "perplexity", "reference_perplexity", "kl", "tokens", "bits_per_weight",
                             "beginning_of_text"}  # fmt: skip
         assert row["tokens"] == 4 * 23
-        assert [float(cell) for cell in line.split()] == pytest.approx(
-            [row[name] for name in evaluate.COLUMNS], rel=1e-3
-        )
+        assert [float(cell) for cell in line.split()] == pytest.approx([row[name] for name in COLUMNS], rel=1e-3)
     assert rows[0]["kl"] > rows[1]["kl"] > rows[2]["kl"] > 0
 
 
@@ -53,7 +53,7 @@ def test_recipes_beside_widths(
     own.write_text(json.dumps({"recipe_version": 1, "name": "own", "widths": {}, "default": 4}))
     rows_file = tmp_path / "rows.json"
     arguments = [str(folder), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
-    assert evaluate.main([*arguments, "--bits", "2,4", "--recipes", f"mixed,{own}"]) == 0
+    assert run_evaluate([*arguments, "--bits", "2,4", "--recipes", f"mixed,{own}"]) == 0
     two, four, of_mixed, of_own = json.loads(rows_file.read_text())
     assert two["kl"] > of_mixed["kl"] > four["kl"]
     assert of_own == {**four, "recipe": "own", "bits": 4.0}
@@ -61,7 +61,7 @@ def test_recipes_beside_widths(
     assert of_mixed["bits"] == average_bits(mixed, checkpoint.layers)
     assert two["bits_per_weight"] < of_mixed["bits_per_weight"] < four["bits_per_weight"]
     assert capsys.readouterr().out.splitlines()[3].split()[-1] == "mixed"
-    assert evaluate.main([*arguments, "--bits", "4", "--recipes", "all"]) == 0
+    assert run_evaluate([*arguments, "--bits", "4", "--recipes", "all"]) == 0
     assert [row.get("recipe") for row in json.loads(rows_file.read_text())] == [None, "mixed"]
     status, said = refusal(capsys, *arguments, "--recipes", "none-such")
     assert status == 1
@@ -73,9 +73,9 @@ def test_widths_in_the_folder(nested: Path, source: Path, text_file: Path, tmp_p
     shutil.copytree(nested, partial, ignore=shutil.ignore_patterns("model-width[5-8]-*"))
     rows_file = tmp_path / "rows.json"
     arguments = [str(partial), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
-    assert evaluate.main(arguments) == 0
+    assert run_evaluate(arguments) == 0
     assert [row["bits"] for row in json.loads(rows_file.read_text())] == [2, 4]
-    assert evaluate.main([*arguments, "--bits", "4"]) == 0
+    assert run_evaluate([*arguments, "--bits", "4"]) == 0
     assert [row["bits"] for row in json.loads(rows_file.read_text())] == [4]
 
 

@@ -7,16 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bench_kernel
 import pytest
-import search
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.bench import kernel
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import average_bits
 from vllm_matquant.checkpoint.recipe_store import choose_recipe, weight_bytes
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.cli import main
+from vllm_matquant.jobs import search as search_job
+from vllm_matquant.jobs import search_run
+from vllm_matquant.jobs.search import STATE_FOLDER
+from vllm_matquant.jobs.search_inputs import DECODER_SAMPLES
 from vllm_matquant.measure.windows import load_tokenizer, split_windows
 from vllm_matquant.quantize.evaluate import evaluate
 from vllm_matquant.search.divergence import Divergence
@@ -33,7 +37,7 @@ def folder(nested: Path, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *options: object) -> int:
-    return search.main([str(folder), *SMALL, *map(str, options)])
+    return main(["search", str(folder), *SMALL, *map(str, options)])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *options: object) -> tuple[int, str]:
@@ -66,7 +70,7 @@ def test_recipes_come_into_the_checkpoint(
     assert recipes["2.5-bits"].origin["budget"] == "2.5"
     assert recipes["2.5-bits"].origin["reference"] == source.name
     assert all(result.passed for result in verify(folder))
-    assert not (folder / search.STATE_FOLDER / "journal.jsonl").exists()
+    assert not (folder / STATE_FOLDER / "journal.jsonl").exists()
     said = capsys.readouterr().out
     for name in ("uniform-4", "2.5-bits first program", "3.0-bits program 1/1", "generation 1/1", "pyramid-2.5-bits"):
         assert name in said
@@ -86,11 +90,11 @@ def test_the_same_search_gives_the_same_bytes_also_after_a_crash(
     def crash(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "add_recipes", crash)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(search_job, "add_recipes", crash)
+    with pytest.raises(SystemExit, match="130"):
         run(other, *options)
     monkeypatch.undo()
-    journal = other / search.STATE_FOLDER / "journal.jsonl"
+    journal = other / STATE_FOLDER / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]))
     assert open_checkpoint(other).recipes == []
@@ -108,7 +112,7 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
     assert run(folder, *options) == 0
     assert run(plain, *options, "--decoder-samples", "0") == 0
     trained, without = open_checkpoint(folder), open_checkpoint(plain)
-    parts = {"samples": (3, search.DECODER_SAMPLES), "sequence_length": 24, "seed": 0}
+    parts = {"samples": (3, DECODER_SAMPLES), "sequence_length": 24, "seed": 0}
     tokens = split_windows(None, load_tokenizer(source), **parts)[0].tokens
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for name in ("3-bits", "4.5-bits"):
@@ -117,14 +121,14 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
         assert recipe.widths == untrained.widths
         assert (recipe.own_decoders, untrained.own_decoders) == (True, False)
         assert recipe.kl < untrained.kl
-        assert recipe.origin["training"]["samples"] == search.DECODER_SAMPLES
+        assert recipe.origin["training"]["samples"] == DECODER_SAMPLES
         [row] = evaluate(trained, source, tokens, [recipe])
         assert row["kl"] == pytest.approx(recipe.kl, rel=0.03)  # the search computes in bfloat16
     sliced = SlicedModel(trained, model)
     assert Divergence(sliced, tokens).of(recipe.widths) == pytest.approx(untrained.kl, rel=1e-4)
     assert all(result.passed for result in verify(folder))
 
-    train, calls = search.train_recipe, []
+    train, calls = search_run.train_recipe, []
 
     def crash(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -132,12 +136,12 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
             raise KeyboardInterrupt
         return train(*arguments)
 
-    monkeypatch.setattr(search, "train_recipe", crash)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(search_run, "train_recipe", crash)
+    with pytest.raises(SystemExit, match="130"):
         run(other, *options)
     assert run(other, *options, "--resume") == 0
     assert len(calls) == 3
-    assert not (other / search.STATE_FOLDER).exists()
+    assert not (other / STATE_FOLDER).exists()
     for path in filter(Path.is_file, folder.rglob("*")):
         assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes(), path
 
@@ -148,7 +152,7 @@ def test_milliseconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for width in settings.widths:
             yield {"bits": width, "seconds": 1e-9 * rows * columns * width}
 
-    monkeypatch.setattr(bench_kernel, "bench_kernel", measure)
+    monkeypatch.setattr(kernel, "bench_kernel", measure)
     checkpoint = open_checkpoint(folder)
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     limit = 1e-6 * weights * 3
@@ -185,11 +189,11 @@ def test_a_law_stands_beside_what_was_measured(
 def test_refusals(
     folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str
 ) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != search.STATE_FOLDER}
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != STATE_FOLDER}
     found, said = refusal(capsys, folder, *options)
     assert found == status
     assert message in said
-    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != search.STATE_FOLDER}
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != STATE_FOLDER}
     assert before == after
 
 

@@ -6,23 +6,23 @@ import shutil
 from pathlib import Path
 
 import pytest
-import verify
+
+from vllm_matquant.cli import main
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Function that runs the tool: (exit status, what it prints)."""
+def run(capsys: pytest.CaptureFixture[str]):
+    """Function that runs the command: (exit status, what it prints)."""
 
-    def run_tool(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["verify.py", *map(str, arguments)])
+    def run_command(*arguments: object) -> tuple[int, str]:
         try:
-            status = verify.main()
+            status = main(["verify", *map(str, arguments)])
         except SystemExit as stop:
             status = stop.code
         said = capsys.readouterr()
         return status, said.out + said.err
 
-    return run_tool
+    return run_command
 
 
 def test_sound(nested: Path, run) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import sys
 from pathlib import Path
 
-import arguments
 import pytest
-from arguments import figures, headings, output_file, positive, width_list
+
+from vllm_matquant.jobs.arguments import output_file, positive, width_list
+from vllm_matquant.jobs.table import figures, headings
 
 
 @pytest.mark.parametrize(("text", "widths"), [("4", (4,)), ("8,2,4", (2, 4, 8)), ("2, 3", (2, 3))])
@@ -43,15 +42,3 @@ def test_figures() -> None:
     columns = ("bits", "resident_bytes", "kl")
     assert headings(columns) == "     bits  resident_bytes         kl"
     assert figures(row, columns) == "        8       1,234,567  0.0001235"
-
-
-@pytest.mark.parametrize("tool", ["bench", "compare_quantizers", "evaluate", "quantize"])
-def test_threads_are_told_how_to_wait_before_torch_is_imported(tool: str) -> None:
-    module = ast.parse(Path(arguments.__file__).with_name(f"{tool}.py").read_text())
-    imported = [
-        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-        for node in module.body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    ]
-    others = [name for name in imported if name and name.split(".")[0] not in sys.stdlib_module_names]
-    assert others[0] == "arguments"

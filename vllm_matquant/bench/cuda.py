@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_kernel import ROTATED_BYTES, copies_of
 
+from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout, ops
 
@@ -136,7 +136,7 @@ def bench_cuda(
     group_size: int = 128,
     report: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any]]:
-    """Rows as those of ``bench.py kernel``; ``read_gb_per_s`` is what a copy reads and writes.
+    """Rows as those of ``matquant bench kernel``; ``read_gb_per_s`` is what a copy reads and writes.
 
     Args:
         shapes: out_features and in_features of the layers.
