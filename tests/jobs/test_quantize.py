@@ -140,7 +140,7 @@ def test_texts_begin_with_the_token_wherever_they_are_measured(tmp_path: Path, t
     rows = json.loads(rows_file.read_text())
     for row, reported in zip(rows, report["quality"], strict=True):
         assert row.pop("beginning_of_text") is True
-        assert row == pytest.approx(reported, rel=1e-3)
+        assert row == pytest.approx(reported, rel=1e-3, abs=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text_file.read_text())["input_ids"][1:-1]
     places = [(len(ids) - 23) * place // 3 for place in range(4)]
