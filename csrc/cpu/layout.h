@@ -11,7 +11,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace matquant {
+#include "decoder.h"
+
+namespace matquant::cpu {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kStepColumns = 4;
@@ -19,8 +21,6 @@ constexpr int64_t kTileSteps = 8;
 constexpr int64_t kTileColumns = kTileSteps * kStepColumns;
 constexpr int64_t kPlaneBytes = kTileRows * kStepColumns;  // of a tile
 constexpr int kBaseBits = 2;
-constexpr int kMinWidth = 2;
-constexpr int kMaxWidth = 8;
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
@@ -32,13 +32,10 @@ struct TileRows {
     int64_t count;  // at most kTileRows
 };
 
-// Planes lie in pairs where no width that is used parts them, for a core reads few streams faster than many: all of
-// them (but the last of an odd number) unless a width below the resident one is odd. The first two, the base field,
-// always do.
-inline bool are_paired(const std::vector<int64_t>& decoder_widths, int64_t resident_width) {
-    return std::none_of(decoder_widths.begin(), decoder_widths.end(),
-                        [=](int64_t width) { return width < resident_width && width % 2 != 0; });
-}
+// The layouts of planes past the base field: in pairs too, all but the last of an odd number, since a core reads few
+// streams faster than many, or single, so that a width may part each two.
+constexpr const char* kPairsLayout = "cpu-pairs";
+constexpr const char* kPlanesLayout = "cpu-planes";
 
 inline std::vector<TileRows> split_into_tiles(const std::vector<int64_t>& output_sizes) {
     std::vector<TileRows> tiles;
@@ -52,4 +49,11 @@ inline std::vector<TileRows> split_into_tiles(const std::vector<int64_t>& output
     return tiles;
 }
 
-}  // namespace matquant
+// Bytes of the decoders of a row of tiles at one width. In float16: [groups, 2 (scale, offset), 16 rows]. In int8:
+// steps in bfloat16 [2 (of scales, of centres), 16], then for each group uint8 [16] codes of scales and int8 [16] of
+// centres.
+constexpr int64_t decoder_bytes(DecoderKind kind, int64_t groups) {
+    return kind == DecoderKind::kAffineFloat16 ? groups * 2 * kTileRows * 2 : (2 + groups) * 2 * kTileRows;
+}
+
+}  // namespace matquant::cpu
