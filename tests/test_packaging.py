@@ -27,12 +27,13 @@ PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
 DOORS = {"bench", "jobs", "cli", "plugin"}
 FORBIDDEN = {
-    "checkpoint": {"quantize", "kernels", "search", "serve", *DOORS},
+    "checkpoint": {"kernels", "measure", "quantize", "search", "serve", *DOORS},
+    "kernels": {"measure", "quantize", "search", "serve", *DOORS},
+    "measure": {"quantize", "search", "serve", *DOORS},
     "quantize": {"search", "serve", *DOORS},
-    "kernels": {"quantize", "search", "serve", *DOORS},
     "search": {"quantize", "serve", *DOORS},
-    "serve": {"quantize", "search", *DOORS},
-    "bench": {"quantize", "search", "jobs", "cli", "plugin"},
+    "serve": {"measure", "quantize", "search", *DOORS},
+    "bench": {"measure", "quantize", "search", "jobs", "cli", "plugin"},
     "jobs": {"cli", "plugin"},
     "cli": {"serve", "plugin"},
 }
@@ -86,7 +87,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in ("checkpoint", "quantize", "kernels", "search", "bench", "jobs", "cli"):
+        for part in ("checkpoint", "kernels", "measure", "quantize", "search", "bench", "jobs", "cli"):
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 if module.name != "vllm_matquant.bench.peer_llama_cpp":

@@ -20,9 +20,8 @@ from vllm_matquant.jobs import search as search_job
 from vllm_matquant.jobs import search_run
 from vllm_matquant.jobs.search import STATE_FOLDER
 from vllm_matquant.jobs.search_inputs import DECODER_SAMPLES
-from vllm_matquant.quantize.calibration import load_parts
+from vllm_matquant.measure.windows import load_tokenizer, split_windows
 from vllm_matquant.quantize.evaluate import evaluate
-from vllm_matquant.quantize.source import load_tokenizer
 from vllm_matquant.search.divergence import Divergence
 from vllm_matquant.search.law import Observation, fit_law
 from vllm_matquant.search.sliced import SlicedModel
@@ -114,7 +113,7 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
     assert run(plain, *options, "--decoder-samples", "0") == 0
     trained, without = open_checkpoint(folder), open_checkpoint(plain)
     parts = {"samples": (3, DECODER_SAMPLES), "sequence_length": 24, "seed": 0}
-    tokens = load_parts(None, load_tokenizer(source), **parts)[0].tokens
+    tokens = split_windows(None, load_tokenizer(source), **parts)[0].tokens
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for name in ("3-bits", "4.5-bits"):
         [recipe] = [recipe for recipe in trained.recipes if recipe.name == name]

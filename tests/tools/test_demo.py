@@ -13,6 +13,7 @@ import torch
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
+from vllm_matquant.measure.windows import Windows
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def test_rows_come_with_the_widest_first(
 
     monkeypatch.setattr(demo, "WIDTHS", (8, 2))
     monkeypatch.setattr(demo, "bench_serve", serve)
-    monkeypatch.setattr(demo, "text_windows", lambda *arguments, **options: torch.ones(1, 8, dtype=torch.int64))
+    few = Windows(torch.ones(1, 8, dtype=torch.int64), {})
+    monkeypatch.setattr(demo, "spread_windows", lambda *arguments, **options: few)
     *rows, reference = demo.collect_rows(source, folder, text_file)
     assert reference["bits"] == 16
     assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.cpu_layout import PAIRS
-from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.support import CPU
 from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
 SHAPES = {  # out_features, in_features
@@ -31,8 +31,6 @@ COLUMNS = ("bits", "m", "n", "k", "threads", "seconds", "gb_per_s", "read_gb_per
 ROTATED_BYTES = 256 * 2**20  # of 8-bit weights: even their two planes at 2 bits are more than the caches hold
 SECONDS = 0.4  # for the rounds of one layer and batch, at least ROUNDS of them
 ROUNDS = 7
-KIND = AFFINE_INT8  # of the decoders
-CPU = next(kernel for kernel in KERNELS if kernel.name == "cpu")
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Settings:
         group_size: columns that share a decoder.
         activation_bits: see :func:`vllm_matquant.kernels.ops.linear`.
         peers: names in :data:`PEERS`.
+        decoder_kind: of the layer's decoders.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -56,50 +55,54 @@ class Settings:
     group_size: int = 128
     activation_bits: int = 16
     peers: Sequence[str] = ()
+    decoder_kind: DecoderKind = AFFINE_INT8
 
 
 class Layer:
-    """One layer's weights with random codes, as often as it takes to fill more than the caches; every use takes the
-    next copy."""
+    """One layer's weights, as often as it takes to fill more than the caches; every use takes the next copy."""
 
     def __init__(self, settings: Settings, rows: int, columns: int) -> None:
-        self.rows, self.columns, self.uses = rows, columns, 0
+        self.settings, self.rows, self.columns = settings, rows, columns
         generator = torch.Generator().manual_seed(0)
         groups = -(-columns // settings.group_size)
-        affine = Affine(torch.rand(rows, groups, generator=generator), torch.rand(rows, groups, generator=generator))
-        decoder = KIND.encode(affine, WIDTHS[-1])
-        self.copies = []
+        self.planes: list[torch.Tensor] = []
+        self.weights: list[dict[int, PackedWeight]] = []
         for _ in range(copies_of(rows * columns)):
-            base, *planes = (
+            packed = [
                 torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
-            )
-            stored = PAIRS.pack_planes(base, planes, [rows]), PAIRS.pack_decoders([decoder], [rows])
-            self.copies.append({width: self._weight(settings, width, *stored) for width in settings.widths})
+            ]
+            planes = PAIRS.pack_planes(packed[0], packed[1:], [rows])
+            values = Affine(*torch.rand(2, rows, groups, generator=generator))
+            decoders = PAIRS.pack_decoders([settings.decoder_kind.encode(values, WIDTHS[-1])], [rows])
+            self.planes.append(planes)
+            self.weights.append({width: self._weight(planes[:width], decoders) for width in settings.widths})
+        self.uses = 0
 
-    def _weight(self, settings: Settings, width: int, planes: torch.Tensor, decoders: torch.Tensor) -> PackedWeight:
-        """The weight as if it had been loaded for this width alone, in memory that all widths share: the planes past
-        it are left out, and which codes and decoders these are does not matter."""
-        resident = ResidentSegment(planes[:width], decoders, (width,), (self.rows,), width)
+    def _weight(self, planes: torch.Tensor, decoders: torch.Tensor) -> PackedWeight:
+        # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
+        width = len(planes)
+        resident = ResidentSegment(planes, decoders, (width,), (self.rows,), width)
         segment = PackedSegment(resident, torch.tensor([width], dtype=torch.int32))
-        return PackedWeight(CPU, PAIRS, KIND, self.columns, settings.group_size, (segment,), settings.activation_bits)
+        settings = self.settings
+        return PackedWeight(
+            *(CPU, PAIRS, settings.decoder_kind, self.columns, settings.group_size, (segment,)),
+            activation_bits=settings.activation_bits,
+        )
 
     def bytes_read(self, width: int) -> int:
-        return self.copies[0][width].resident_bytes
-
-    def plane_bytes(self, width: int) -> int:
-        return self.copies[0][width].segments[0].resident.planes.nbytes
+        return self.weights[0][width].resident_bytes
 
     def multiply(self, x: torch.Tensor, width: int) -> None:
-        CPU.linear(x, self._next(width).handle, self.rows)
+        ops.linear(x, self.weights[self._next()][width].handle, self.rows)
 
     def read(self, width: int) -> None:
         """A plain read of the planes that a product at ``width`` reads."""
-        ops.read_memory(self._next(width).segments[0].resident.planes.view(-1))
+        ops.read_memory(self.planes[self._next()][:width].view(-1))
 
-    def _next(self, width: int) -> PackedWeight:
+    def _next(self) -> int:
         self.uses += 1
-        return self.copies[self.uses % len(self.copies)][width]
+        return self.uses % len(self.planes)
 
 
 def copies_of(size: int) -> int:
@@ -216,7 +219,7 @@ def measure(
     while rounds < ROUNDS or time.perf_counter() < end:
         # Not timed: in a model a layer comes after layers of its kind, not after another library's.
         layer.multiply(x, settings.widths[-1])
-        layer.read(settings.widths[-1])
+        layer.read(WIDTHS[-1])
         for width in settings.widths:
             multiplied[width].append(seconds_of(lambda w=width: layer.multiply(x, w)))  # type: ignore[misc]
             read[width].append(seconds_of(lambda w=width: layer.read(w)))  # type: ignore[misc]
@@ -226,7 +229,7 @@ def measure(
     for width in settings.widths:
         seconds, bytes_read = statistics.median(multiplied[width]), layer.bytes_read(width)
         gb_per_s = bytes_read / seconds / 1e9
-        read_gb_per_s = layer.plane_bytes(width) / statistics.median(read[width]) / 1e9
+        read_gb_per_s = layer.planes[0][:width].nbytes / statistics.median(read[width]) / 1e9
         yield {
             "backend": "cpu",
             "kernel": f"linear, activations of {settings.activation_bits} bits",
@@ -236,6 +239,7 @@ def measure(
             "n": layer.rows,
             "k": layer.columns,
             "group_size": settings.group_size,
+            "decoders": settings.decoder_kind.name,
             "threads": threads,
             "seconds": seconds,
             "bytes": bytes_read,
