@@ -11,38 +11,44 @@ from typing import Any
 import torch
 
 from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
-from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels import cuda_layout, ops
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine
+from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
+from vllm_matquant.kernels.support import select_kernel
+from vllm_matquant.kernels.weight import Request, StoredSegment
 
 SHAPES = ((4096, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # out_features, in_features
 BATCHES = (1, 8, 16, 32, 64, 512)
 ROUNDS = 20
 DEVICE = "cuda"
+KIND = AFFINE_INT8  # of the decoders
 
 
 class Layer:
     """One layer's weights with random codes, as often as it takes to fill more than the caches."""
 
     def __init__(self, rows: int, columns: int, width: int, group_size: int) -> None:
-        self.rows, self.width, self.group_size = rows, width, group_size
-        shape = cuda_layout.planes_shape(width, [rows], columns)
-        groups = -(-columns // group_size)
-        copies = range(copies_of(rows * columns * width // 8))
-        self.planes = [torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE) for _ in copies]
-        self.decoders = [torch.rand(1, shape[0], groups, 8, 2, 8, device=DEVICE).half() for _ in copies]
-        self.active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
-        self.uses = 0
+        request = Request(DEVICE, torch.float16, (width,), columns, group_size, KIND)
+        self.kernel = select_kernel(request)
+        self.rows, self.uses = rows, 0
+        values = Affine(*torch.rand(2, rows, -(-columns // group_size)))
+        decoder = KIND.encode(values, width)
+        self.weights = []
+        for _ in range(copies_of(rows * columns * width // 8)):
+            base, *planes = (
+                torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
+                for bits in (BASE_BITS, *[1] * (width - BASE_BITS))
+            )
+            segment = StoredSegment(base, planes, [decoder], [rows], [width])
+            self.weights.append(self.kernel.pack([segment], columns, group_size, DEVICE))
 
     @property
     def bytes_read(self) -> int:
-        return self.planes[0].nbytes + self.decoders[0].nbytes
+        return self.weights[0].resident_bytes
 
     def multiply(self, x: torch.Tensor) -> None:
         self.uses += 1
-        index = self.uses % len(self.planes)
-        ops.linear(
-            x, self.planes[index], self.decoders[index], self.active_width, [self.width], [self.rows], self.group_size
-        )
+        weight = self.weights[self.uses % len(self.weights)]
+        self.kernel.linear(x, weight.handle, self.rows)
 
 
 def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
@@ -164,7 +170,7 @@ def bench_cuda(
                 gb_per_s = layer.bytes_read / seconds / 1e9
                 yield {
                     "backend": "cuda",
-                    "kernel": "linear",
+                    "kernel": layer.kernel.name,
                     "isa": "sm_{}{}".format(*torch.cuda.get_device_capability()),
                     "bits": width,
                     "m": batch,
