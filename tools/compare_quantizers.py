@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from arguments import positive, width_list
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 from peer_quantizers import PEERS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,17 +28,15 @@ from safetensors.torch import save_file
 from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json, sync_file, sync_folder, write_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.quantize.calibration import load_calibration, read_text
-from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights, text_windows
+from vllm_matquant.jobs.arguments import positive, width_list
+from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, spread_windows
+from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights
 from vllm_matquant.quantize.methods import METHODS
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
-
-if TYPE_CHECKING:
-    import torch  # elsewhere only after arguments, which tells its threads how to wait
+from vllm_matquant.quantize.source import SourceModel, locate
 
 ONE_WIDTH = "-one-width"
 DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
-SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as tools/evaluate.py has them
+SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as matquant evaluate has them
 TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
 SETTINGS_FILE = "settings.json"
@@ -70,7 +70,8 @@ class Candidate:
             script = [str(options.peer_python), str(TOOLS / "peer_quantizers.py"), self.method, "--model", str(model)]
             script += ["--tokens", str(options.output / TOKENS_FILE), "--output", str(folder / WEIGHTS_FILE)]
         else:
-            script = [sys.executable, str(TOOLS / "quantize.py"), "--no-report", str(model), "--output", str(folder)]
+            script = [sys.executable, "-m", "vllm_matquant", "quantize", "--no-report"]
+            script += [str(model), "--output", str(folder)]
             script += ["--method", self.method.removesuffix(ONE_WIDTH), "--samples", str(options.samples)]
             script += ["--sequence-length", str(options.sequence_length), "--seed", str(options.seed)]
             script += ["--calibration", options.calibration] if options.calibration else []
@@ -116,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=method_list,
         default=DEFAULT_METHODS,
         metavar="NAME,...",
-        help=f"methods of tools/quantize.py, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
+        help=f"methods of matquant quantize, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
         f"width; and peers: {', '.join(PEERS)} (default: {','.join(DEFAULT_METHODS)})",
     )
     parser.add_argument("--calibration", metavar="hf:NAME|FILE.txt|FILE.jsonl", help="default: a built-in text")
@@ -150,9 +151,9 @@ def prepare(options: argparse.Namespace, model: Path) -> None:
 
     Raises:
         ValueError: they were made with other settings.
-        CalibrationError: the calibration text cannot be used.
+        TextError: the calibration text cannot be used.
     """
-    tokens = load_calibration(
+    tokens = draw_windows(
         options.calibration,
         load_tokenizer(model),
         samples=options.samples,
@@ -247,15 +248,16 @@ def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
 
 
 def judge(
-    judged: Sequence[Entry], model: Path, layers: Mapping[str, tuple[int, int]], windows: Mapping[str, torch.Tensor]
+    judged: Sequence[Entry], model: Path, layers: Mapping[str, tuple[int, int]], windows: Mapping[str, Windows]
 ) -> list[Row]:
     """The figures of each model at each width on each text."""
     rows = []
-    for text, tokens in windows.items():
+    for text, measured_on in windows.items():
         named = ((f"{entry.method}, {entry.bits} bits", entry.weights()) for entry in judged)
-        for entry, quality in zip(judged, compare(model, tokens, layers, named), strict=True):
+        for entry, quality in zip(judged, compare(model, measured_on.tokens, layers, named), strict=True):
             gap = math.log(quality["perplexity"] / quality["reference_perplexity"])
             row = {"method": entry.method, "bits": entry.bits, "text": text, "gap": gap} | quality
+            row["beginning_of_text"] = measured_on.source["beginning_of_text"]
             rows.append(row | {"seconds": entry.seconds, "bits_per_weight": entry.bits_per_weight})
     return rows
 
@@ -288,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layers = SourceModel(model).linears
         tokenizer = load_tokenizer(model)
         windows = {
-            text.name: text_windows(read_text(text), tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+            text.name: spread_windows(text, tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
             for text in options.text
         }
         prepare(options, model)

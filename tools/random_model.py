@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
-from arguments import positive  # before torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,6 +23,7 @@ from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, Decoder
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.spec import PARENT_BITS, WIDTHS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.jobs.arguments import positive
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {

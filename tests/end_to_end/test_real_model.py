@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.cli import main
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize.activations import Activations
-from vllm_matquant.quantize.calibration import load_calibration
 from vllm_matquant.quantize.evaluate import load_weights, slice_weights
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import relative_error
 from vllm_matquant.quantize.methods import METHODS
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.quantize.source import SourceModel
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def first_planes(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def tokens(real_model: Path) -> list[int]:
-    return load_tokenizer(real_model)(PROMPT)["input_ids"]
+    return load_tokenizer(real_model).ids(PROMPT)
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +148,7 @@ def test_a_folder_without_the_last_planes(engines: dict, first_planes: Path) -> 
 def test_quality(nested: Path, real_model: Path, real_text: Path, tmp_path: Path) -> None:
     arguments = [str(nested), "--reference", str(real_model), "--text", str(real_text), "--json"]
     few = ["--bits", "8,4", "--samples", "4", "--sequence-length", "256"]
-    assert evaluate.main([*arguments, str(tmp_path / "rows.json"), *few]) == 0
+    assert main(["evaluate", *arguments, str(tmp_path / "rows.json"), *few]) == 0
     four, eight = json.loads((tmp_path / "rows.json").read_text())
     assert (four["bits"], eight["bits"]) == (4, 8)
     assert 0 < eight["kl"] < 0.02
@@ -161,7 +161,7 @@ def test_quality(nested: Path, real_model: Path, real_text: Path, tmp_path: Path
 def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one."""
     source = SourceModel(real_model)
-    calibration = load_calibration(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
+    calibration = draw_windows(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
     activations = Activations(source, calibration.tokens)
     activations.advance(source.load_block(0), {})
     block = source.load_block(1)

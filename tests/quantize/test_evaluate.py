@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.quantize.tiny_sources import VOCABULARY, byte_tokenizer, write_source
+from tests.quantize.tiny_sources import VOCABULARY, write_source
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.quantize import evaluate as module
 from vllm_matquant.quantize.baselines import RoundToNearest
-from vllm_matquant.quantize.evaluate import compare, evaluate, load_weights, slice_weights, text_windows
+from vllm_matquant.quantize.evaluate import compare, evaluate, load_weights, slice_weights
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.source import SourceModel
 
@@ -139,27 +139,3 @@ def test_weights_of_other_layers(
     change(weights)
     with pytest.raises(ValueError, match=message):
         next(compare(llama, TOKENS, checkpoint.layers, [("rival", iter(weights.items()))]))
-
-
-def test_windows() -> None:
-    tokenizer = byte_tokenizer()
-    text = "the cat sat on the mat and thought of 12345 other mats " * 3
-    ids = tokenizer(text)["input_ids"]
-    windows = text_windows(text, tokenizer, samples=3, sequence_length=10)
-    assert windows.shape == (3, 10)
-    assert windows.dtype == torch.int64
-    assert windows[0].tolist() == ids[:10]
-    assert windows[2].tolist() == ids[-10:]
-    middle = (len(ids) - 10) // 2
-    assert windows[1].tolist() == ids[middle : middle + 10]
-
-
-def test_windows_of_a_short_text() -> None:
-    tokenizer = byte_tokenizer()
-    count = len(tokenizer("xyz xyz")["input_ids"])
-    with pytest.raises(ValueError, match=rf"text: found {count} tokens, expected at least 40 \(4 samples of 10\)"):
-        text_windows("xyz xyz", tokenizer, samples=4, sequence_length=10)
-    with pytest.raises(ValueError, match="text: found 0 tokens"):
-        text_windows("", tokenizer, samples=1, sequence_length=2)
-    with pytest.raises(ValueError, match="sequence_length: found 1, expected at least 2"):
-        text_windows("xyz xyz", tokenizer, samples=1, sequence_length=1)

@@ -13,7 +13,7 @@ import torch
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
-from vllm_matquant.quantize.evaluate import label
+from vllm_matquant.measure.windows import Windows
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_recipes_are_searched_once(nested: Path, source: Path, tmp_path: Path, m
                                          "--steps", "0"))  # fmt: skip
     demo.add_recipes(source, folder)
     assert {"2.5-bits", "3.5-bits"} <= {recipe.name for recipe in open_checkpoint(folder).recipes}
-    monkeypatch.setattr(demo.search, "main", lambda arguments: pytest.fail(f"searched again: {arguments}"))
+    monkeypatch.setattr(demo.cli, "main", lambda arguments: pytest.fail(f"searched again: {arguments}"))
     demo.add_recipes(source, folder)
 
 
@@ -73,13 +73,14 @@ def test_rows_come_with_the_widest_first(
     add_recipes(checkpoint, [Recipe(f"{budget}-bits", widths) for budget in demo.BUDGETS])
 
     def serve(folder: Path, slices: Any, load: Any, reference: Path) -> Any:
-        for part in (16, *slices):
-            named = label(part, checkpoint)
+        for part in (None, *slices):
+            named = {"bits": 16} if part is None else part.label
             yield named | {"output_tokens_per_s": 1.0, "resident_bytes": 7_000_000, "model": "m", "answer": "Paris"}
 
     monkeypatch.setattr(demo, "WIDTHS", (8, 2))
     monkeypatch.setattr(demo, "bench_serve", serve)
-    monkeypatch.setattr(demo, "text_windows", lambda *arguments, **options: torch.ones(1, 8, dtype=torch.int64))
+    few = Windows(torch.ones(1, 8, dtype=torch.int64), {})
+    monkeypatch.setattr(demo, "spread_windows", lambda *arguments, **options: few)
     *rows, reference = demo.collect_rows(source, folder, text_file)
     assert reference["bits"] == 16
     assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)
@@ -91,7 +92,7 @@ def test_rows_come_with_the_widest_first(
 def test_a_sound_checkpoint_is_used_again(
     nested: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo.quantize, "main", lambda arguments: pytest.fail(f"quantized again: {arguments}"))
+    monkeypatch.setattr(demo.cli, "main", lambda arguments: pytest.fail(f"quantized again: {arguments}"))
     assert demo.nested_checkpoint(source, nested) == nested
     assert "run with --fresh to quantize again" in capsys.readouterr().out
 
@@ -103,7 +104,7 @@ def test_leftovers_of_an_earlier_demo_are_replaced(
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     calls: list[list[str]] = []
-    monkeypatch.setattr(demo.quantize, "main", calls.append)
+    monkeypatch.setattr(demo.cli, "main", calls.append)
     demo.nested_checkpoint(source, folder)
-    assert calls == [[str(source), "--output", str(folder), "--group-size", "64"]]
+    assert calls == [["quantize", str(source), "--output", str(folder), "--group-size", "64"]]
     assert not folder.exists()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
@@ -22,24 +22,6 @@ _BATCH_TOKENS = 2048
 
 LayerWeights = Iterator[tuple[str, torch.Tensor]]
 """Names of layers, each with its weight [out_features, in_features]."""
-
-
-def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int) -> torch.Tensor:
-    """``samples`` windows spread evenly over a text: int64 [samples, sequence_length].
-
-    Raises:
-        ValueError: the text is shorter than one window for each sample, or windows hold nothing to predict.
-    """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length: found {sequence_length}, expected at least 2: the first token is given")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) < samples * sequence_length:
-        raise ValueError(
-            f"text: found {len(ids):,} tokens, expected at least {samples * sequence_length:,} "
-            f"({samples} samples of {sequence_length})"
-        )
-    starts = torch.linspace(0, len(ids) - sequence_length, samples).long().tolist()
-    return torch.stack([ids[start : start + sequence_length] for start in starts])
 
 
 def evaluate(

@@ -84,7 +84,7 @@ def test_excluded_files_are_those_that_the_width_does_not_read(format_: Format) 
 
 def test_how_it_was_made() -> None:
     _, body = split(render_card(make_report()))
-    assert "\n    python tools/quantize.py org/tiny-model --ignore 'a|b'\n" in body
+    assert "\n    matquant quantize org/tiny-model --ignore 'a|b'\n" in body
     assert "built-in text, 16 × 512 tokens, seed 7, SHA-256" in body
     assert "damping 0.01, sweeps 2" in body
     assert "- not quantized: `lm_head`\n" in body
