@@ -27,8 +27,9 @@ _MEMORY_HELP = (
     "come on top. The best of the checkpoint's recipes and widths that fits is served."
 )
 _RECIPE_HELP = (
-    "A file that gives each layer of a matquant checkpoint its width (JSON, as `matquant search` writes them). Recipes "
-    "of the checkpoint itself are chosen by --bits 2.5 and --memory."
+    "A file that gives each layer of a matquant checkpoint its width, an object such as "
+    '{"recipe_version": 1, "name": "mine", "widths": {"model.layers.0.mlp.down_proj": 8}, "default": 4}. '
+    "Recipes of the checkpoint itself are chosen by --bits 2.5 and --memory."
 )
 _ACTIVATION_BITS_HELP = (
     "Bits to which the CPU's kernels round the activations of a matquant layer: 16 loses next to nothing; 8 is up to "

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
-BUILD_COMMAND = "python setup.py build_ext --inplace"
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall SOURCES (their folder)"
 
 _loaded = False
 
