@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
 FORBIDDEN = {
-    "checkpoint": {"quantize", "kernels", "search", "serve", "plugin"},
-    "quantize": {"search", "serve", "plugin"},
-    "kernels": {"quantize", "search", "serve", "plugin"},
-    "search": {"quantize", "serve", "plugin"},
-    "serve": {"quantize", "search"},
+    "checkpoint": {"kernels", "measure", "quantize", "search", "research", "serve", "plugin"},
+    "kernels": {"measure", "quantize", "search", "research", "serve", "plugin"},
+    "measure": {"quantize", "search", "research", "serve", "plugin"},
+    "quantize": {"search", "research", "serve", "plugin"},
+    "search": {"quantize", "research", "serve", "plugin"},
+    "research": {"serve", "plugin"},
+    "serve": {"measure", "quantize", "search", "research"},
 }
 
 
@@ -62,7 +64,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in ("checkpoint", "quantize", "kernels", "search"):
+        for part in ("checkpoint", "kernels", "measure", "quantize", "search", "research"):
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 importlib.import_module(module.name)
