@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(matquant, m) {
         "int[] output_sizes) -> ()");
     m.def("free_weight(int weight) -> ()");
     m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias) -> Tensor");
+    m.def("embedding(Tensor rows, Tensor weight, int columns, ScalarType dtype) -> Tensor");
     m.def(
         "cuda_linear(Tensor x, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
         "int[] output_sizes, int group_size, Tensor? bias, int? activation_bits) -> Tensor");

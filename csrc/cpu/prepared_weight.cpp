@@ -127,6 +127,14 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
     return plan;
 }
 
+const PreparedWeight& prepared_for_cpu(const Weight& weight) {
+    STD_TORCH_CHECK(weight.prepared != nullptr, "weight: found one without segments, expected at least one");
+    const auto* prepared = dynamic_cast<const PreparedWeight*>(weight.prepared.get());
+    STD_TORCH_CHECK(prepared != nullptr, "weight: found the layout \"", weight.layout, "\", expected \"", kPairsLayout,
+                    "\" or \"", kPlanesLayout, "\"");
+    return *prepared;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) { m.impl("add_segment", TORCH_BOX(&add_segment)); }
 
 }  // namespace matquant::cpu

@@ -13,7 +13,7 @@ from vllm_matquant.checkpoint import decoder
 from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.support import CPU
 from vllm_matquant.kernels.weight import Kernel, PackedWeight, StoredSegment
 
 # A width, and those whose decoders are in memory with it: all of them, so that planes past the base field are single;
@@ -177,7 +177,7 @@ def make_layer(
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     decoders = {width: make_decoder(kind, width, rows, groups, generator) for width in WIDTHS}
     segment = stored_segment(codes, decoders, output_sizes, decoder_widths)
-    weight = (kernel or KERNELS[0]).pack([segment], columns, group_size, "cpu")
+    weight = (kernel or CPU).pack([segment], columns, group_size, "cpu")
     return Layer(codes, decoders, list(output_sizes), group_size, weight)
 
 

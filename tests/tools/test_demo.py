@@ -73,8 +73,8 @@ def test_rows_come_with_the_widest_first(
     add_recipes(checkpoint, [Recipe(f"{budget}-bits", widths) for budget in demo.BUDGETS])
 
     def serve(folder: Path, slices: Any, load: Any, reference: Path) -> Any:
-        for part in (16, *slices):
-            named = {"bits": 16} if part == 16 else part.label
+        for part in (None, *slices):
+            named = {"bits": 16} if part is None else part.label
             yield named | {"output_tokens_per_s": 1.0, "resident_bytes": 7_000_000, "model": "m", "answer": "Paris"}
 
     monkeypatch.setattr(demo, "WIDTHS", (8, 2))

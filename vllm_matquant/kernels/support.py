@@ -217,7 +217,7 @@ REFERENCE = TableKernel(
     multiply=reference.reference_linear,
     look_up=reference_embedding,
 )
-_CPU = TableKernel(
+CPU = TableKernel(
     "cpu",
     device_type="cpu",
     widths=WIDTHS,
@@ -226,7 +226,7 @@ _CPU = TableKernel(
     group_multiple=cpu_layout.STEP_COLUMNS,
     choose_layout=cpu_layout.choose_layout,
     multiply=ops.linear,
-    look_up=reference_embedding,
+    look_up=ops.embedding,
     in_library=True,
     needs_library=True,
 )
@@ -246,7 +246,7 @@ _CUDA = TableKernel(
     min_capability=(8, 0),
 )
 KERNELS = (
-    _CPU,
+    CPU,
     _CUDA,
     replace(
         _CUDA,
