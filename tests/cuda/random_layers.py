@@ -10,13 +10,12 @@ import torch
 from tests.kernels.random_layers import KINDS, ROUNDING, affine_of, make_decoder, make_input, stored_segment
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.support import CUDA, KERNELS
 from vllm_matquant.kernels.weight import Kernel, PackedWeight
 
 __all__ = ["CUDA", "KINDS", "ROUNDING", "TRITON", "Layer", "make_input", "make_layer", "make_segments"]
 
-_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
-CUDA, TRITON = _BY_NAME["cuda"], _BY_NAME["triton"]
+[TRITON] = [kernel for kernel in KERNELS if kernel.name == "triton"]
 
 
 @dataclass
@@ -71,9 +70,10 @@ class Layer:
         widths: Sequence[int],
         bias: torch.Tensor | None = None,
         rounded_weights: bool = False,
+        truncates: bool = False,
     ) -> None:
         """Compare with the product in float64, to within the rounding of sums in float32 and of the result, and of
-        weights where these were rounded too."""
+        weights where these were rounded too; rounding to the nearest, unless it is said that it ``truncates``."""
         weights, absolute = self.weights(widths)
         added = torch.zeros(len(weights)).double() if bias is None else bias.double()
         expected = x.double() @ weights.T + added
@@ -81,10 +81,11 @@ class Layer:
         assert result.shape == expected.shape
         # Within a group the sums of code + magic value, up to 2^7 times the codes themselves, are rounded by the tensor
         # core, which cuts off.
-        tolerance = expected.abs() * ROUNDING[x.dtype] + (x.double().abs() @ absolute.T + added.abs()) * 2**-17
+        unit = ROUNDING[x.dtype] * (2 if truncates else 1)
+        tolerance = expected.abs() * unit + (x.double().abs() @ absolute.T + added.abs()) * 2**-17
         if rounded_weights:
             smallest = torch.finfo(x.dtype).smallest_normal  # rounding errors shrink no further
-            tolerance += x.double().abs() @ weights.abs().clamp(min=smallest).T * ROUNDING[x.dtype]
+            tolerance += x.double().abs() @ weights.abs().clamp(min=smallest).T * unit
         error = (result.double() - expected).abs()
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
 

@@ -242,7 +242,7 @@ def test_a_weight_for_another_device_is_refused() -> None:
 
 def test_the_cpu_refuses_a_weight_for_a_gpu() -> None:
     layer = make_layer([70], 200, 64, [4])
-    with pytest.raises(RuntimeError, match='weight: found the layout "cuda", expected one of the CPU'):
+    with pytest.raises(RuntimeError, match='weight: found the layout "cuda", expected "cpu-pairs" or "cpu-planes"'):
         ops.linear(X, layer.weight.handle, 70)
 
 

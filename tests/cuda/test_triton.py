@@ -30,7 +30,8 @@ for kind in KINDS:
                 for tokens in (1, 17):
                     x, bias = make_input(tokens, columns, dtype), make_input(1, sum(sizes), dtype)[0]
                     result = run(layer, x, widths, bias)
-                    layer.check(result, x, widths, bias, rounded_weights=True)
+                    # The interpreter truncates to bfloat16.
+                    layer.check(result, x, widths, bias, rounded_weights=True, truncates=dtype == torch.bfloat16)
                 poisoned = layer.planes.clone()
                 poisoned[:, :, max(widths):] = 255
                 assert torch.equal(run(layer.with_planes(poisoned), x, widths, bias), result)

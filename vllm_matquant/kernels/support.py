@@ -181,7 +181,7 @@ CPU = TableKernel(
     in_library=True,
     is_built=True,
 )
-_CUDA = TableKernel(
+CUDA = TableKernel(
     "cuda",
     device_type="cuda",
     widths=WIDTHS,
@@ -198,10 +198,10 @@ _CUDA = TableKernel(
 )
 KERNELS = (
     CPU,
-    _CUDA,
-    replace(_CUDA, name="cuda-jit", multiply=_multiply_jit, is_built=False, module=("cupy", CUPY_INSTALL)),
+    CUDA,
+    replace(CUDA, name="cuda-jit", multiply=_multiply_jit, is_built=False, module=("cupy", CUPY_INSTALL)),
     replace(
-        _CUDA,
+        CUDA,
         name="triton",
         group_multiple=1,
         multiply=_multiply_triton,
