@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from vllm_matquant.quantize.evaluate import slice_weights
 
 from tests.quantize.test_plan import NO_COST, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
@@ -18,18 +19,17 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize import embeddings, probe
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.calibration import load_calibration
 from vllm_matquant.quantize.embeddings import quantize_rows
-from vllm_matquant.quantize.evaluate import slice_weights
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, plan_format, quantize
 from vllm_matquant.quantize.plan import _outer_memory, make_plan
 from vllm_matquant.quantize.probe import measure_cost
 from vllm_matquant.quantize.resume import WorkFolder
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.quantize.source import SourceModel
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SAMPLES, LENGTH = 16, 64
@@ -97,7 +97,7 @@ def test_rounding_to_nearest(
 @torch.no_grad()
 def head_inputs(model: Path, text: Path) -> torch.Tensor:
     """What transformers gives the output head on the calibration text: float32 [tokens, hidden size]."""
-    calibration = load_calibration(
+    calibration = draw_windows(
         str(text), load_tokenizer(model), samples=SAMPLES, sequence_length=LENGTH, seed=0, text_column="text"
     )
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

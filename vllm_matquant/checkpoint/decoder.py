@@ -240,6 +240,7 @@ class DecoderKind(ABC):
 
 _FINITE = "finite values"
 _NOT_NEGATIVE = "finite values from 0 up"
+_STEPS = "finite values from 0 up to 2^111"
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ class AffineInt8(DecoderKind):
 
     SCALE_LEVELS: ClassVar[int] = 255  # a scale is 0 to 255 steps
     CENTRE_LEVELS: ClassVar[int] = 127  # a centre is -127 to 127 steps
+    LARGEST_STEP: ClassVar[float] = 2.0**111  # 255 codes of 255 such steps are less than 2^127: finite in float32
 
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
         return {
@@ -287,11 +289,10 @@ class AffineInt8(DecoderKind):
         }
 
     def encode(self, values: Affine, width: int) -> Decoder:
-        step = self.steps(values, width)
-        scale = self.scale_multiples(values.scale, step)
-        return Decoder(
-            self, width, {"scale": scale, "centre": self.centre_multiples(values.centre(width), step), "step": step}
-        )
+        exact = Affine(values.scale.double(), values.offset.double())
+        step = self.steps(exact, width)
+        scale, centre = self.scale_multiples(exact.scale, step), self.centre_multiples(exact.centre(width), step)
+        return Decoder(self, width, {"scale": scale, "centre": centre, "step": step})
 
     def steps(self, values: Affine, width: int) -> torch.Tensor:
         """The smallest steps that reach the largest scale and the largest centre of each row.
@@ -320,15 +321,16 @@ class AffineInt8(DecoderKind):
         return _multiples(centre, step[:, 1:]).clamp_(-self.CENTRE_LEVELS, self.CENTRE_LEVELS).to(torch.int8)
 
     def affine(self, parts: Mapping[str, torch.Tensor], width: int) -> Affine:
-        # Multiples of 8 bits of steps of 8 bits are exact in float32. In double precision the offset is exact but for
-        # one rounding, which makes it what a fused multiplication and addition gives in float32.
+        # Multiples of 8 bits of steps of 8 bits are exact in float32. In double precision the offset is exact, save
+        # where one of its terms is so small that it does not show in float32. Rounded to float32 it is thus what a
+        # fused multiplication and addition gives.
         step = parts["step"].double()
         scale, centre = parts["scale"] * step[:, :1], parts["centre"] * step[:, 1:]
         return Affine(scale.float(), (centre - middle_code(width) * scale).float())
 
     def faults(self, parts: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, str]]:
         step = parts["step"]
-        return [("step", ~(step.isfinite() & (step >= 0)), _NOT_NEGATIVE)]
+        return [("step", ~((step >= 0) & (step <= self.LARGEST_STEP)), _STEPS)]
 
 
 def _multiples(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

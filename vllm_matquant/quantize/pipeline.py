@@ -21,10 +21,10 @@ from vllm_matquant.checkpoint.quantization_config import check_layer_widths, for
 from vllm_matquant.checkpoint.spec import Format, GroupSize
 from vllm_matquant.checkpoint.staging import check_output, is_copied
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.calibration import Calibration, load_calibration
 from vllm_matquant.quantize.embeddings import head_hessian, layer_method, quantize_rows
 from vllm_matquant.quantize.end_to_end import EndToEnd
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -34,7 +34,7 @@ from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
 from vllm_matquant.quantize.probe import measure_cost
 from vllm_matquant.quantize.quality import HeldOut
 from vllm_matquant.quantize.resume import ResumeError, WorkFolder
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.quantize.source import SourceModel
 
 _LOGGER = logging.getLogger(__name__)
 _Setting = TypeVar("_Setting")
@@ -42,7 +42,7 @@ _Setting = TypeVar("_Setting")
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What to calibrate on; see :func:`vllm_matquant.quantize.calibration.load_calibration`."""
+    """What to calibrate on; see :func:`vllm_matquant.measure.windows.draw_windows`."""
 
     source: str | None = None
     samples: int = 64
@@ -58,9 +58,9 @@ class Outcome:
     Attributes:
         errors: relative output error of each layer at each width, see
             :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
-        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty
+        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.measure.evaluate.evaluate`; empty
             without one.
-        calibration: :attr:`Calibration.source`, None for a method without Hessians.
+        calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
         seconds: wall time of each step.
     """
 
@@ -242,7 +242,7 @@ def quantize(
             :class:`CheckpointWriter`.
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
-        CalibrationError: the calibration text cannot be used.
+        TextError: the calibration text cannot be used.
         ValueError: a text has fewer windows than there are ranks, or the ranks were given different work.
         LostRankError: another rank has ended.
         OSError: the disk is full, or the folder cannot be written to.
@@ -314,8 +314,8 @@ def _check_output(source: SourceModel, output: Path, *, overwrite: bool, resume:
     check_output(output, overwrite or work.publishing)
 
 
-def _calibrate(source: SourceModel, settings: CalibrationSettings) -> Calibration:
-    return load_calibration(
+def _calibrate(source: SourceModel, settings: CalibrationSettings) -> Windows:
+    return draw_windows(
         settings.source,
         load_tokenizer(source.folder),
         samples=settings.samples,
@@ -334,9 +334,7 @@ def _read_source(source: SourceModel) -> dict[str, Any]:
     return {"source": files}
 
 
-def _dependencies(
-    source: SourceModel, method: Method, format_: Format, calibration: Calibration | None
-) -> dict[str, Any]:
+def _dependencies(source: SourceModel, method: Method, format_: Format, calibration: Windows | None) -> dict[str, Any]:
     """What the checkpoint's bytes depend on besides the source's weights and the calibration text."""
     copied = [path for path in source.folder.iterdir() if path.is_file() and is_copied(path.name)]
     return {
@@ -355,7 +353,7 @@ def _quantize_layers(
     source: SourceModel,
     method: Method,
     format_: Format,
-    calibration: Calibration | None,
+    calibration: Windows | None,
     work: WorkFolder,
     folder: Path | None,
 ) -> torch.Tensor | None:
@@ -402,7 +400,7 @@ def _train(
     source: SourceModel,
     method: Method,
     format_: Format,
-    calibration: Calibration,
+    calibration: Windows,
     states: torch.Tensor,
     work: WorkFolder,
     folder: Path | None,
@@ -425,7 +423,7 @@ def _quantize_blocks(
     source: SourceModel,
     method: Method,
     format_: Format,
-    calibration: Calibration | None,
+    calibration: Windows | None,
     work: WorkFolder,
     folder: Path | None,
 ) -> torch.Tensor | None:

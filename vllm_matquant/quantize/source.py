@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
@@ -53,19 +53,6 @@ def locate(model: str) -> Path:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"
         raise MissingFileError(model, "model", found, "one of them") from cause
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model in ``folder``.
-
-    Raises:
-        MissingFileError: transformers finds none there.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as cause:
-        reason = str(cause).strip().split("\n")[0]
-        raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
 
 
 class Head(Protocol):
