@@ -27,13 +27,14 @@ PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
 DOORS = {"bench", "jobs", "cli", "plugin"}
 FORBIDDEN = {
-    "checkpoint": {"kernels", "measure", "quantize", "search", "serve", *DOORS},
-    "kernels": {"measure", "quantize", "search", "serve", *DOORS},
-    "measure": {"quantize", "search", "serve", *DOORS},
-    "quantize": {"search", "serve", *DOORS},
-    "search": {"quantize", "serve", *DOORS},
-    "serve": {"measure", "quantize", "search", *DOORS},
-    "bench": {"measure", "quantize", "search", "jobs", "cli", "plugin"},
+    "checkpoint": {"kernels", "measure", "quantize", "search", "research", "serve", *DOORS},
+    "kernels": {"measure", "quantize", "search", "research", "serve", *DOORS},
+    "measure": {"quantize", "search", "research", "serve", *DOORS},
+    "quantize": {"search", "research", "serve", *DOORS},
+    "search": {"quantize", "research", "serve", *DOORS},
+    "research": {"serve", *DOORS},
+    "serve": {"measure", "quantize", "search", "research", *DOORS},
+    "bench": {"measure", "quantize", "search", "research", "jobs", "cli", "plugin"},
     "jobs": {"cli", "plugin"},
     "cli": {"serve", "plugin"},
 }
@@ -87,7 +88,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in ("checkpoint", "kernels", "measure", "quantize", "search", "bench", "jobs", "cli"):
+        for part in ("checkpoint", "kernels", "measure", "quantize", "search", "research", "bench", "jobs", "cli"):
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 if module.name != "vllm_matquant.bench.peer_llama_cpp":

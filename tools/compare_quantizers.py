@@ -29,8 +29,9 @@ from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import positive, width_list
+from vllm_matquant.measure.evaluate import compare
+from vllm_matquant.measure.model import LayerWeights, stored_weights
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, spread_windows
-from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.source import SourceModel, locate
 

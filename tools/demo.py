@@ -22,8 +22,8 @@ from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.jobs.plot import draw
+from vllm_matquant.measure.evaluate import evaluate
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
-from vllm_matquant.quantize.evaluate import evaluate
 
 WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)

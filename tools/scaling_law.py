@@ -19,8 +19,8 @@ from vllm_matquant.checkpoint.files import publish_json, read_json
 from vllm_matquant.jobs.arguments import float_list, output_file, positive, positive_list
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize.source import locate
-from vllm_matquant.search.degeneration import MixedModel, linear_layers
-from vllm_matquant.search.law import UNQUANTIZED_BITS, Law, LawError, Observation, fit_law, read_law
+from vllm_matquant.research.degeneration import MixedModel, linear_layers
+from vllm_matquant.research.law import UNQUANTIZED_BITS, Law, LawError, Observation, fit_law, read_law
 
 _EPILOG = """
 The law (arXiv 2410.06722): loss degeneration = C exp(A Q_r) N^-gamma_n (Q_b + d)^gamma_c, with Q_r the share of weights

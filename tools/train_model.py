@@ -23,7 +23,7 @@ from vllm_matquant.jobs.arguments import output_folder, positive
 from vllm_matquant.measure.text import read_text
 from vllm_matquant.measure.windows import TextTokenizer, load_tokenizer
 from vllm_matquant.quantize.source import locate
-from vllm_matquant.search.degeneration import linear_layers
+from vllm_matquant.research.degeneration import linear_layers
 
 HELD_OUT = 1 / 20  # of the text
 WARM_UP = 0.05  # of the steps

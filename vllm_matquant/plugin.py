@@ -54,11 +54,11 @@ def register() -> None:
         # Not through register_model_loader: it warns of each format that it replaces, in every process.
         model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = MatquantModelLoader
     EngineArgs.add_cli_args = staticmethod(_with_arguments(EngineArgs.add_cli_args))
-    EngineArgs.create_engine_config = _with_settled_precision(EngineArgs.create_engine_config)
+    EngineArgs.create_engine_config = _settling(EngineArgs.create_engine_config)
 
 
 def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_matquant.serve.precision import ACTIVATION_BITS
+    from vllm_matquant.serve.request import ACTIVATION_BITS
 
     @functools.wraps(add_cli_args)
     def wrapper(parser: Any) -> Any:
@@ -115,13 +115,13 @@ def _file(text: str) -> str:
     return str(path.absolute())
 
 
-def _with_settled_precision(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_matquant.serve.config import settle_precision
+def _settling(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_matquant.serve.config import settle
 
     @functools.wraps(create_engine_config)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = create_engine_config(self, *args, **kwargs)
-        settle_precision(vllm_config)
+        settle(vllm_config)
         return vllm_config
 
     return wrapper
@@ -138,7 +138,7 @@ class _StoreAdditionalConfig(argparse._StoreAction):
 
 
 class _StoreSetting(argparse.Action):
-    """Stores a setting where vLLM hands it on to every process and counts it in the key of its compile cache."""
+    """Stores a setting where the settling of the engine's configuration finds it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         config = namespace.additional_config

@@ -17,9 +17,9 @@ from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.cli import main
+from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize.activations import Activations
-from vllm_matquant.quantize.evaluate import load_weights, slice_weights
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import relative_error
 from vllm_matquant.quantize.methods import METHODS
@@ -100,7 +100,7 @@ def engines(
 def reference(model: Path, checkpoint: Checkpoint, width: int, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of transformers' model with the slice's decoded weights in it."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    load_weights(loaded, slice_weights(checkpoint, width))
+    LayerModel(loaded, checkpoint.layers).load(checkpoint.weights(checkpoint.slice(width)))
     return loaded(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
 
 

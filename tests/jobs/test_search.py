@@ -20,11 +20,11 @@ from vllm_matquant.jobs import search as search_job
 from vllm_matquant.jobs import search_run
 from vllm_matquant.jobs.search import STATE_FOLDER
 from vllm_matquant.jobs.search_inputs import DECODER_SAMPLES
+from vllm_matquant.measure.evaluate import evaluate
+from vllm_matquant.measure.sliced import SlicedModel
 from vllm_matquant.measure.windows import load_tokenizer, split_windows
-from vllm_matquant.quantize.evaluate import evaluate
+from vllm_matquant.research.law import Observation, fit_law
 from vllm_matquant.search.divergence import Divergence
-from vllm_matquant.search.law import Observation, fit_law
-from vllm_matquant.search.sliced import SlicedModel
 
 SMALL = ["--samples", "3", "--sequence-length", "24", "--sensitivity-samples", "9", "--steps", "1"]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from vllm_matquant.quantize.evaluate import slice_weights
 
 from tests.quantize.test_plan import NO_COST, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
@@ -22,7 +23,6 @@ from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize import embeddings, probe
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.embeddings import quantize_rows
-from vllm_matquant.quantize.evaluate import slice_weights
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, plan_format, quantize

@@ -20,9 +20,9 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
-from vllm_matquant.quantize.evaluate import load_weights, slice_weights
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
@@ -60,7 +60,7 @@ def logits(model: Path, checkpoint: Checkpoint | None = None, width: int = 8) ->
     """What transformers computes with the source, or with a slice in its place."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     if checkpoint:
-        load_weights(loaded, slice_weights(checkpoint, width))
+        LayerModel(loaded, checkpoint.layers).load(checkpoint.weights(checkpoint.slice(width)))
     return loaded(TOKENS).logits
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm_matquant.quantize.evaluate import slice_weights
 
 from tests.quantize.rank_runs import BLOCKS
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.verify import verify
-from vllm_matquant.quantize.evaluate import slice_weights
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.ranks import own_device, own_rows, spread
 

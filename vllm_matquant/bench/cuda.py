@@ -11,35 +11,35 @@ from typing import Any
 import torch
 
 from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine
-from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
-from vllm_matquant.kernels.support import select_kernel
-from vllm_matquant.kernels.weight import Request, StoredSegment
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import cuda_layout, ops
+from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT
+from vllm_matquant.kernels.support import CUDA
+from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
 SHAPES = ((4096, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # out_features, in_features
 BATCHES = (1, 8, 16, 32, 64, 512)
 ROUNDS = 20
 DEVICE = "cuda"
-KIND = AFFINE_INT8  # of the decoders
 
 
 class Layer:
     """One layer's weights with random codes, as often as it takes to fill more than the caches."""
 
-    def __init__(self, rows: int, columns: int, width: int, group_size: int) -> None:
-        request = Request(DEVICE, torch.float16, (width,), columns, group_size, KIND)
-        self.kernel = select_kernel(request)
-        self.rows, self.uses = rows, 0
+    def __init__(self, rows: int, columns: int, width: int, group_size: int, kind: DecoderKind = AFFINE_INT8) -> None:
+        self.rows = rows
+        shape = cuda_layout.planes_shape(width, [rows], columns)
         values = Affine(*torch.rand(2, rows, -(-columns // group_size)))
-        decoder = KIND.encode(values, width)
+        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [rows]).to(DEVICE)
+        active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
         self.weights = []
         for _ in range(copies_of(rows * columns * width // 8)):
-            base, *planes = (
-                torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
-                for bits in (BASE_BITS, *[1] * (width - BASE_BITS))
-            )
-            segment = StoredSegment(base, planes, [decoder], [rows], [width])
-            self.weights.append(self.kernel.pack([segment], columns, group_size, DEVICE))
+            planes = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+            resident = ResidentSegment(planes, decoders.clone(), (width,), (rows,), width)
+            segments = (PackedSegment(resident, active_width),)
+            self.weights.append(PackedWeight(CUDA, CUDA_LAYOUT, kind, columns, group_size, segments))
+        self.uses = 0
 
     @property
     def bytes_read(self) -> int:
@@ -47,8 +47,7 @@ class Layer:
 
     def multiply(self, x: torch.Tensor) -> None:
         self.uses += 1
-        weight = self.weights[self.uses % len(self.weights)]
-        self.kernel.linear(x, weight.handle, self.rows)
+        ops.linear(x, self.weights[self.uses % len(self.weights)].handle, self.rows)
 
 
 def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
@@ -170,7 +169,7 @@ def bench_cuda(
                 gb_per_s = layer.bytes_read / seconds / 1e9
                 yield {
                     "backend": "cuda",
-                    "kernel": layer.kernel.name,
+                    "kernel": "linear",
                     "isa": "sm_{}{}".format(*torch.cuda.get_device_capability()),
                     "bits": width,
                     "m": batch,

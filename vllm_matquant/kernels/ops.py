@@ -257,8 +257,7 @@ def is_built_for(device_type: str) -> bool:
     """
     load_library()
     key = getattr(torch._C.DispatchKey, device_type.upper(), None)
-    operator = torch.ops.matquant.cuda_linear if device_type == "cuda" else torch.ops.matquant.linear
-    return key is not None and bool(operator.default.has_kernel_for_dispatch_key(key))
+    return key is not None and bool(torch.ops.matquant.linear.default.has_kernel_for_dispatch_key(key))
 
 
 def cpu_isa() -> str:

@@ -58,7 +58,7 @@ class Outcome:
     Attributes:
         errors: relative output error of each layer at each width, see
             :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
-        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty
+        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.measure.evaluate.evaluate`; empty
             without one.
         calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
         seconds: wall time of each step.

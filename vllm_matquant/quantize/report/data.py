@@ -62,7 +62,7 @@ class Report:
         settings: the method's fields, as JSON has them.
         format: of the checkpoint.
         layers: the quantized layers, in the model's order.
-        quality: rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty if it was not run.
+        quality: rows of :func:`vllm_matquant.measure.evaluate.evaluate`; empty if it was not run.
         quality_text: what they were measured on: ``name``, ``sha256``, ``samples``, ``sequence_length``,
             ``beginning_of_text``.
         calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
