@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.quantize import device, end_to_end, pipeline
+from vllm_matquant.quantize import device, end_to_end, run
 from vllm_matquant.quantize.baselines import RoundToNearest
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
@@ -24,7 +24,8 @@ from vllm_matquant.quantize.methods import with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.recipe_decoders import train_recipe
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import SourceModel, read_matrix
 from vllm_matquant.quantize.training import TrainedDecoder
 
 WIDTHS = (2, 3, 5, 8)
@@ -51,7 +52,7 @@ class Model:
         shapes = self.source.skeleton.quantized_layers(self.format)
         self.layers = {
             name: method.with_widths(self.format.widths_of(name)).quantize(
-                self.source.tensor(f"{name}.weight").float(), torch.empty(0), GROUP
+                read_matrix(self.source, name).float(), torch.empty(0), GROUP
             )
             for name in shapes
         }
@@ -74,7 +75,9 @@ class Model:
     def training(
         self, widths: int | dict[str, int], settings: EndToEndSettings, folder: Path | None = None
     ) -> EndToEnd:
-        return EndToEnd(self.source, self.format, widths, self.load, self.tokens, self.states, settings, folder)
+        return EndToEnd(
+            Selection(self.source, self.format), widths, self.load, self.tokens, self.states, settings, folder
+        )
 
     def divergence(self, weights: dict[str, torch.Tensor], windows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Mean KL divergence with these weights in the place of the source's."""
@@ -269,10 +272,10 @@ def test_what_was_trained_is_not_trained_again(
             raise KeyboardInterrupt
         return train(self)
 
-    monkeypatch.setattr(pipeline.EndToEnd, "train", lambda self: recorded(self, 3))
+    monkeypatch.setattr(run.EndToEnd, "train", lambda self: recorded(self, 3))
     with pytest.raises(KeyboardInterrupt):
         quantized(llama, tmp_path / "out", text_file, settings)
-    monkeypatch.setattr(pipeline.EndToEnd, "train", recorded)
+    monkeypatch.setattr(run.EndToEnd, "train", recorded)
     quantized(llama, tmp_path / "out", text_file, settings, resume=True)
     assert widths == [2, 3, 3, 5]
     for path in (tmp_path / "whole").iterdir():

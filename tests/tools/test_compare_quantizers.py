@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.quantize.tiny_sources import block_layers
 from vllm_matquant.quantize.calibration import load_calibration, read_text
 from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.source import SourceModel, load_tokenizer
@@ -115,7 +116,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
 def test_peer_is_judged_by_its_weights(compared: Path, source: Path, text_file: Path, bits: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokens = text_windows(read_text(text_file), load_tokenizer(source), samples=4, sequence_length=24)
-    for name in SourceModel(source).linears:
+    for name in block_layers(SourceModel(source)):
         weight = model.get_parameter(f"{name}.weight")
         weight.copy_((weight * 2**bits).round() / 2**bits)
     loss = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

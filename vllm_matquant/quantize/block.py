@@ -1,4 +1,4 @@
-"""What a method is given to quantize: one decoder block."""
+"""What a method is given to quantize: one transformer block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_matquant.quantize.layer import QuantizedLayer
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A decoder block to quantize.
+    """A transformer block to quantize.
 
     Attributes:
         name: full name, such as "model.layers.3".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -46,6 +46,11 @@ class NestedTuned(Nested):
     def followed_widths(self) -> tuple[int, ...]:
         teacher = self.widths[-1:] if self.tuning.distillation else ()
         return tuple(sorted({*super().followed_widths, *self.tuned_widths, *teacher}))
+
+    def work_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        # Of every layer at once: positions, codes, weights and gradients of each width, and a copy of the block.
+        training = (16 + 20 * len(self.tuned_widths)) * sum(rows * columns for rows, columns in shapes)
+        return max(super().work_bytes(shapes), training + sum(4 * columns**2 for _, columns in shapes))
 
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         hessians = self.collect(task)

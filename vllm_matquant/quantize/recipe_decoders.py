@@ -13,12 +13,13 @@ from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import Source
 
 
 @torch.no_grad()
 def train_recipe(
-    source: SourceModel,
+    source: Source,
     checkpoint: Checkpoint,
     widths: Mapping[str, int],
     tokens: torch.Tensor,
@@ -53,10 +54,11 @@ def train_recipe(
                 layers[layer] = QuantizedLayer(codes, {width: _plain_decoder(checkpoint, layer, width)})
         return layers
 
-    activations = Activations(source, tokens, (), folder)
-    for index in range(source.block_count):
-        activations.advance(source.load_block(index), lambda width: {})
-    training = EndToEnd(source, checkpoint.format, widths, load, tokens, activations.reference, settings, folder)
+    activations = Activations(source.runner, tokens, (), folder)
+    for index in range(len(source.runner.block_names)):
+        activations.advance(source.runner.load_block(index), lambda width: {})
+    selection = Selection(source, checkpoint.format)
+    training = EndToEnd(selection, widths, load, tokens, activations.reference, settings, folder)
     trained = {name: decoder for block in training.train().values() for name, decoder in block.items()}
     return {layer: trained.get(layer) or _plain_decoder(checkpoint, layer, width) for layer, width in widths.items()}
 

@@ -25,7 +25,7 @@ from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import call_block, run_block
+from vllm_matquant.quantize.runner import call_block, run_block
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
