@@ -3,10 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(matquant, m) {
+    m.def("new_weight(int columns, int group_size, str decoder_kind, str layout, int? activation_bits) -> int");
     m.def(
-        "linear(Tensor x, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
+        "add_segment(int weight, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
+        "int[] output_sizes) -> ()");
+    m.def("free_weight(int weight) -> ()");
+    m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias) -> Tensor");
+    m.def(
+        "cuda_linear(Tensor x, Tensor planes, Tensor decoders, Tensor active_width, int[] decoder_widths, "
         "int[] output_sizes, int group_size, Tensor? bias, int? activation_bits) -> Tensor");
-    m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, int[] decoder_widths, Tensor(a!) out) -> ()");
+    m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, str layout, Tensor(a!) out) -> ()");
     m.def(
         "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
         "Tensor? current, int fixed_bits, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> "

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import positive, width_list
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 from peer_quantizers import PEERS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,17 +28,18 @@ from safetensors.torch import save_file
 from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json, sync_file, sync_folder, write_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.jobs.arguments import positive, width_list
 from vllm_matquant.quantize.calibration import load_calibration, read_text
-from vllm_matquant.quantize.evaluate import LayerWeights, compare, slice_weights, stored_weights, text_windows
+from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights, text_windows
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
 
 if TYPE_CHECKING:
-    import torch  # elsewhere only after arguments, which tells its threads how to wait
+    import torch
 
 ONE_WIDTH = "-one-width"
 DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
-SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as tools/evaluate.py has them
+SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as matquant evaluate has them
 TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
 SETTINGS_FILE = "settings.json"
@@ -70,7 +73,8 @@ class Candidate:
             script = [str(options.peer_python), str(TOOLS / "peer_quantizers.py"), self.method, "--model", str(model)]
             script += ["--tokens", str(options.output / TOKENS_FILE), "--output", str(folder / WEIGHTS_FILE)]
         else:
-            script = [sys.executable, str(TOOLS / "quantize.py"), "--no-report", str(model), "--output", str(folder)]
+            script = [sys.executable, "-m", "vllm_matquant", "quantize", "--no-report"]
+            script += [str(model), "--output", str(folder)]
             script += ["--method", self.method.removesuffix(ONE_WIDTH), "--samples", str(options.samples)]
             script += ["--sequence-length", str(options.sequence_length), "--seed", str(options.seed)]
             script += ["--calibration", options.calibration] if options.calibration else []
@@ -116,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=method_list,
         default=DEFAULT_METHODS,
         metavar="NAME,...",
-        help=f"methods of tools/quantize.py, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
+        help=f"methods of matquant quantize, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
         f"width; and peers: {', '.join(PEERS)} (default: {','.join(DEFAULT_METHODS)})",
     )
     parser.add_argument("--calibration", metavar="hf:NAME|FILE.txt|FILE.jsonl", help="default: a built-in text")
@@ -224,7 +228,8 @@ class Entry:
     def weights(self) -> LayerWeights:
         if self.weights_of.is_file():
             return stored_weights(self.weights_of)
-        return slice_weights(open_checkpoint(self.weights_of, self.bits), self.bits)
+        checkpoint = open_checkpoint(self.weights_of, check_files=False)
+        return checkpoint.weights(checkpoint.slice(self.bits))
 
 
 def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
@@ -241,7 +246,7 @@ def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     seconds = read_json(folder / RECORD_FILE)["seconds"]
     for width in candidate.judged:
-        bits_per_weight = 8 * checkpoint.resident_bytes(width) / weights
+        bits_per_weight = 8 * checkpoint.slice(width).resident_bytes / weights
         yield Entry(candidate.method, width, seconds, bits_per_weight, folder)
 
 

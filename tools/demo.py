@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import fetch_model
-import plot
-import quantize
-import search
-from bench import PROMPT, UNQUANTIZED_BITS, Load, bench_serve
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
+from vllm_matquant import cli
+from vllm_matquant.bench.serve import PROMPT, UNQUANTIZED_BITS, Load, bench_serve
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.jobs.plot import draw
 from vllm_matquant.quantize.calibration import read_text
 from vllm_matquant.quantize.evaluate import evaluate, text_windows
 from vllm_matquant.quantize.source import load_tokenizer
@@ -47,7 +49,7 @@ def nested_checkpoint(model: Path, folder: Path) -> Path:
         print(f"using {folder}; run with --fresh to quantize again")
     except CheckpointError:
         shutil.rmtree(folder, ignore_errors=True)
-        quantize.main([str(model), "--output", str(folder), "--group-size", str(GROUP_SIZE)])
+        cli.main(["quantize", str(model), "--output", str(folder), "--group-size", str(GROUP_SIZE)])
     return folder
 
 
@@ -56,15 +58,14 @@ def add_recipes(model: Path, nested: Path) -> None:
     wanted = [f"{budget}-bits" for budget in BUDGETS]
     if not set(wanted) <= {recipe.name for recipe in open_checkpoint(nested).recipes}:
         print(f"searching recipes of {', '.join(map(str, BUDGETS))} bits on average", flush=True)
-        search.main([str(nested), "--budget", ",".join(map(str, BUDGETS)), "--reference", str(model), *SEARCH])
+        cli.main(["search", str(nested), "--budget", ",".join(map(str, BUDGETS)), "--reference", str(model), *SEARCH])
 
 
 def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
     tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
     checkpoint = open_checkpoint(nested)
-    recipes = {recipe.name: recipe for recipe in checkpoint.recipes}
-    slices: list[int | Recipe] = [*WIDTHS, *(recipes[f"{budget}-bits"] for budget in BUDGETS)]
+    slices = [*map(checkpoint.slice, WIDTHS), *(checkpoint.slice(f"{budget}-bits") for budget in BUDGETS)]
     quality = list(evaluate(checkpoint, model, tokens, slices))
     rows = []
     reference, *speeds = bench_rows(model, nested, slices)
@@ -73,7 +74,7 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     return [*sorted(rows, key=lambda row: -row["bits"]), reference]
 
 
-def bench_rows(model: Path, nested: Path, slices: Sequence[int | Recipe]) -> list[dict[str, Any]]:
+def bench_rows(model: Path, nested: Path, slices: Sequence[Slice]) -> list[dict[str, Any]]:
     """The rows of ``bench serve``, each said when it is there."""
     rows = []
     for row in bench_serve(nested, slices, Load(), reference=model):
@@ -134,7 +135,7 @@ def main() -> int:
     print_table(rows, reference)
     publish_json(FOLDER / "demo.json", [*rows, reference])
     save_picture(rows, FOLDER / "demo.png")
-    plot.draw(rows, [*rows, reference], [], FOLDER / "trade.png")
+    draw(rows, [*rows, reference], [], FOLDER / "trade.png")
     print(f"\nsaved as demo.json, demo.png and trade.png in {FOLDER}")
     return 0
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import output_file
-from bench_cuda import bench_cuda
 
+from vllm_matquant.bench.cuda import bench_cuda
 from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.jobs.arguments import output_file
 from vllm_matquant.kernels import ops
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,14 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
-from arguments import positive  # before torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, Decoder
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.spec import PARENT_BITS, WIDTHS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.jobs.arguments import positive
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -53,7 +57,7 @@ LARGEST = 3 * STANDARD_DEVIATION  # the codes stand for weights of up to this ma
 
 def random_layer(
     rows: int, columns: int, group_size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, dict[int, Decoder]]:
     """Random parent codes, uint8 [rows, columns], and decoders to the middle of what a slice stands for."""
     codes = torch.randint(0, 2**PARENT_BITS, (rows, columns), dtype=torch.uint8, generator=generator)
     whole = torch.ones(rows, columns // group_size)
@@ -61,7 +65,8 @@ def random_layer(
     decoders = {}
     for width in WIDTHS:
         merged = 2 ** (PARENT_BITS - width)
-        decoders[width] = (whole * (step * merged), whole * (step * (merged - 1) / 2 - LARGEST))
+        values = Affine(whole * (step * merged), whole * (step * (merged - 1) / 2 - LARGEST))
+        decoders[width] = AFFINE_INT8.encode(values, width)
     return codes, decoders
 
 

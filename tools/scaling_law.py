@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
-from arguments import float_list, output_file, positive, positive_list
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.files import publish_json, read_json
+from vllm_matquant.jobs.arguments import float_list, output_file, positive, positive_list
 from vllm_matquant.quantize.calibration import held_out_text, read_text
 from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.source import load_tokenizer, locate

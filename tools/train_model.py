@@ -11,12 +11,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import vllm_matquant.cli.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
-from arguments import output_folder, positive
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from vllm_matquant.jobs.arguments import output_folder, positive
 from vllm_matquant.quantize.calibration import read_text
 from vllm_matquant.quantize.source import load_tokenizer, locate
 from vllm_matquant.search.degeneration import linear_layers

@@ -1,0 +1,117 @@
+"""Nested quantization: one 8-bit checkpoint that vLLM serves at any width from 2 to 8 bits.
+
+Everything in ``__all__`` is imported when it is first asked for; importing this package imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+    from vllm_matquant.checkpoint.recipe import Recipe
+    from vllm_matquant.checkpoint.slice import Slice
+    from vllm_matquant.jobs.bench import BenchKernel, BenchServe, bench_kernel, bench_serve
+    from vllm_matquant.jobs.evaluate import Evaluate, evaluate
+    from vllm_matquant.jobs.models import load_model, serve
+    from vllm_matquant.jobs.plot import Plot, plot
+    from vllm_matquant.jobs.quantize import Quantize, quantize
+    from vllm_matquant.jobs.search import Search, search
+    from vllm_matquant.jobs.verify import Verify, verify
+    from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
+    from vllm_matquant.quantize.method import Method
+    from vllm_matquant.quantize.methods import METHODS
+    from vllm_matquant.quantize.nested import Nested
+    from vllm_matquant.quantize.nested_tuned import NestedTuned
+
+__all__ = [
+    "GPTQ",
+    "METHODS",
+    "BenchKernel",
+    "BenchServe",
+    "Checkpoint",
+    "Evaluate",
+    "MatGPTQ",
+    "Method",
+    "Nested",
+    "NestedTuned",
+    "Plot",
+    "Quantize",
+    "Recipe",
+    "RoundToNearest",
+    "Search",
+    "Slice",
+    "Verify",
+    "__version__",
+    "bench_kernel",
+    "bench_serve",
+    "evaluate",
+    "load_model",
+    "open_checkpoint",
+    "plot",
+    "quantize",
+    "search",
+    "serve",
+    "verify",
+]
+
+_MODULES = {
+    "checkpoint.reader": ("Checkpoint", "open_checkpoint"),
+    "checkpoint.recipe": ("Recipe",),
+    "checkpoint.slice": ("Slice",),
+    "jobs.bench": ("BenchKernel", "BenchServe", "bench_kernel", "bench_serve"),
+    "jobs.evaluate": ("Evaluate", "evaluate"),
+    "jobs.models": ("load_model", "serve"),
+    "jobs.plot": ("Plot", "plot"),
+    "jobs.quantize": ("Quantize", "quantize"),
+    "jobs.search": ("Search", "search"),
+    "jobs.verify": ("Verify", "verify"),
+    "quantize.baselines": ("GPTQ", "MatGPTQ", "RoundToNearest"),
+    "quantize.method": ("Method",),
+    "quantize.methods": ("METHODS",),
+    "quantize.nested": ("Nested",),
+    "quantize.nested_tuned": ("NestedTuned",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def _exported(name: str) -> Any:
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = _exported(name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _CallablePackage(ModuleType):
+    """A sub-package that bears the name of a function of this package and can be called as that function.
+
+    Importing anything below ``vllm_matquant.quantize`` makes the sub-package the attribute ``quantize`` of this one,
+    whatever stood there before, so that the function alone could not keep its name. As a module of this class the
+    sub-package stays a module for every import, and is the function for whoever calls it or asks for its signature.
+    """
+
+    def _function(self) -> Any:
+        return _exported(self.__name__.rpartition(".")[2])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Any:
+        return self._function().__signature__
+
+
+for _name in ("quantize", "search", "serve"):
+    importlib.import_module(f"{__name__}.{_name}").__class__ = _CallablePackage

@@ -28,7 +28,7 @@
 #include <vector>
 
 #include "check.h"
-#include "layout.h"
+#include "cpu/layout.h"
 
 namespace matquant::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// The product on the CPU, as its parts see it: linear.cpp checks the arguments and divides the work; a kernel per
+// The product on the CPU, as its parts see it: linear.cpp finds the weight and divides the work; a kernel per
 // instruction set, chosen once at run time, packs the activations, multiplies and writes the output.
 //
 // Activations are rounded to fixed point, a scale for each token and segment of at most 128 columns of one group, so
@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "cpu/layout.h"
 
 namespace matquant::cpu {
 
@@ -43,8 +43,9 @@ struct Product {
     int64_t group_size;
     int64_t plane_stride;  // bytes of a plane
     bool paired;           // planes past the base field too, see layout.h
-    int activation_bits;   // 8, 16 or 24
-    Element element;       // of input, output and bias
+    DecoderKind decoder_kind;
+    int activation_bits;  // 8, 16 or 24
+    Element element;      // of input, output and bias
     int64_t tokens;
     const void* input;     // [tokens, columns]
     uint8_t* activations;  // packed by the kernel: [segments, tokens, kSegmentSteps, bytes of a step]
@@ -56,12 +57,12 @@ struct Product {
 
 // A row of tiles: 16 rows of weights, all columns.
 struct TileRow {
-    const uint8_t* pairs;      // [tiles, 2, 64] of the base field, and 2 * plane_stride bytes on of the next pair
-    const uint8_t* planes;     // [tiles, 64] of plane 0 if it were not in a pair, and plane_stride bytes on of plane 1
-    const uint16_t* decoders;  // float16 [groups, 2 (scale, offset), 16 rows], for the active width
-    int width;                 // active width: bits that are read
-    int64_t first;             // output
-    int64_t count;             // outputs, at most 16
+    const uint8_t* pairs;     // [tiles, 2, 64] of the base field, and 2 * plane_stride bytes on of the next pair
+    const uint8_t* planes;    // [tiles, 64] of plane 0 if it were not in a pair, and plane_stride bytes on of plane 1
+    const uint8_t* decoders;  // for the active width, see decoder_bytes in layout.h
+    int width;                // active width: bits that are read
+    int64_t first;            // output
+    int64_t count;            // outputs, at most 16
 };
 
 namespace {

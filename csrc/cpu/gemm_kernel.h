@@ -17,6 +17,7 @@
 //   dot<bits>(sums, operand, step)   adds the products of one step to kSums<bits> sums
 //   add, zero_sums, shift_left_8, to_floats, zero, load, store, broadcast, multiply, multiply_add(a, b, c) = a * b + c
 //   load_half, store_half
+//   load_unsigned, load_signed  16 bytes as Floats
 //   kRows                       rows of tiles that multiply_many takes at once
 //   kManyTokens<bits>           tokens that it takes at once, kRows * kSums * kManyTokens sums fill the registers
 //   kFewTokens<bits>            the most tokens of multiply_few
@@ -34,8 +35,8 @@
 
 #include "cpu/activations.h"
 #include "cpu/gemm.h"
+#include "cpu/layout.h"
 #include "cpu/steps.h"
-#include "layout.h"
 
 namespace matquant::cpu {
 namespace {
@@ -100,19 +101,10 @@ struct PackedTile {
     }
 };
 
+// The decoders of 16 rows and one group.
 template <class Lanes>
 struct Decoder {
     typename Lanes::Floats scale, offset;
-
-    Decoder() = default;
-    Decoder(const TileRow& row, int64_t group) {
-        const uint16_t* decoder = row.decoders + group * 2 * kTileRows;
-        __builtin_prefetch(decoder + kAhead * 2 * kTileRows);
-        scale = Lanes::load_half(decoder);
-        offset = Lanes::load_half(decoder + kTileRows);
-    }
-
-    static constexpr int64_t kAhead = 4;  // decoders of a row that are asked for before their turn
 
     // What a segment adds to the result of a token: s (scale sum_k q_k c_k + offset sum_k q_k).
     typename Lanes::Floats add_segment(typename Lanes::Floats total, const Factor& factor,
@@ -121,6 +113,51 @@ struct Decoder {
         result = Lanes::multiply_add(scale, total, result);
         return Lanes::multiply_add(offset, Lanes::broadcast(factor.sum), result);
     }
+};
+
+// The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The kind is told apart for each
+// group: a branch that always goes the same way costs less than kernels for each kind would.
+template <class Lanes>
+class RowDecoders {
+  public:
+    RowDecoders(const Product& product, const TileRow& row) : kind_(product.decoder_kind), data_(row.decoders) {
+        if (kind_ == DecoderKind::kAffineFloat16) {
+            return;
+        }
+        uint16_t steps[2 * kTileRows];
+        std::memcpy(steps, data_, sizeof(steps));
+        for (int64_t lane = 0; lane < 2 * kTileRows; ++lane) {
+            steps_[lane] = std::bit_cast<float>(static_cast<uint32_t>(steps[lane]) << kBFloat16Shift);
+        }
+        data_ += sizeof(steps);
+        negative_middle_ = -0.5f * static_cast<float>((1 << row.width) - 1);
+    }
+
+    MATQUANT_INLINE Decoder<Lanes> of_group(int64_t group) const {
+        if (kind_ == DecoderKind::kAffineFloat16) {
+            constexpr int64_t kBytes = 4 * kTileRows;
+            const uint8_t* decoder = data_ + group * kBytes;
+            __builtin_prefetch(decoder + kPrefetchBytes);
+            return {Lanes::load_half(reinterpret_cast<const uint16_t*>(decoder)),
+                    Lanes::load_half(reinterpret_cast<const uint16_t*>(decoder) + kTileRows)};
+        }
+        constexpr int64_t kBytes = 2 * kTileRows;
+        const uint8_t* decoder = data_ + group * kBytes;
+        __builtin_prefetch(decoder + kPrefetchBytes);
+        // Both products are exact: 8 bits by the 8 of a bfloat16.
+        const typename Lanes::Floats scale = Lanes::multiply(Lanes::load_unsigned(decoder), Lanes::load(steps_));
+        const typename Lanes::Floats centre =
+            Lanes::multiply(Lanes::load_signed(decoder + kTileRows), Lanes::load(steps_ + kTileRows));
+        return {scale, Lanes::multiply_add(Lanes::broadcast(negative_middle_), scale, centre)};
+    }
+
+  private:
+    static constexpr int64_t kPrefetchBytes = 256;
+
+    DecoderKind kind_;
+    const uint8_t* data_;
+    float negative_middle_ = 0.0f;
+    alignas(64) float steps_[2 * kTileRows];  // of the scales, of the centres
 };
 
 // Adds the bias to a token's 16 results, rounds them and writes those that there are.
@@ -194,6 +231,7 @@ void multiply_few(const Product& product, const TileRow& row) {
     constexpr int kStepBytes = Lanes::template kStepBytes<bits>;
     constexpr int kChains = std::clamp<int>(Lanes::kChains / (tokens * kSums), 1, kTileSteps);
     const TilePlanes<width, pairs> planes{row, product.plane_stride};
+    const RowDecoders<Lanes> decoders(product, row);
     typename Lanes::Floats results[tokens];
     repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });
     int64_t index = 0;
@@ -218,7 +256,7 @@ void multiply_few(const Product& product, const TileRow& row) {
             constexpr int kTarget = sum % (tokens * kSums);
             sums[kTarget] = Lanes::add(sums[kTarget], sums[sum + tokens * kSums]);
         });
-        const Decoder<Lanes> decoder(row, begin / product.group_size);
+        const Decoder<Lanes> decoder = decoders.of_group(begin / product.group_size);
         repeat<tokens>([&](auto token) MATQUANT_INLINE {
             results[token] = decoder.add_segment(Lanes::template total<Lanes, bits>(&sums[token * kSums]),
                                                  product.factors[index + token], results[token]);
@@ -316,6 +354,11 @@ constexpr auto unpackers_by_form(std::integer_sequence<int, forms...>) {
     return std::array{&unpack_tiles<Lanes, width_of(forms), pairs_of(forms), rows>...};
 }
 
+template <class Lanes, int... parts>
+auto decoders_of(const Product& product, const TileRow* row, std::integer_sequence<int, parts...>) {
+    return std::array{RowDecoders<Lanes>(product, row[parts])...};
+}
+
 // All of some rows of tiles, all tokens, any groups.
 template <class Lanes, int bits, int rows>
 void multiply_many(const Product& product, const TileRow* row) {
@@ -323,6 +366,7 @@ void multiply_many(const Product& product, const TileRow* row) {
     alignas(64) uint8_t codes[kSegmentSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
+    const auto decoders = decoders_of<Lanes>(product, row, std::make_integer_sequence<int, rows>());
     int64_t index = 0;
     for (int64_t first = 0; first < product.columns; first += kSegmentColumns) {
         const int64_t last = std::min(first + kSegmentColumns, product.columns);
@@ -337,7 +381,7 @@ void multiply_many(const Product& product, const TileRow* row) {
             segment.codes = codes + (begin - first) / kStepColumns * rows * kPlaneBytes;
             segment.steps = ceil_div(end - begin, kStepColumns);
             for (int part = 0; part < rows; ++part) {
-                segment.decoders[part] = Decoder<Lanes>(row[part], begin / product.group_size);
+                segment.decoders[part] = decoders[part].of_group(begin / product.group_size);
             }
             multiply_tokens<Lanes, bits, rows>(segment, product.tokens,
                                                product.activations + index * kSegmentBytes<Lanes, bits>,

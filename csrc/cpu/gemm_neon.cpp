@@ -120,6 +120,18 @@ struct Lanes : WordSteps {
     static Floats load_half(const uint16_t* source) {
         return each<Floats>([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source + 4 * i))); });
     }
+    static Floats load_unsigned(const uint8_t* source) {
+        const uint8x16_t bytes = vld1q_u8(source);
+        const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+        return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
+                vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))};
+    }
+    static Floats load_signed(const uint8_t* source) {
+        const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(source));
+        const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+    }
     static void store_half(uint16_t* target, const Floats& value) {
         repeat<kQuarters>([&](auto i) MATQUANT_INLINE {
             vst1_u16(target + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(value.quarter[i])));

@@ -97,6 +97,13 @@ struct Lanes : WordSteps {
         return each<Floats>([&](size_t i) { return from_half(source[i]); });
     }
 
+    static Floats load_unsigned(const uint8_t* source) {
+        return each<Floats>([&](size_t i) { return source[i]; });
+    }
+    static Floats load_signed(const uint8_t* source) {
+        return each<Floats>([&](size_t i) { return static_cast<int8_t>(source[i]); });
+    }
+
     // To nearest, ties to even.
     static uint16_t to_half(float value) {
         const uint32_t bits = std::bit_cast<uint32_t>(value);

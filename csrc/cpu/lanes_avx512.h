@@ -50,6 +50,12 @@ struct Avx512Lanes {
     static Floats load_half(const uint16_t* source) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
     }
+    static Floats load_unsigned(const uint8_t* source) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+    }
+    static Floats load_signed(const uint8_t* source) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+    }
     static void store_half(uint16_t* target, Floats value) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
     }

@@ -1,4 +1,4 @@
-// matquant::linear on the CPU: checks the arguments and divides the work between threads.
+// matquant::linear on the CPU: finds the weight, packs the activations and has the threads multiply.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,16 +15,14 @@
 
 #include "check.h"
 #include "cpu/isa.h"
-#include "layout.h"
+#include "cpu/layout.h"
+#include "cpu/prepared_weight.h"
 
 namespace matquant::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Rows of tiles that are never divided: their outputs for a token fill a cache line, which one thread writes.
-constexpr int64_t kUnitRows = 2;
 
 constexpr int64_t kPackingTokens = 8;  // the fewest that are worth a thread
 
@@ -40,88 +38,6 @@ Element element_of(ScalarType dtype) {
             STD_TORCH_CHECK(false, "x: found dtype ", torch::headeronly::toString(dtype),
                             ", expected BFloat16, Half or Float");
     }
-}
-
-int64_t find_decoder(const std::vector<int64_t>& decoder_widths, int64_t width, int64_t resident_width) {
-    const auto found = std::find(decoder_widths.begin(), decoder_widths.end(), width);
-    STD_TORCH_CHECK(found != decoder_widths.end(), "active_width: found ", width, ", expected one of decoder_widths ",
-                    to_string(decoder_widths));
-    STD_TORCH_CHECK(width <= resident_width, "active_width: found ", width, ", expected at most the resident width ",
-                    resident_width);
-    return found - decoder_widths.begin();
-}
-
-// The rows of tiles with what is active now looked up.
-std::vector<TileRow> check_weights(const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
-                                   const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes,
-                                   int64_t in_features, int64_t group_size) {
-    check_output_sizes(output_sizes);
-    for (const int64_t width : decoder_widths) {
-        STD_TORCH_CHECK(kMinWidth <= width && width <= kMaxWidth, "decoder_widths: found ", to_string(decoder_widths),
-                        ", expected widths in ", kMinWidth, "..", kMaxWidth);
-    }
-    STD_TORCH_CHECK(group_size > 0 && (group_size % kStepColumns == 0 || group_size >= in_features),
-                    "group_size: found ", group_size, ", expected a multiple of ", kStepColumns, " or at least the ",
-                    in_features, " input features");
-    const std::vector<TileRows> tile_rows = split_into_tiles(output_sizes);
-    const int64_t rows = static_cast<int64_t>(tile_rows.size());
-    const int64_t tiles = ceil_div(in_features, kTileColumns);
-    const int64_t groups = ceil_div(in_features, group_size);
-    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
-    const int64_t resident_width = planes.size(0);
-    check_tensor("planes", planes, ScalarType::Byte, {resident_width, rows, tiles, kPlaneBytes});
-    check_tensor("decoders", decoders, ScalarType::Half,
-                 {static_cast<int64_t>(decoder_widths.size()), rows, groups, 2, kTileRows});
-    check_tensor("active_width", active_width, ScalarType::Int, {static_cast<int64_t>(output_sizes.size())});
-
-    const uint8_t* data = planes.const_data_ptr<uint8_t>();
-    const uint16_t* decoder_data = static_cast<const uint16_t*>(decoders.const_data_ptr());
-    const int32_t* widths = active_width.const_data_ptr<int32_t>();
-    const int64_t row_bytes = tiles * kPlaneBytes;
-    const int64_t decoder_size = groups * 2 * kTileRows;
-    std::vector<TileRow> result;
-    result.reserve(rows);
-    for (int64_t row = 0; row < rows; ++row) {
-        const TileRows& part = tile_rows[row];
-        const int32_t width = widths[part.partition];
-        const int64_t decoder = find_decoder(decoder_widths, width, resident_width);
-        result.push_back({data + 2 * row * row_bytes, data + row * row_bytes,
-                          decoder_data + (decoder * rows + row) * decoder_size, width, part.first, part.count});
-    }
-    return result;
-}
-
-// For float32 what keeps its precision. Where all that is active are slices of 2 bits, activations of 8 bits change the
-// model's predictions by less than a hundredth of what these slices do already (docs/cpu-kernels.md).
-int default_activation_bits(const std::vector<TileRow>& rows, Element element) {
-    if (element == Element::kFloat) {
-        return 24;
-    }
-    const bool narrow =
-        std::all_of(rows.begin(), rows.end(), [](const TileRow& row) { return row.width == kMinWidth; });
-    return narrow ? 8 : 16;
-}
-
-// Where each thread's rows of tiles begin, and the end: units of kUnitRows, so that all have about as many bits to
-// read.
-std::vector<int64_t> divide(const std::vector<TileRow>& rows, int64_t threads) {
-    const int64_t count = static_cast<int64_t>(rows.size());
-    int64_t bits = 0;
-    for (const TileRow& row : rows) {
-        bits += row.width;
-    }
-    std::vector<int64_t> begins;
-    int64_t row = 0, before = 0;
-    for (int64_t thread = 0; thread < threads; ++thread) {
-        for (; row < count && before * threads < bits * thread; row += kUnitRows) {
-            for (int64_t index = row; index < std::min(row + kUnitRows, count); ++index) {
-                before += rows[index].width;
-            }
-        }
-        begins.push_back(std::min(row, count));
-    }
-    begins.push_back(count);
-    return begins;
 }
 
 // Memory that is kept from call to call, on huge pages where it is large and the system has them: fresh pages would
@@ -151,43 +67,89 @@ class Scratch {
     int64_t capacity_ = 0;
 };
 
-// Packs and multiplies blocks of tokens.
-void multiply(const std::vector<TileRow>& rows, int64_t tokens, Product product) {
+// As many bits as lose nothing that matters: for float32 what keeps its precision. Where all that is active of a
+// segment are slices of 2 bits, activations of 8 bits change the model's predictions by less than a hundredth of what
+// these slices do already (docs/cpu-kernels.md).
+int activation_bits_of(const Weight& weight, bool narrow, Element element) {
+    if (weight.activation_bits) {
+        return static_cast<int>(*weight.activation_bits);
+    }
+    return element == Element::kFloat ? 24 : narrow ? 8 : 16;
+}
+
+// Activations of a block of tokens, packed for the segments that take so many bits of them.
+struct PackedActivations {
+    Scratch<uint8_t> steps;
+    Scratch<Factor> factors;
+};
+
+// The products of one segment, but for the tokens.
+std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepared, const Plan& plan,
+                              const Product& common, int64_t tokens) {
+    thread_local PackedActivations scratch[3];
     const Kernel& kernel = *isa_in_use().kernel;
-    const int64_t segments = count_segments(product.columns, product.group_size);
-    const int64_t most = std::min(tokens, kBlockTokens);
-    thread_local Scratch<uint8_t> activations;
-    thread_local Scratch<Factor> factors;
-    product.activations =
-        activations.take(segments * most * kSegmentSteps * kernel.step_bytes(product.activation_bits));
-    product.factors = factors.take(segments * most);
-    const int64_t element_size = product.element == Element::kFloat ? 4 : 2;
+    const int64_t spans = count_segments(weight.columns, weight.group_size);
+    std::vector<Product> products;
+    for (size_t index = 0; index < weight.segments.size(); ++index) {
+        Product& product = products.emplace_back(common);
+        product.plane_stride = prepared.segments()[index].plane_stride;
+        product.activation_bits = activation_bits_of(weight, plan.narrow[index], common.element);
+        PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
+        product.activations =
+            activations.steps.take(spans * tokens * kSegmentSteps * kernel.step_bytes(product.activation_bits));
+        product.factors = activations.factors.take(spans * tokens);
+    }
+    return products;
+}
+
+// Packs and multiplies blocks of tokens.
+void multiply(const Weight& weight, const PreparedWeight& prepared, const Product& common, int64_t tokens) {
+    const Kernel& kernel = *isa_in_use().kernel;
     const int64_t threads = torch::stable::get_num_threads();
-    const std::vector<int64_t> begins = divide(rows, threads);
-    for (; tokens > 0; tokens -= product.tokens) {
-        product.tokens = std::min(tokens, kBlockTokens);
-        torch::stable::parallel_for(0, product.tokens, kPackingTokens,
-                                    [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
-        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-            kernel.multiply(product, rows.data() + begins[begin], begins[end] - begins[begin]);
+    const std::shared_ptr<const Plan> plan = prepared.plan(weight, threads);
+    std::vector<Product> products = describe(weight, prepared, *plan, common, std::min(tokens, kBlockTokens));
+    const int64_t element_size = common.element == Element::kFloat ? 4 : 2;
+    int64_t count = 0;
+    for (int64_t first = 0; first < tokens; first += count) {
+        count = std::min(tokens - first, kBlockTokens);
+        unsigned packed = 0;  // a bit for each number of bits
+        for (Product& product : products) {
+            product.tokens = count;
+            product.input = static_cast<const uint8_t*>(common.input) + first * weight.columns * element_size;
+            product.output = static_cast<uint8_t*>(common.output) + first * common.output_stride * element_size;
+            const unsigned bits = 1u << product.activation_bits;
+            if ((packed & bits) == 0) {
+                packed |= bits;
+                torch::stable::parallel_for(0, count, kPackingTokens,
+                                            [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
+            }
+        }
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+            for (size_t index = 0; index < products.size(); ++index) {
+                const PreparedWeight::Rows& segment = prepared.segments()[index];
+                const int64_t begin = std::max(segment.begin, plan->begins[first_thread]);
+                const int64_t end = std::min(segment.end, plan->begins[last_thread]);
+                if (begin < end) {
+                    kernel.multiply(products[index], plan->rows.data() + begin, end - begin);
+                }
+            }
         });
-        product.input = static_cast<const uint8_t*>(product.input) + product.tokens * product.columns * element_size;
-        product.output = static_cast<uint8_t*>(product.output) + product.tokens * product.output_stride * element_size;
     }
 }
 
-Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
-              const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes, int64_t group_size,
-              const std::optional<Tensor>& bias, const std::optional<int64_t>& activation_bits) {
+Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias) {
+    const std::shared_ptr<const Weight> weight = find_weight(handle);
+    STD_TORCH_CHECK(weight->prepared != nullptr, "weight: found one without segments, expected at least one");
+    const auto* prepared = dynamic_cast<const PreparedWeight*>(weight->prepared.get());
+    STD_TORCH_CHECK(prepared != nullptr, "weight: found the layout \"", weight->layout,
+                    "\", expected one of the CPU's");
     STD_TORCH_CHECK(x.dim() > 0, "x: found a scalar, expected at least one dimension");
+    STD_TORCH_CHECK(x.size(-1) == weight->columns, "x: found ", x.size(-1), " columns, expected the weight's ",
+                    weight->columns);
+    STD_TORCH_CHECK(out_features == weight->out_features, "out_features: found ", out_features,
+                    ", expected the weight's ", weight->out_features);
     const ScalarType dtype = x.scalar_type();
     const Element element = element_of(dtype);
-    STD_TORCH_CHECK(!activation_bits || *activation_bits == 8 || *activation_bits == 16 || *activation_bits == 24,
-                    "activation_bits: found ", activation_bits.value_or(0), ", expected 8, 16 or 24");
-    const int64_t in_features = x.size(-1);
-    const std::vector<TileRow> rows =
-        check_weights(planes, decoders, active_width, decoder_widths, output_sizes, in_features, group_size);
-    const int64_t out_features = rows.back().first + rows.back().count;
     if (bias) {
         check_tensor("bias", *bias, dtype, {out_features});
     }
@@ -195,13 +157,13 @@ Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, con
     sizes.back() = out_features;
     Tensor output = torch::stable::empty(sizes, dtype);
     const Tensor input = torch::stable::contiguous(x);
-    const Product product = {
-        .columns = in_features,
-        .group_size = group_size,
-        .plane_stride = planes.size(1) * planes.size(2) * kPlaneBytes,
-        .paired = are_paired(decoder_widths, planes.size(0)),
-        .activation_bits =
-            activation_bits ? static_cast<int>(*activation_bits) : default_activation_bits(rows, element),
+    const Product common = {
+        .columns = weight->columns,
+        .group_size = weight->group_size,
+        .plane_stride = 0,
+        .paired = prepared->paired(),
+        .decoder_kind = weight->decoder_kind,
+        .activation_bits = 0,
         .element = element,
         .tokens = 0,
         .input = input.const_data_ptr(),
@@ -211,7 +173,7 @@ Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, con
         .output = output.mutable_data_ptr(),
         .output_stride = out_features,
     };
-    multiply(rows, output.numel() / out_features, product);
+    multiply(*weight, *prepared, common, output.numel() / out_features);
     return output;
 }
 

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "check.h"
-#include "layout.h"
+#include "cpu/layout.h"
+#include "cpu/prepared_weight.h"
 
 namespace matquant::cpu {
 namespace {
@@ -97,8 +99,9 @@ void repack_pair(const DiskRows& upper, const DiskRows& lower, int64_t tiles, ui
 }
 
 void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const std::vector<int64_t>& output_sizes,
-                  const std::vector<int64_t>& decoder_widths, const Tensor& out) {
+                  const std::string& layout, const Tensor& out) {
     check_output_sizes(output_sizes);
+    const bool paired = is_paired(layout);
     STD_TORCH_CHECK(base.dim() == 2, "base: found ", base.dim(), " dimensions, expected 2");
     STD_TORCH_CHECK(planes.size() <= kMaxWidth - kMinWidth, "planes: found ", planes.size(), ", expected at most ",
                     kMaxWidth - kMinWidth);
@@ -121,7 +124,6 @@ void repack_codes(const Tensor& base, const std::vector<Tensor>& planes, const s
     const uint8_t* base_data = base.const_data_ptr<uint8_t>();
     uint8_t* out_data = out.mutable_data_ptr<uint8_t>();
     const int64_t row_size = tiles * kPlaneBytes;
-    const bool paired = are_paired(decoder_widths, resident_width);
 
     torch::stable::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "cpu/gemm.h"
-#include "layout.h"
+#include "cpu/layout.h"
 
 // GCC keeps arrays in registers only where every index is a constant before it looks at loops: so bodies that hold sums
 // in arrays are unrolled by the compiler's front end, with a constant for each index.

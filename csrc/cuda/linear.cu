@@ -1,4 +1,4 @@
-// matquant::linear on a GPU: checks the arguments, finds the kernel and divides the work. Nothing here waits for the
+// matquant::cuda_linear: checks the arguments, finds the kernel and divides the work. Nothing here waits for the
 // device: the active widths are read by the kernels, so that a captured graph follows a switch.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -251,6 +251,6 @@ Tensor linear(const Tensor& x, const Tensor& planes, const Tensor& decoders, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) { m.impl("cuda_linear", TORCH_BOX(&linear)); }
 
 }  // namespace matquant::cuda

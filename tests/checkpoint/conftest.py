@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.checkpoint.samples import Sample, random_decoder
+from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.skeleton import build_skeleton
 from vllm_matquant.checkpoint.spec import Format
@@ -28,18 +29,13 @@ COPIED = {
 NOT_COPIED = ("modeling_evil.py", "README.md", "pytorch_model.bin")
 
 
-@dataclass
-class Sample:
-    """A checkpoint on disk and what was written to it."""
-
-    folder: Path
-    format: Format
-    codes: dict[str, torch.Tensor]
-    decoders: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]]
-    unquantized: dict[str, torch.Tensor]
-
-
 Writer = Callable[..., Sample]
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> DecoderKind:
+    """Each kind of decoders; what it is used by runs once for each."""
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -96,11 +92,11 @@ def write(source: Path) -> Writer:
                 layer = name.removesuffix(".weight")
                 if layer in layers:
                     rows, columns = layers[layer]
-                    shape = (rows, columns // format.group_size_of(columns, layer))
+                    groups = columns // format.group_size_of(columns, layer)
                     sample.codes[layer] = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
                     sample.decoders[layer] = {
-                        width: (torch.rand(shape, generator=generator), torch.randn(shape, generator=generator))
-                        for width in format.widths
+                        width: random_decoder(format.decoder_kind, width, rows, groups, generator)
+                        for width in format.widths_of(layer)
                     }
                     writer.add_layer(layer, sample.codes[layer], sample.decoders[layer])
                 else:
@@ -113,9 +109,9 @@ def write(source: Path) -> Writer:
 
 
 @pytest.fixture(scope="session")
-def shared_sample(write: Writer, tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    """A checkpoint with several shards of each width; not to be changed."""
-    return write(tmp_path_factory.mktemp("shared") / "checkpoint")
+def shared_sample(write: Writer, kind: DecoderKind, tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """A checkpoint of each kind of decoders, with several shards of each width; not to be changed."""
+    return write(tmp_path_factory.mktemp("shared") / "checkpoint", Format(decoder_kind=kind))
 
 
 @pytest.fixture

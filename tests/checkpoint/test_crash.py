@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 
 from vllm_matquant.checkpoint import staging, writer
+from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, REPORT_FOLDER
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import (
-    CONFIG_FILE,
-    DOCUMENT_FILES,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    REPORT_FOLDER,
-    Format,
-)
+from vllm_matquant.checkpoint.spec import Format
 
 # Runs in a process of its own, for it forks once for each moment: torch's threads do not survive a fork.
 KILLS = '''
@@ -31,11 +25,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_matquant.checkpoint import writer
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.skeleton import build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 
 torch.set_num_threads(1)
@@ -54,9 +50,9 @@ def write_new():
             if shape is None:
                 new.add_tensor(name, tensor)
             else:
-                decoder = torch.ones(shape[0], 1), torch.zeros(shape[0], 1)
-                codes = torch.zeros(shape, dtype=torch.uint8)
-                new.add_layer(name.removesuffix(".weight"), codes, {2: decoder, 3: decoder})
+                values = Affine(torch.ones(shape[0], 1), torch.zeros(shape[0], 1))
+                decoders = {width: new_format.decoder_kind.encode(values, width) for width in (2, 3)}
+                new.add_layer(name.removesuffix(".weight"), torch.zeros(shape, dtype=torch.uint8), decoders)
         new.finish(config, copy_from=source)
 
 

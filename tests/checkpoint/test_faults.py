@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.samples import open_slice
 from vllm_matquant.checkpoint import errors
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 
 LAYER = "model.layers.0.mlp.up_proj"  # 96 x 64
 NORM = "model.norm.weight"
@@ -61,9 +63,9 @@ def replace_tensor(tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) 
     return in_shard(tensor, lambda tensors: tensors.update({tensor: change(tensors[tensor]).contiguous()}))
 
 
-def set_value(tensor: str, value: float) -> Spoil:
+def set_value(tensor: str, value: float, column: int = 0) -> Spoil:
     def change(values: torch.Tensor) -> torch.Tensor:
-        values[5, 0] = value
+        values[5, column] = value
         return values
 
     return replace_tensor(tensor, change)
@@ -168,8 +170,11 @@ FAULTS = {
     "another method": fault(
         in_quantization(quant_method="gptq"), errors.ConfigError, "quant_method: found 'gptq', expected 'matquant'"
     ),
-    "version 2": fault(
-        in_quantization(format_version=2), errors.VersionError, "format_version: found 2, expected 1", "newer release"
+    "version 3": fault(
+        in_quantization(format_version=3),
+        errors.VersionError,
+        "format_version: found 3, expected one of [1, 2]",
+        "newer release",
     ),
     "version as text": fault(in_quantization(format_version="1"), errors.ConfigError, "found '1', expected an integer"),
     "parent of 4 bits": fault(in_quantization(parent_bits=4), errors.ConfigError, "parent_bits: found 4, expected 8"),
@@ -183,9 +188,6 @@ FAULTS = {
         errors.ConfigError,
         "group_size for model.layers.0.mlp.down_proj: found 64, expected a divisor of its 96 input features",
         '32, "channel"',
-    ),
-    "another group size": fault(
-        in_quantization(group_size=32), errors.TensorShapeError, "weight_offset2", "found [96, 1], expected [96, 2]"
     ),
     "slicing": fault(in_quantization(slicing="nearest"), errors.ConfigError, "slicing: found 'nearest'", "truncate"),
     "unknown field": fault(in_quantization(codebook="e8"), errors.ConfigError, "unknown fields ['codebook']"),
@@ -363,18 +365,12 @@ FAULTS = {
         remove_tensor(f"{LAYER}.weight_plane5"), errors.MissingTensorError, f"{LAYER}.weight_plane5: found nothing"
     ),
     "no scale": fault(remove_tensor(f"{LAYER}.weight_scale3"), errors.MissingTensorError, f"{LAYER}.weight_scale3"),
-    "no offset": fault(remove_tensor(f"{LAYER}.weight_offset8"), errors.MissingTensorError, f"{LAYER}.weight_offset8"),
     "no norm": fault(remove_tensor(NORM), errors.MissingTensorError, f"{NORM}: found nothing", "shape [64]"),
     "plane of int8": fault(
         replace_tensor(f"{LAYER}.weight_plane4", lambda plane: plane.view(torch.int8)),
         errors.TensorDtypeError,
         "model-width4-",
         f"dtype of {LAYER}.weight_plane4: found torch.int8, expected torch.uint8",
-    ),
-    "scale of bfloat16": fault(
-        replace_tensor(f"{LAYER}.weight_scale4", lambda scale: scale.bfloat16()),
-        errors.TensorDtypeError,
-        f"dtype of {LAYER}.weight_scale4: found torch.bfloat16, expected torch.float16",
     ),
     "norm of int32": fault(
         replace_tensor(NORM, lambda norm: norm.int()),
@@ -391,25 +387,10 @@ FAULTS = {
         errors.TensorShapeError,
         f"shape of {LAYER}.weight_base: found [16, 96], expected [96, 16]",
     ),
-    "flat offset": fault(
-        replace_tensor(f"{LAYER}.weight_offset2", lambda offset: offset.flatten()),
-        errors.TensorShapeError,
-        f"shape of {LAYER}.weight_offset2: found [96], expected [96, 1]",
-    ),
     "short norm": fault(
         replace_tensor(NORM, lambda norm: norm[:-1]), errors.TensorShapeError, f"shape of {NORM}: found [63]"
     ),
-    # values
-    "scale of NaN": fault(
-        set_value(f"{LAYER}.weight_scale4", float("nan")),
-        errors.DecoderValueError,
-        "model-width4-",
-        f"{LAYER}.weight_scale4: found nan in row 5, group 0",
-        "expected finite values from 0 up",
-    ),
-    "infinite scale": fault(
-        set_value(f"{LAYER}.weight_scale2", float("inf")), errors.DecoderValueError, f"{LAYER}.weight_scale2: found inf"
-    ),
+    # recipes
     "recipe listed but absent": fault(
         in_quantization(recipes=["recipes/none.json"]), errors.MissingFileError, "none.json: found no such file"
     ),
@@ -464,21 +445,127 @@ FAULTS = {
     "recipe with a bad name": fault(
         with_recipe(lambda recipe: recipe.update(name="../mine")), errors.RecipeError, "name: found '../mine'"
     ),
-    "negative scale": fault(
-        set_value(f"{LAYER}.weight_scale8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_scale8: found -0.5"
-    ),
-    "infinite offset": fault(
-        set_value(f"{LAYER}.weight_offset3", float("-inf")),
-        errors.DecoderValueError,
-        f"{LAYER}.weight_offset3: found -inf in row 5, group 0",
-        "expected finite values",
-    ),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_refused(sample: Any, name: str) -> None:
-    fault = FAULTS[name]
+DECODER_FAULTS = {
+    AFFINE_FLOAT16: {
+        "another group size": fault(
+            in_quantization(group_size=32), errors.TensorShapeError, "weight_offset2", "found [96, 1], expected [96, 2]"
+        ),
+        "no offset": fault(
+            remove_tensor(f"{LAYER}.weight_offset8"), errors.MissingTensorError, f"{LAYER}.weight_offset8"
+        ),
+        "scale of bfloat16": fault(
+            replace_tensor(f"{LAYER}.weight_scale4", lambda scale: scale.bfloat16()),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_scale4: found torch.bfloat16, expected torch.float16",
+        ),
+        "flat offset": fault(
+            replace_tensor(f"{LAYER}.weight_offset2", lambda offset: offset.flatten()),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_offset2: found [96], expected [96, 1]",
+        ),
+        "scale of NaN": fault(
+            set_value(f"{LAYER}.weight_scale4", float("nan")),
+            errors.DecoderValueError,
+            "model-width4-",
+            f"{LAYER}.weight_scale4: found nan in row 5, column 0",
+            "expected finite values from 0 up",
+        ),
+        "infinite scale": fault(
+            set_value(f"{LAYER}.weight_scale2", float("inf")),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_scale2: found inf",
+        ),
+        "negative scale": fault(
+            set_value(f"{LAYER}.weight_scale8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_scale8: found -0.5"
+        ),
+        "infinite offset": fault(
+            set_value(f"{LAYER}.weight_offset3", float("-inf")),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_offset3: found -inf in row 5, column 0",
+            "expected finite values",
+        ),
+    },
+    AFFINE_INT8: {
+        "another kind": fault(
+            in_quantization(decoder_kind="affine-float16"),
+            errors.MissingTensorError,
+            f"{INDEX_FILE}: model.layers.0.self_attn.q_proj.weight_offset2: found nothing, expected a tensor of shape",
+        ),
+        "unknown kind": fault(
+            in_quantization(decoder_kind="codebook"),
+            errors.ConfigError,
+            "quantization_config.decoder_kind: found 'codebook', expected one of ['affine-float16', 'affine-int8']",
+        ),
+        "no kind": fault(
+            in_config(lambda config: config["quantization_config"].pop("decoder_kind")),
+            errors.ConfigError,
+            "quantization_config.decoder_kind: found nothing",
+        ),
+        "kind in version 1": fault(
+            in_quantization(format_version=1), errors.ConfigError, "unknown fields ['decoder_kind']"
+        ),
+        "another group size": fault(
+            in_quantization(group_size=32), errors.TensorShapeError, "weight_centre2", "found [96, 1], expected [96, 2]"
+        ),
+        "no centre": fault(
+            remove_tensor(f"{LAYER}.weight_centre8"), errors.MissingTensorError, f"{LAYER}.weight_centre8"
+        ),
+        "no step": fault(remove_tensor(f"{LAYER}.weight_step2"), errors.MissingTensorError, f"{LAYER}.weight_step2"),
+        "scale of float16": fault(
+            replace_tensor(f"{LAYER}.weight_scale4", lambda scale: scale.half()),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_scale4: found torch.float16, expected torch.uint8",
+        ),
+        "centre without a sign": fault(
+            replace_tensor(f"{LAYER}.weight_centre4", lambda centre: centre.view(torch.uint8)),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_centre4: found torch.uint8, expected torch.int8",
+        ),
+        "step of float32": fault(
+            replace_tensor(f"{LAYER}.weight_step4", lambda step: step.float()),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_step4: found torch.float32, expected torch.bfloat16",
+        ),
+        "one step": fault(
+            replace_tensor(f"{LAYER}.weight_step3", lambda step: step[:, :1]),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_step3: found [96, 1], expected [96, 2] by config.json",
+        ),
+        "flat centre": fault(
+            replace_tensor(f"{LAYER}.weight_centre2", lambda centre: centre.flatten()),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_centre2: found [96], expected [96, 1]",
+        ),
+        "step of NaN": fault(
+            set_value(f"{LAYER}.weight_step4", float("nan")),
+            errors.DecoderValueError,
+            "model-width4-",
+            f"{LAYER}.weight_step4: found nan in row 5, column 0",
+            "expected finite values from 0 up",
+        ),
+        "infinite step of the centre": fault(
+            set_value(f"{LAYER}.weight_step3", float("inf"), column=1),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_step3: found inf in row 5, column 1 (as torch.bfloat16)",
+        ),
+        "negative step": fault(
+            set_value(f"{LAYER}.weight_step8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_step8: found -0.5"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(AFFINE_INT8.name, name) for name in FAULTS]
+    + [(kind.name, name) for kind, faults in DECODER_FAULTS.items() for name in faults],
+    indirect=["kind"],
+)
+def test_fault_is_refused(sample: Any, kind: DecoderKind, name: str) -> None:
+    fault = FAULTS.get(name) or DECODER_FAULTS[kind][name]
     fault.spoil(sample.folder)
     with pytest.raises(errors.CheckpointError) as caught:
         open_checkpoint(sample.folder)
@@ -488,6 +575,11 @@ def test_fault_is_refused(sample: Any, name: str) -> None:
         assert piece in str(caught.value)
 
 
+@pytest.mark.parametrize("faults", DECODER_FAULTS.values())
+def test_no_fault_hides_another(faults: dict[str, Fault]) -> None:
+    assert not faults.keys() & FAULTS.keys()
+
+
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(errors.MissingFileError, match="absent: checkpoint: found no such folder"):
         open_checkpoint(tmp_path / "absent")
@@ -495,11 +587,13 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [2, 3, 5])
 def test_values_of_other_widths_do_not_matter(sample: Any, width: int) -> None:
-    set_value(f"{LAYER}.weight_scale4", float("nan"))(sample.folder)
-    assert open_checkpoint(sample.folder, width).layers
+    part = {AFFINE_FLOAT16: "scale", AFFINE_INT8: "step"}[sample.format.decoder_kind]
+    set_value(f"{LAYER}.weight_{part}4", float("nan"))(sample.folder)
+    assert open_slice(sample.folder, width).layers
     with pytest.raises(errors.DecoderValueError):
-        open_checkpoint(sample.folder, 4)
-    assert open_checkpoint(sample.folder, 4, check_values=False).layers
+        open_slice(sample.folder, 4)
+    assert open_slice(sample.folder, 4, values=False).layers
+    assert open_checkpoint(sample.folder, check_values=False).layers
 
 
 def test_every_error_of_the_reader_has_a_fault() -> None:
@@ -511,4 +605,5 @@ def test_every_error_of_the_reader_has_a_fault() -> None:
         errors.TensorValueError,
     }
     classes = {error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, ValueError)}
-    assert {fault.error for fault in FAULTS.values()} == classes - of_others - {errors.CheckpointError}
+    faults = [*FAULTS.values(), *(fault for faults in DECODER_FAULTS.values() for fault in faults.values())]
+    assert {fault.error for fault in faults} == classes - of_others - {errors.CheckpointError}

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.samples import decoder_bytes, decoder_names, open_slice, same_decoder
 from vllm_matquant.checkpoint import reader
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.errors import MissingFileError, ShardError, WidthError
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.verify import verify
 
 FORMATS = [
@@ -49,7 +53,8 @@ def leave_out(folder: Path, from_width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.widths}-{format.group_size}-{format.slicing}")
-def test_round_trip(write: Callable[..., Any], tmp_path: Path, format: Format) -> None:
+def test_round_trip(write: Callable[..., Any], tmp_path: Path, format: Format, kind: DecoderKind) -> None:
+    format = replace(format, decoder_kind=kind)
     sample = write(tmp_path / "out", format)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.format == format
@@ -58,8 +63,7 @@ def test_round_trip(write: Callable[..., Any], tmp_path: Path, format: Format) -
     for layer, parent in sample.codes.items():
         for width in format.widths:
             assert torch.equal(checkpoint.codes(layer, width).double(), served_codes(parent, width, format.slicing))
-            for read, written in zip(checkpoint.decoder(layer, width), sample.decoders[layer][width], strict=True):
-                assert torch.equal(read, written.half())
+            assert same_decoder(checkpoint.decoder(layer, width), sample.decoders[layer][width])
     unquantized = dict(checkpoint.unquantized())
     assert unquantized.keys() == sample.unquantized.keys()
     for name, tensor in unquantized.items():
@@ -86,12 +90,15 @@ def test_round_trip_of_embedding_and_head(
         assert checkpoint.layers[layer] == (40, 64)
         for width in checkpoint.format.widths:
             assert torch.equal(checkpoint.codes(layer, width), sample.codes[layer] >> (8 - width))
-            for read, written in zip(checkpoint.decoder(layer, width), sample.decoders[layer][width], strict=True):
-                assert torch.equal(read, written.half())
+            assert same_decoder(checkpoint.decoder(layer, width), sample.decoders[layer][width])
     for width in (2, 5):
-        tensors = [tensor for name, tensor in checkpoint.tensors(width) if name.rpartition(".")[0] in checkpoint.layers]
-        quantized = [tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.float16)]
-        assert checkpoint.resident_bytes(width) == sum(tensor.nbytes for tensor in quantized)
+        served = checkpoint.slice(width)
+        quantized = [
+            tensor
+            for name, tensor in checkpoint.tensors(served)
+            if name.rpartition(".")[0] in checkpoint.layers and ".weight_" in name
+        ]
+        assert served.resident_bytes == sum(tensor.nbytes for tensor in quantized)
 
 
 @pytest.mark.parametrize("group_size", [128, 64, "auto"])
@@ -102,25 +109,26 @@ def test_round_trip_at_group_size_128(
     checkpoint = open_checkpoint(tmp_path / "out")
     groups = {"auto": 1, 128: 1, 64: 2}[group_size]
     layer = "model.layers.0.self_attn.q_proj"
-    assert checkpoint.decoder(layer, 3)[0].shape == (128, groups)
+    assert checkpoint.decoder(layer, 3).parts["scale"].shape == (128, groups)
     assert torch.equal(checkpoint.codes(layer, 5), sample.codes[layer] >> 3)
     assert "lm_head.weight" in dict(checkpoint.unquantized())
 
 
 @pytest.mark.parametrize("width", [2, 3, 5, 8])
 def test_tensors_are_those_that_serving_needs(shared_sample: Any, width: int) -> None:
-    checkpoint = open_checkpoint(shared_sample.folder, width)
-    tensors = dict(checkpoint.tensors(width))
+    checkpoint = open_slice(shared_sample.folder, width)
+    tensors = dict(checkpoint.tensors(checkpoint.slice(width)))
     planes = [f"weight_plane{r}" for r in range(3, width + 1)]
-    suffixes = ["weight_base", *planes, f"weight_scale{width}", f"weight_offset{width}"]
+    suffixes = ["weight_base", *planes, *decoder_names(shared_sample.format.decoder_kind, width)]
     quantized = {f"{layer}.{suffix}" for layer in shared_sample.codes for suffix in suffixes}
     assert tensors.keys() == quantized | shared_sample.unquantized.keys()
-    assert checkpoint.resident_bytes(width) == sum(tensors[name].nbytes for name in quantized)
+    assert checkpoint.slice(width).resident_bytes == sum(tensors[name].nbytes for name in quantized)
 
 
 def test_tensors_of_a_rounded_slice_hold_one_plane_more(write: Callable[..., Any], tmp_path: Path) -> None:
     write(tmp_path / "out", Format(widths=(2, 4, 8), slicing="round"))
-    tensors = dict(open_checkpoint(tmp_path / "out", 4).tensors(4))
+    checkpoint = open_slice(tmp_path / "out", 4)
+    tensors = dict(checkpoint.tensors(checkpoint.slice(4)))
     layer = "model.layers.0.mlp.up_proj"
     assert f"{layer}.weight_plane5" in tensors
     assert f"{layer}.weight_plane6" not in tensors
@@ -130,8 +138,11 @@ def test_resident_bytes_count_codes_and_one_decoder(shared_sample: Any) -> None:
     checkpoint = open_checkpoint(shared_sample.folder)
     for width in shared_sample.format.widths:
         weights = sum(math.prod(shape) for shape in checkpoint.layers.values())
-        decoders = sum(rows * columns // (64 if columns == 64 else 32) for rows, columns in checkpoint.layers.values())
-        assert checkpoint.resident_bytes(width) == weights * width // 8 + 4 * decoders
+        decoders = sum(
+            decoder_bytes(shared_sample.format.decoder_kind, rows, columns // (64 if columns == 64 else 32))
+            for rows, columns in checkpoint.layers.values()
+        )
+        assert checkpoint.slice(width).resident_bytes == weights * width // 8 + decoders
 
 
 @pytest.mark.parametrize("first_absent", range(3, 9))
@@ -140,11 +151,11 @@ def test_partial_folder_serves_what_is_left(sample: Any, first_absent: int) -> N
     checkpoint = open_checkpoint(sample.folder)
     assert checkpoint.servable_widths == tuple(range(2, first_absent))
     for width in checkpoint.servable_widths:
-        checkpoint = open_checkpoint(sample.folder, width)
+        checkpoint = open_slice(sample.folder, width)
         for layer, parent in sample.codes.items():
             assert torch.equal(checkpoint.codes(layer, width), parent >> (8 - width))
     with pytest.raises(MissingFileError) as error:
-        open_checkpoint(sample.folder, first_absent)
+        open_slice(sample.folder, first_absent)
     needed = [name for name in gone if shard_width(name) == first_absent]
     assert all(name in str(error.value) for name in needed)
     assert not any(name in str(error.value) for name in set(gone) - set(needed))
@@ -156,7 +167,7 @@ def test_partial_folder_of_rounded_slices_needs_the_next_plane(write: Callable[.
     leave_out(tmp_path / "out", 5)
     assert open_checkpoint(tmp_path / "out").servable_widths == (2, 3)
     with pytest.raises(MissingFileError, match="model-width5-00001"):
-        open_checkpoint(tmp_path / "out", 4)
+        open_slice(tmp_path / "out", 4)
 
 
 def test_a_gap_ends_what_is_servable(sample: Any) -> None:
@@ -164,7 +175,7 @@ def test_a_gap_ends_what_is_servable(sample: Any) -> None:
         path.unlink()
     assert open_checkpoint(sample.folder).servable_widths == (2, 3)
     with pytest.raises(MissingFileError, match="model-width4-00001"):
-        open_checkpoint(sample.folder, 8)
+        open_slice(sample.folder, 8)
 
 
 def test_folder_without_the_base_is_refused(sample: Any) -> None:
@@ -180,12 +191,13 @@ def test_narrow_width_opens_no_file_of_a_wider_one(sample: Any, monkeypatch: pyt
     opened = []
     real = reader.safe_open
     monkeypatch.setattr(reader, "safe_open", lambda path, **options: opened.append(path) or real(path, **options))
-    checkpoint = open_checkpoint(sample.folder, 3)
-    assert dict(checkpoint.tensors(3))
+    checkpoint = open_slice(sample.folder, 3)
+    served = checkpoint.slice(3)
+    assert dict(checkpoint.tensors(served))
     assert {shard_width(path.name) for path in opened} == {2, 3}
-    assert set(checkpoint.files_for(3)) == set(opened)
+    assert set(checkpoint.files_for(served)) == set(opened)
     with pytest.raises(ShardError):
-        open_checkpoint(sample.folder, 4)
+        open_slice(sample.folder, 4)
     with pytest.raises(ShardError):
         open_checkpoint(sample.folder)
 
@@ -193,9 +205,9 @@ def test_narrow_width_opens_no_file_of_a_wider_one(sample: Any, monkeypatch: pyt
 def test_width_that_is_not_offered(write: Callable[..., Any], tmp_path: Path) -> None:
     write(tmp_path / "out", Format(widths=(2, 4)))
     with pytest.raises(WidthError, match=r"bits: found 3, expected one of the offered widths \[2, 4\]"):
-        open_checkpoint(tmp_path / "out", 3)
+        open_slice(tmp_path / "out", 3)
     with pytest.raises(WidthError, match="found 8"):
-        open_checkpoint(tmp_path / "out").files_for(8)
+        open_checkpoint(tmp_path / "out").slice(8)
 
 
 def test_planes_past_the_widest_slice_are_not_stored(write: Callable[..., Any], tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import CheckpointError, ShardError, TensorDtypeError
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import TensorSpec
 
 Header = dict[str, Any]
 

@@ -15,8 +15,9 @@ import torch
 
 from vllm_matquant.checkpoint import manifest
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, Format
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.verify import verify
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify.py"

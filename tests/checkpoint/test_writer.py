@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.checkpoint.samples import same_decoder
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.errors import (
     CheckpointError,
     ConfigError,
@@ -25,35 +29,49 @@ from vllm_matquant.checkpoint.errors import (
     UnexpectedTensorError,
 )
 from vllm_matquant.checkpoint.files import read_json
-from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.checkpoint.spec import (
+from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
     INDEX_FILE,
     MANIFEST_FILE,
     MODEL_CARD_FILE,
     REPORT_FOLDER,
-    Format,
     shard_name,
     shard_width,
 )
+from vllm_matquant.checkpoint.quantization_config import format_to_config
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 
 COPIED = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"}
 FORMAT = Format(widths=(2, 4), group_size=32)
 CODES = torch.zeros(3, 64, dtype=torch.uint8)
-Decoders = dict[int, tuple[torch.Tensor, torch.Tensor]]
+FLOAT16 = dataclasses.replace(FORMAT, decoder_kind=AFFINE_FLOAT16)
 
 
-def decoders(*widths: int) -> Decoders:
-    return {width: (torch.ones(3, 2), torch.zeros(3, 2)) for width in widths}
+def decoders(*widths: int, kind: DecoderKind = AFFINE_INT8, rows: int = 3) -> dict[int, Decoder]:
+    values = Affine(torch.ones(rows, 2), torch.zeros(rows, 2))
+    return {width: kind.encode(values, width) for width in widths}
 
 
-def decoders_with(part: int, value: float) -> Decoders:
-    spoilt = decoders(2, 4)
-    spoilt[4][part][1, 0] = value
-    return spoilt
+def decoders_with(part: str, value: Any, kind: DecoderKind = AFFINE_INT8) -> dict[int, Decoder]:
+    """Decoders of widths 2 and 4, of which the latter has a value, or a tensor, in place of a part's."""
+    spoilt = decoders(2, 4, kind=kind)
+    parts = dict(spoilt[4].parts)
+    if isinstance(value, torch.Tensor):
+        parts[part] = value
+    else:
+        parts[part][1, 0] = value
+    return spoilt | {4: Decoder(kind, 4, parts)}
+
+
+def values_with(name: str, value: float, kind: DecoderKind) -> dict[int, Decoder]:
+    """Decoders of widths 2 and 4, of which the latter encodes a value that no decoder may have."""
+    values = {"scale": torch.ones(3, 2), "offset": torch.zeros(3, 2)}
+    values[name][1, 0] = value
+    return decoders(2, kind=kind) | {4: kind.encode(Affine(**values), 4)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -84,7 +102,7 @@ def test_index_and_config(shared_sample: Any, source: Path) -> None:
             )
     assert index["metadata"]["total_size"] == sizes
     config = read_json(shared_sample.folder / CONFIG_FILE)
-    assert config.pop("quantization_config") == Format().to_dict()
+    assert config.pop("quantization_config") == format_to_config(shared_sample.format)
     assert config == read_json(source / CONFIG_FILE)
 
 
@@ -112,26 +130,78 @@ def test_shard_bytes_bound_the_shards(write: Callable[..., Any], tmp_path: Path)
         (CODES[:2], decoders(2, 4), TensorShapeError, r"layer.weight_scale2: found \[3, 2\], expected \[2, 2\]"),
         (
             CODES,
-            decoders(2) | {4: (torch.ones(3, 2), torch.ones(3, 2, dtype=torch.int64))},
+            decoders_with("centre", torch.zeros(3, 2, dtype=torch.int64)),
             TensorDtypeError,
-            "layer.weight_offset4: found torch.int64",
+            "layer.weight_centre4: found torch.int64, expected torch.int8",
         ),
-        (CODES, decoders_with(0, float("nan")), DecoderValueError, "layer.weight_scale4: found nan in row 1, group 0"),
-        (CODES, decoders_with(0, -1e-3), DecoderValueError, "layer.weight_scale4: found -0.001.* from 0 up"),
-        (CODES, decoders_with(0, 1e6), DecoderValueError, r"layer.weight_scale4: found inf .* \(as torch.float16\)"),
-        (CODES, decoders_with(1, -1e6), DecoderValueError, "layer.weight_offset4: found -inf"),
+        (
+            CODES,
+            decoders_with("step", torch.zeros(3, dtype=torch.bfloat16)),
+            TensorShapeError,
+            r"layer.weight_step4: found \[3\], expected \[3, 2\]",
+        ),
+        (CODES, decoders_with("step", math.nan), DecoderValueError, "layer.weight_step4: found nan in row 1, column 0"),
+        (CODES, decoders_with("step", -1e-3), DecoderValueError, "layer.weight_step4: found -0.00.* from 0 up"),
+        (
+            CODES,
+            values_with("scale", math.nan, AFFINE_INT8),
+            DecoderValueError,
+            "layer.weight_step4: found nan in row 1",
+        ),
+        (CODES, values_with("scale", -1e-3, AFFINE_INT8), DecoderValueError, "layer.weight_step4: found -"),
+        (CODES, values_with("offset", math.inf, AFFINE_INT8), DecoderValueError, "layer.weight_step4: found inf"),
+        (
+            CODES,
+            decoders(2, 4, kind=AFFINE_FLOAT16),
+            ValueError,
+            "found affine-float16 of width 2, expected affine-int8",
+        ),
+        (CODES, decoders(4) | {2: decoders(4)[4]}, ValueError, "of width 4, expected affine-int8 of width 2"),
     ],
 )
 def test_bad_layer(
-    tmp_path: Path, codes: torch.Tensor, layer_decoders: Decoders, error: type[CheckpointError], message: str
+    tmp_path: Path, codes: torch.Tensor, layer_decoders: dict[int, Decoder], error: type[ValueError], message: str
 ) -> None:
     with CheckpointWriter(tmp_path / "out", FORMAT) as writer, pytest.raises(error, match=message):
         writer.add_layer("layer", codes, layer_decoders)
 
 
-def test_negative_offsets_are_sound(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", FORMAT) as writer:
-        writer.add_layer("layer", CODES, decoders_with(1, -3.0))
+@pytest.mark.parametrize(
+    ("layer_decoders", "error", "message"),
+    [
+        (
+            decoders_with("offset", torch.ones(3, 2, dtype=torch.int64), AFFINE_FLOAT16),
+            TensorDtypeError,
+            "layer.weight_offset4: found torch.int64",
+        ),
+        (
+            decoders_with("scale", math.nan, AFFINE_FLOAT16),
+            DecoderValueError,
+            "layer.weight_scale4: found nan in row 1, column 0",
+        ),
+        (
+            values_with("scale", -1e-3, AFFINE_FLOAT16),
+            DecoderValueError,
+            "layer.weight_scale4: found -0.001.* from 0 up",
+        ),
+        (
+            values_with("scale", 1e6, AFFINE_FLOAT16),
+            DecoderValueError,
+            r"layer.weight_scale4: found inf .* \(as torch.float16\)",
+        ),
+        (values_with("offset", -1e6, AFFINE_FLOAT16), DecoderValueError, "layer.weight_offset4: found -inf"),
+    ],
+)
+def test_bad_layer_in_float16(
+    tmp_path: Path, layer_decoders: dict[int, Decoder], error: type[CheckpointError], message: str
+) -> None:
+    with CheckpointWriter(tmp_path / "out", FLOAT16) as writer, pytest.raises(error, match=message):
+        writer.add_layer("layer", CODES, layer_decoders)
+
+
+def test_negative_offsets_are_sound(tmp_path: Path, kind: DecoderKind) -> None:
+    with CheckpointWriter(tmp_path / "out", dataclasses.replace(FORMAT, decoder_kind=kind)) as writer:
+        writer.add_layer("layer", CODES, values_with("offset", -3.0, kind))
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 2**20])
@@ -158,7 +228,7 @@ def test_incomplete_model_is_not_published(source: Path, tmp_path: Path) -> None
         writer.add_layer(
             "model.layers.0.self_attn.q_proj",
             torch.zeros(64, 64, dtype=torch.uint8),
-            {width: (torch.ones(64, 2), torch.zeros(64, 2)) for width in (2, 4)},
+            decoders(2, 4, rows=64),
         )
         with pytest.raises(MissingTensorError, match="found nothing, expected a tensor of shape"):
             writer.finish(read_json(source / CONFIG_FILE))
@@ -183,18 +253,20 @@ def test_error_leaves_nothing_behind(tmp_path: Path, there_before: bool) -> None
     assert list(tmp_path.rglob("*")) == ([tmp_path / "out"] if there_before else [])
 
 
-def test_caller_may_reuse_its_memory(tmp_path: Path) -> None:
-    norm, scale = torch.ones(3), torch.ones(3, 2, dtype=torch.float16)
-    with CheckpointWriter(tmp_path / "out", Format(widths=(2,), group_size=32)) as writer:
+def test_caller_may_reuse_its_memory(tmp_path: Path, kind: DecoderKind) -> None:
+    norm, decoder = torch.ones(3), decoders(2, kind=kind)[2]
+    expected = decoder.map(torch.clone)
+    with CheckpointWriter(tmp_path / "out", Format(widths=(2,), group_size=32, decoder_kind=kind)) as writer:
         writer.add_tensor("norm", norm)
-        writer.add_layer("layer", CODES, {2: (scale, scale)})
+        writer.add_layer("layer", CODES, {2: decoder})
         norm.zero_()
-        scale.zero_()
+        decoder.map(torch.zero_)
         with pytest.raises(CheckpointError):  # it is not the model, but its shards are written by then
             writer.finish({"model_type": "llama"})
         with safe_open(tmp_path / "out" / STAGING_FOLDER / shard_name(2, 1, 1), framework="pt") as shard:
             assert shard.get_tensor("norm").all()
-            assert shard.get_tensor("layer.weight_scale2").all()
+            found = kind.from_tensors(lambda name: shard.get_tensor(f"layer.{name}"), 2)
+            assert same_decoder(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import WIDTHS, shard_width
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.cli import main
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.calibration import load_calibration
 from vllm_matquant.quantize.evaluate import load_weights, slice_weights
@@ -147,7 +148,7 @@ def test_a_folder_without_the_last_planes(engines: dict, first_planes: Path) -> 
 def test_quality(nested: Path, real_model: Path, real_text: Path, tmp_path: Path) -> None:
     arguments = [str(nested), "--reference", str(real_model), "--text", str(real_text), "--json"]
     few = ["--bits", "8,4", "--samples", "4", "--sequence-length", "256"]
-    assert evaluate.main([*arguments, str(tmp_path / "rows.json"), *few]) == 0
+    assert main(["evaluate", *arguments, str(tmp_path / "rows.json"), *few]) == 0
     four, eight = json.loads((tmp_path / "rows.json").read_text())
     assert (four["bits"], eight["bits"]) == (4, 8)
     assert 0 < eight["kl"] < 0.02

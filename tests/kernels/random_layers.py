@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from vllm_matquant.checkpoint import decoder
+from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels import layout, ops
+from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.weight import Kernel, PackedWeight, StoredSegment
 
 # A width, and those whose decoders are in memory with it: all of them, so that planes past the base field are single;
 # its own alone, as it is served today, or even ones, so that planes lie in pairs.
@@ -26,44 +29,51 @@ FORMS = [
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
 
+KINDS = tuple(decoder.KINDS.values())
+
+
 @dataclass
 class Layer:
-    """A layer: parent codes uint8 [N, K], decoders float16 [widths, N, groups], and both as kernels read them."""
+    """A layer: parent codes uint8 [N, K], decoders of all widths, and both as kernels read them."""
 
     codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor
+    decoders: dict[int, Decoder]
     output_sizes: list[int]
     group_size: int
-    decoder_widths: list[int]
-    planes: torch.Tensor
-    decoders: torch.Tensor
+    weight: PackedWeight
 
-    def run(self, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None, **changed) -> torch.Tensor:
-        return ops.linear(**(self.arguments(x, widths, bias) | changed))
+    def run(self, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None) -> torch.Tensor:
+        self.weight.set_active(widths)
+        return self.weight.kernel.linear(x, self.weight.handle, sum(self.output_sizes), bias)
 
-    def arguments(self, x: torch.Tensor, widths: Sequence[int], bias: torch.Tensor | None = None) -> dict:
-        return {
-            "x": x,
-            "planes": self.planes,
-            "decoders": self.decoders,
-            "active_width": torch.tensor(widths, dtype=torch.int32),
-            "decoder_widths": self.decoder_widths,
-            "output_sizes": self.output_sizes,
-            "group_size": self.group_size,
-            "bias": bias,
-            "activation_bits": None,
-        }
+    def rounding_to(self, activation_bits: int | None) -> Layer:
+        """The same layer, which rounds activations to so many bits."""
+        return replace(self, weight=replace(self.weight, activation_bits=activation_bits))
+
+    def reading(self, kernel: Kernel) -> Layer:
+        """The same layer, for another kernel that reads the same layout."""
+        return replace(self, weight=replace(self.weight, kernel=kernel))
+
+    def with_tensors(self, **changed: torch.Tensor) -> Layer:
+        """The same layer, of one segment, with other planes or decoders."""
+        [segment] = self.weight.segments
+        resident = replace(segment.resident, **changed)
+        return replace(self, weight=replace(self.weight, segments=(replace(segment, resident=resident),)))
+
+    @property
+    def planes(self) -> torch.Tensor:
+        [segment] = self.weight.segments
+        return segment.resident.planes
 
     def weights(self, widths: Sequence[int], absolute: bool = False) -> np.ndarray:
         """float64 [N, K]; ``absolute`` for |scale| * code + |offset|, what rounding errors are relative to."""
         width_of_row = np.repeat(widths, self.output_sizes)
-        decoder = np.searchsorted(WIDTHS, width_of_row)
-        row = np.arange(len(self.codes))
         group = np.arange(self.codes.shape[1]) // self.group_size
+        row = np.arange(len(self.codes))
+        affine = {width: affine_of(self.decoders[width]) for width in set(widths)}
         scale, offset = (
-            values.double().numpy()[decoder[:, None], row[:, None], group[None, :]]
-            for values in (self.scales, self.offsets)
+            np.stack([affine[width][part][index] for index, width in zip(row, width_of_row, strict=True)])[:, group]
+            for part in (0, 1)
         )
         if absolute:
             scale, offset = np.abs(scale), np.abs(offset)
@@ -102,6 +112,17 @@ class Layer:
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times what rounding may change"
 
 
+def affine_of(stored: Decoder) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset in float64 [N, groups], by the definition of the kinds; offsets rounded to float32."""
+    parts = {name: part.double().numpy() for name, part in stored.parts.items()}
+    if stored.kind.name == "affine-float16":
+        return parts["scale"], parts["offset"]
+    scale, centre = (
+        parts[name] * parts["step"][:, column : column + 1] for column, name in enumerate(("scale", "centre"))
+    )
+    return scale, (centre - (2**stored.width - 1) / 2 * scale).astype(np.float32).astype(np.float64)
+
+
 def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Activations [M, K] as the kernels round them, and for each the largest of its segment."""
     rounded, largest = np.empty_like(x), np.empty_like(x)
@@ -122,23 +143,51 @@ def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.nda
     return rounded, largest
 
 
+def make_decoder(kind: DecoderKind, width: int, rows: int, groups: int, generator: torch.Generator) -> Decoder:
+    """Every value that a decoder of the kind can store, within reason."""
+    if kind.name == "affine-float16":
+        scale = torch.rand(rows, groups, generator=generator) / 2**width
+        return Decoder(
+            kind, width, {"scale": scale.half(), "offset": torch.randn(rows, groups, generator=generator).half()}
+        )
+    step = torch.rand(rows, 2, generator=generator) / torch.tensor([255 * 2**width, 127])
+    return Decoder(
+        kind,
+        width,
+        {
+            "scale": torch.randint(0, 256, (rows, groups), dtype=torch.uint8, generator=generator),
+            "centre": torch.randint(-128, 128, (rows, groups), dtype=torch.int8, generator=generator),
+            "step": step.bfloat16(),
+        },
+    )
+
+
 def make_layer(
     output_sizes: Sequence[int],
     columns: int,
     group_size: int,
     seed: int = 0,
     decoder_widths: Sequence[int] = WIDTHS,
+    kind: DecoderKind = decoder.AFFINE_FLOAT16,
+    kernel: Kernel | None = None,
 ) -> Layer:
-    """Planes are in memory up to the largest of ``decoder_widths``."""
+    """One segment, with planes in memory up to the largest of ``decoder_widths``; for the CPU's kernel by default."""
     generator = torch.Generator().manual_seed(seed)
     rows, groups = sum(output_sizes), -(-columns // group_size)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
-    scales = torch.stack([torch.rand(rows, groups, generator=generator) / 2**width for width in WIDTHS]).half()
-    offsets = torch.randn(len(WIDTHS), rows, groups, generator=generator).half()
-    planes = ops.repack_codes(*pack_codes(codes, max(decoder_widths)), output_sizes, decoder_widths)
-    kept = [WIDTHS.index(width) for width in decoder_widths]
-    decoders = layout.repack_decoders(list(scales[kept]), list(offsets[kept]), output_sizes)
-    return Layer(codes, scales, offsets, list(output_sizes), group_size, list(decoder_widths), planes, decoders)
+    decoders = {width: make_decoder(kind, width, rows, groups, generator) for width in WIDTHS}
+    segment = stored_segment(codes, decoders, output_sizes, decoder_widths)
+    weight = (kernel or KERNELS[0]).pack([segment], columns, group_size, "cpu")
+    return Layer(codes, decoders, list(output_sizes), group_size, weight)
+
+
+def stored_segment(
+    codes: torch.Tensor, decoders: dict[int, Decoder], output_sizes: Sequence[int], decoder_widths: Sequence[int]
+) -> StoredSegment:
+    """What a kernel packs, active at the first of ``decoder_widths``."""
+    base, planes = pack_codes(codes, max(decoder_widths))
+    resident = [decoders[width] for width in decoder_widths]
+    return StoredSegment(base, planes, resident, output_sizes, [decoder_widths[0]] * len(output_sizes))
 
 
 def make_input(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

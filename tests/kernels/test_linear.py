@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.random_layers import EVEN_WIDTHS, FORMS, make_input, make_layer
+from tests.kernels.random_layers import EVEN_WIDTHS, FORMS, KINDS, make_input, make_layer, stored_segment
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops
-from vllm_matquant.kernels.layout import repack_decoders
 from vllm_matquant.kernels.support import DTYPES
 
 ROWS = (*range(18), 31, 33, 64, 65)
@@ -41,8 +42,9 @@ def test_the_instruction_set_is_the_fastest_or_the_one_that_is_forced():
 
 @pytest.mark.parametrize(("width", "decoder_widths"), FORMS)
 @pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
-def test_product(output_sizes, columns, group_size, width, decoder_widths):
-    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_product(kind, output_sizes, columns, group_size, width, decoder_widths):
+    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths, kind)
     for dtype in DTYPES:
         inputs = [make_input(rows, columns, dtype, seed=rows) for rows in ROWS]
         result = torch.cat([layer.run(x, [width]) for x in inputs])
@@ -53,10 +55,11 @@ def test_product(output_sizes, columns, group_size, width, decoder_widths):
 @pytest.mark.parametrize(("output_sizes", "columns", "group_size"), SHAPES)
 @pytest.mark.parametrize("activation_bits", [8, 16, 24])
 def test_bits_of_activations(activation_bits, output_sizes, columns, group_size, width, decoder_widths):
-    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths)
+    kind = KINDS[width % 2]
+    layer = make_layer(output_sizes, columns, group_size, width, decoder_widths, kind).rounding_to(activation_bits)
     for dtype in DTYPES:
         inputs = [make_input(rows, columns, dtype, seed=rows) for rows in (1, 2, 7, 8, 9, 30)]
-        result = torch.cat([layer.run(x, [width], activation_bits=activation_bits) for x in inputs])
+        result = torch.cat([layer.run(x, [width]) for x in inputs])
         layer.check(result, torch.cat(inputs), [width], activation_bits=activation_bits)
 
 
@@ -70,12 +73,12 @@ def test_more_rows_than_a_block(rows, dtype):
 
 @pytest.mark.parametrize("activation_bits", [8, 16, 24])
 def test_the_largest_codes_and_activations_do_not_overflow(activation_bits):
-    layer = make_layer([16], 1024, 1024)
+    layer = make_layer([16], 1024, 1024).rounding_to(activation_bits)
     layer.codes.fill_(255)
     layer.planes.fill_(255)
     for sign in (1, -1):
         x = torch.full((9, 1024), sign * 32639 / 32768)
-        layer.check(layer.run(x, [8], activation_bits=activation_bits), x, [8], activation_bits=activation_bits)
+        layer.check(layer.run(x, [8]), x, [8], activation_bits=activation_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -83,10 +86,10 @@ def test_the_largest_codes_and_activations_do_not_overflow(activation_bits):
 @pytest.mark.parametrize("exponent", [-140, -120, -90, -20, 100])
 def test_scales_of_activations(exponent, activation_bits, dtype):
     """From values that count as zero, below 2^-100, to large ones; far apart from one group to the next."""
-    layer = make_layer([20], 96, 32)
+    layer = make_layer([20], 96, 32).rounding_to(activation_bits)
     x = make_input(5, 96).double() * torch.tensor([1.0, 2.0**-30, 0.0]).repeat_interleave(32)
     x = (x * 2.0**exponent).to(dtype)
-    layer.check(layer.run(x, [6], activation_bits=activation_bits), x, [6], activation_bits=activation_bits)
+    layer.check(layer.run(x, [6]), x, [6], activation_bits=activation_bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,11 +130,10 @@ def test_leading_dimensions_and_strides():
 
 
 def test_no_input_features():
-    layer = make_layer([20], 8, 8)
-    empty = {"planes": layer.planes[:, :, :0], "decoders": layer.decoders[:, :, :0]}
     bias = make_input(1, 20)[0]
-    result = layer.run(torch.empty(3, 0), [4], bias, **{name: t.contiguous() for name, t in empty.items()})
-    assert torch.equal(result, bias.expand(3, 20))
+    for kind in KINDS:
+        layer = make_layer([20], 0, 8, kind=kind)
+        assert torch.equal(layer.run(torch.empty(3, 0), [4], bias), bias.expand(3, 20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,8 +147,7 @@ def test_planes_past_the_active_width_change_nothing(width, decoder_widths, dtyp
         expected = bytes_of(layer.run(x, [width]))
         poisoned = layer.planes.clone()
         poisoned[width:] = torch.randint(0, 256, poisoned[width:].shape)
-        assert bytes_of(layer.run(x, [width], planes=poisoned)) == expected
-        assert bytes_of(layer.run(x, [width], planes=layer.planes[:width].clone())) == expected
+        assert bytes_of(layer.with_tensors(planes=poisoned).run(x, [width])) == expected
 
 
 def test_planes_past_the_active_width_and_memory_past_the_input_are_not_read():
@@ -175,6 +176,7 @@ for decoder_widths in (WIDTHS, EVEN_WIDTHS):
     memory, address = map_memory(layer.planes.nbytes)
     planes = torch.frombuffer(memory, dtype=torch.uint8).view(layer.planes.shape)
     planes.copy_(layer.planes)
+    guarded = layer.with_tensors(planes=planes)
     for width in reversed(decoder_widths):
         if width < 8:
             forbid(address + width * plane_bytes, (8 - width) * plane_bytes)
@@ -184,7 +186,7 @@ for decoder_widths in (WIDTHS, EVEN_WIDTHS):
                 begin = 16 * mmap.PAGESIZE - values.nbytes
                 x = torch.frombuffer(input_memory, dtype=dtype, count=values.numel(), offset=begin).view(values.shape)
                 x.copy_(values)
-                assert torch.equal(layer.run(x, [width], planes=planes), layer.run(values, [width]))
+                assert torch.equal(guarded.run(x, [width]), layer.run(values, [width]))
     print("read", width)
 """
     result = subprocess.run(
@@ -225,13 +227,27 @@ def test_a_row_with_nan_leaves_the_others_alone(dtype):
 
 
 def test_float16_decoders_are_read_exactly():
-    layer = make_layer([16], 8, 8)
     special = torch.tensor([0.0, 6e-8, 6.1e-5, -6.1e-5, 65504.0, -65504.0, -0.0, 1.0, 1 / 3, 5e-7])
-    layer.offsets[:] = special.repeat(2)[:16].half().view(1, 16, 1)
-    layer.scales[:] = special.flip(0).repeat(2)[:16].half().view(1, 16, 1)
-    layer.decoders = repack_decoders(list(layer.scales), list(layer.offsets), layer.output_sizes)
+    offset, scale = (values.repeat(2)[:16].half().view(16, 1) for values in (special, special.flip(0)))
+    check_decoder(Decoder(AFFINE_FLOAT16, 8, {"scale": scale, "offset": offset}))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_8_bit_decoders_are_read_exactly(width):
+    scale = torch.tensor([0, 1, 127, 128, 254, 255, 7, 85] * 2, dtype=torch.uint8).view(16, 1)
+    centre = torch.tensor([-128, -127, -1, 0, 1, 127, 5, -77] * 2, dtype=torch.int8).view(16, 1)
+    step = torch.tensor([[0.0, 1e30], [1e-30, 3.0], [1.0, 0.0], [255.0, 1 / 3]]).repeat_interleave(4, 0)
+    check_decoder(Decoder(AFFINE_INT8, width, {"scale": scale, "centre": centre, "step": step.bfloat16()}))
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """A layer of 16 rows and one group with this decoder, multiplied with single activations."""
+    layer = make_layer([16], 8, 8, kind=decoder.kind)
+    segment = stored_segment(layer.codes, layer.decoders | {decoder.width: decoder}, [16], [decoder.width])
+    weight = layer.weight.kernel.pack([segment], 8, 8, "cpu")
+    layer = replace(layer, decoders={decoder.width: decoder}, weight=weight)
     x = torch.eye(8)
-    layer.check(layer.run(x, [8]), x, [8])
+    layer.check(layer.run(x, [decoder.width]), x, [decoder.width])
 
 
 @pytest.mark.parametrize(
@@ -239,32 +255,17 @@ def test_float16_decoders_are_read_exactly():
     [
         ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x: found dtype Double, expected BFloat16, Half or Float"),
         ({"x": torch.tensor(1.0)}, "x: found a scalar, expected at least one dimension"),
-        ({"x": torch.zeros(2, 32)}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 4, 1, 64\]"),
-        ({"planes": torch.zeros(4, 16, dtype=torch.uint8)}, "planes: found 2 dimensions, expected 4"),
-        ({"planes": torch.zeros(8, 4, 2, 64, dtype=torch.int8)}, "planes: found dtype Char, expected Byte"),
-        ({"planes": torch.zeros(8, 4, 64, 2).byte().mT}, "planes: found strides .*, expected a contiguous"),
-        ({"decoders": torch.zeros(7, 4, 1, 2, 16).half()}, r"decoders: found shape .*, expected \[7, 4, 2, 2, 16\]"),
-        ({"decoders": torch.zeros(7, 4, 2, 2, 16)}, "decoders: found dtype Float, expected Half"),
-        ({"active_width": torch.tensor([4])}, "active_width: found dtype Long, expected Int"),
-        ({"active_width": torch.tensor([4], dtype=torch.int32)}, r"active_width: found shape \[1\], expected \[2\]"),
-        ({"active_width": torch.tensor([4, 9], dtype=torch.int32)}, "active_width: found 9, expected one of decoder"),
-        ({"active_width": torch.tensor([-1, 4], dtype=torch.int32)}, "active_width: found -1, expected one of decoder"),
-        ({"planes": torch.zeros(3, 4, 2, 64).byte()}, "active_width: found 4, expected at most .* width 3"),
-        ({"decoder_widths": [1, 2, 3, 4, 5, 6, 7]}, r"decoder_widths: found .*, expected widths in 2\.\.8"),
-        ({"decoder_widths": [2, 3, 4]}, r"decoders: found shape .*, expected \[3, 4, 2, 2, 16\]"),
-        ({"output_sizes": []}, "output_sizes: found none, expected at least one"),
-        ({"output_sizes": [20, 0]}, r"output_sizes: found \[20, 0\], expected positive sizes"),
-        ({"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 5, 2, 64\]"),
-        ({"group_size": 0}, "group_size: found 0, expected a multiple of 4"),
-        ({"group_size": 30}, "group_size: found 30, expected a multiple of 4 or at least the 64 input features"),
-        ({"activation_bits": 12}, "activation_bits: found 12, expected 8, 16 or 24"),
+        ({"x": torch.zeros(2, 32)}, "x: found 32 columns, expected the weight's 64"),
+        ({"out_features": 51}, "out_features: found 51, expected the weight's 52"),
+        ({"handle": torch.zeros(1)}, "weight: found dtype Float, expected Long"),
+        ({"handle": torch.zeros(2).long()}, r"weight: found shape \[2\], expected \[1\]"),
         ({"bias": torch.zeros(51)}, r"bias: found shape \[51\], expected \[52\]"),
         ({"bias": torch.zeros(52).half()}, "bias: found dtype Half, expected Float"),
     ],
 )
 def test_contradicting_arguments(changed, message):
     layer = make_layer([20, 32], 64, 32)
-    arguments = layer.arguments(make_input(2, 64), [4, 4])
+    arguments = {"x": make_input(2, 64), "handle": layer.weight.handle, "out_features": 52, "bias": None}
     with pytest.raises(RuntimeError, match=message):
         ops.linear(**(arguments | changed))
 
@@ -272,22 +273,4 @@ def test_contradicting_arguments(changed, message):
 def test_operator_is_registered_soundly():
     layer = make_layer([20, 32], 64, 32)
     for bias in (None, make_input(1, 52)[0]):
-        arguments = layer.arguments(make_input(3, 64), [4, 2], bias) | {"activation_bits": 16}
-        torch.library.opcheck(torch.ops.matquant.linear.default, tuple(arguments.values()))
-
-
-def test_one_compiled_graph_serves_every_width():
-    layer = make_layer([20, 32], 64, 32)
-    x = make_input(3, 64, torch.bfloat16)
-    arguments = layer.arguments(x, [4, 2])
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def model(x, active_width):
-        return ops.linear(**(arguments | {"x": x * 2, "active_width": active_width})) + 1
-
-    active = torch.tensor([4, 2], dtype=torch.int32)
-    model(x, active)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for widths in ([8, 8], [2, 3], [5, 7]):
-            active.copy_(torch.tensor(widths))
-            assert torch.equal(model(x, active), layer.run(x * 2, widths) + 1)
+        torch.library.opcheck(torch.ops.matquant.linear.default, (make_input(3, 64), layer.weight.handle, 52, bias))

@@ -1,4 +1,4 @@
-"""Runs of ``tools/quantize.py`` on several ranks; a script, for torch's threads do not survive a fork.
+"""Runs of ``matquant quantize`` on several ranks; a script, for torch's threads do not survive a fork.
 
 It imports everything once and then forks the ranks of each run, with the environment that torchrun would give them.
 Usage: ``python -m tests.quantize.rank_runs FOLDER TEXT``. Each run writes FOLDER/<name>, its ranks' words go to
@@ -7,7 +7,6 @@ FOLDER/<name>.<rank>.txt, and FOLDER/results.json holds their exit codes.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import quantize  # of tools
 import torch
 
 from tests.quantize.tiny_sources import random_model, write_source
+from vllm_matquant import cli
+from vllm_matquant.jobs import quantize as quantize_job
 from vllm_matquant.quantize import nested_tuned, ranks
+from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.tuning import TunedLayer
 
@@ -55,7 +56,7 @@ def launch(count: int, arguments: list[str], words: Path, hook: Hook) -> list[in
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 hook(rank)
-                code = quantize.main(arguments)
+                code = cli.main(["quantize", *arguments])
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else 1
             except BaseException:
@@ -97,7 +98,10 @@ def tell_what_was_trained(rank: int) -> None:
         tuned = tune_block(*arguments)
         for name, layer in tuned.items():
             codes, decoders = layer.finish()
-            content = [codes.numpy().tobytes(), *(decoder.scale.numpy().tobytes() for decoder in decoders.values())]
+            content = [
+                codes.numpy().tobytes(),
+                *(decoder.affine.scale.numpy().tobytes() for decoder in decoders.values()),
+            ]
             print("trained", name, hashlib.sha256(b"".join(content)).hexdigest())
         return tuned
 
@@ -111,19 +115,12 @@ def gather_two_rows(rank: int) -> None:
 
 
 def plan_nothing(rank: int) -> None:
-    quantize.dry_run = lambda *_, **__: "the plan"
+    quantize_job.dry_run = lambda *_, **__: "the plan"
 
 
 def change_method(rank: int) -> None:
     """Let the ranks differ, as they would where machines hold different texts."""
-    build_parser = quantize.build_parser
-
-    def changed() -> argparse.ArgumentParser:
-        parser = build_parser()
-        parser.set_defaults(method=("nested", "matgptq")[rank])
-        return parser
-
-    quantize.build_parser = changed
+    quantize_job.METHODS = METHODS | {"nested": METHODS[("nested", "matgptq")[rank]]}
 
 
 def main(folder: Path, text: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.test_plan import NO_TIME, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
@@ -23,14 +24,13 @@ from vllm_matquant.quantize import embeddings
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.calibration import load_calibration
 from vllm_matquant.quantize.embeddings import quantize_rows
-from vllm_matquant.quantize.evaluate import slice_weights
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, plan_format, quantize
 from vllm_matquant.quantize.plan import _steps, make_plan
 from vllm_matquant.quantize.resume import WorkFolder
 from vllm_matquant.quantize.selection import Selection
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer, read_matrix
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SAMPLES, LENGTH = 16, 64
@@ -53,7 +53,8 @@ def run(
     **options: Any,
 ) -> Outcome:
     source, chosen = SourceModel(model), METHODS[method](tuple(widths))
-    format_ = plan_format(source, chosen, 32, ignore, quantize_embeddings=True)
+    kind = options.pop("decoder_kind", None)
+    format_ = plan_format(source, chosen, 32, ignore, quantize_embeddings=True, decoder_kind=kind)
     settings = CalibrationSettings(str(text), samples=SAMPLES, sequence_length=LENGTH)
     return quantize(source, output, chosen, format_, settings, **options)
 
@@ -81,16 +82,16 @@ def rounded(weight: torch.Tensor, width: int) -> torch.Tensor:
 def test_rounding_to_nearest(
     tied: bool, widths: tuple[int, ...], sources: dict[bool, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    run(sources[tied], tmp_path / "out", text_file, widths=widths)
+    run(sources[tied], tmp_path / "out", text_file, widths=widths, decoder_kind=AFFINE_FLOAT16)
     checkpoint, source = open_checkpoint(tmp_path / "out"), SourceModel(sources[tied])
     assert outer_names(checkpoint) == ({EMBEDDING} if tied else {EMBEDDING, HEAD})
     assert set(block_layers(source)) < set(checkpoint.layers)
     assert not any(name.startswith((EMBEDDING, HEAD)) for name, _ in checkpoint.unquantized())
     for width in widths:
-        weights = dict(slice_weights(checkpoint, width))
+        weights = dict(checkpoint.weights(checkpoint.slice(width)))
         for name in outer_names(checkpoint):
             expected = rounded(source.tensors.read(f"{name}.weight"), width)
-            # The decoders are float16; another code would be off by 0.002 and more.
+            # Another code would be off by 0.002 and more.
             torch.testing.assert_close(weights[name], expected, rtol=0, atol=6e-4)
     assert all(result.passed for result in verify(tmp_path / "out"))
 
@@ -124,7 +125,7 @@ def test_the_head_fits_its_inputs(
         return float((inputs @ (weight - decoded).T).square().sum() / (inputs @ weight.T).square().sum())
 
     for width in widths:
-        found = error(dict(slice_weights(checkpoint, width))[name])
+        found = error(dict(checkpoint.weights(checkpoint.slice(width)))[name])
         assert outcome.errors[name][width] == pytest.approx(found, rel=0.05)
         if method != "matgptq":  # whose one copy of the weights favours the mean of the widths
             assert found < 0.8 * error(rounded(weight, width))
@@ -134,9 +135,9 @@ def test_an_embedding_of_its_own_is_fitted_to_its_weights(
     sources: dict[bool, Path], text_file: Path, tmp_path: Path
 ) -> None:
     outcome = run(sources[False], tmp_path / "out", text_file, "nested")
-    weight = SourceModel(sources[False]).tensors.read(f"{EMBEDDING}.weight")
+    weight, checkpoint = read_matrix(SourceModel(sources[False]), EMBEDDING), open_checkpoint(tmp_path / "out")
     for width in (2, 3, 8):
-        decoded = dict(slice_weights(open_checkpoint(tmp_path / "out"), width))[EMBEDDING]
+        decoded = dict(checkpoint.weights(checkpoint.slice(width)))[EMBEDDING]
         found = float((weight - decoded).square().sum() / weight.square().sum())
         assert outcome.errors[EMBEDDING][width] == pytest.approx(found, rel=1e-3)
         if width < 8:
@@ -253,7 +254,7 @@ def test_bytes_are_foreseen(
     blocks_alone = Selection(source, plan_format(source, method, 32, []))
     plain = make_plan(blocks_alone, method, NO_TIME, tmp_path, (4, 32))
     stored = 4 * VOCABULARY * 64 * (2 if both or not tied else 1)
-    assert plain.files[8] - plan.files[8] == stored - weights - 3 * weights // 32 * 4
+    assert plain.files[8] - plan.files[8] == stored - weights - 3 * AFFINE_INT8.nbytes(weights // 64, 2)
 
 
 def test_parts_of_the_rows_make_the_whole(sources: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:

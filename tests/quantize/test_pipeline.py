@@ -16,13 +16,14 @@ from tests.quantize.test_plan import NO_TIME
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import MANIFEST_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, WIDTHS, GroupSize
+from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.quantize import nested
 from vllm_matquant.quantize.calibration import CalibrationError
-from vllm_matquant.quantize.evaluate import load_weights, slice_weights
+from vllm_matquant.quantize.evaluate import load_weights
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
@@ -60,7 +61,7 @@ def logits(model: Path, checkpoint: Checkpoint | None = None, width: int = 8) ->
     """What transformers computes with the source, or with a slice in its place."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     if checkpoint:
-        load_weights(loaded, slice_weights(checkpoint, width))
+        load_weights(loaded, checkpoint.weights(checkpoint.slice(width)))
     return loaded(TOKENS).logits
 
 
@@ -149,8 +150,8 @@ def test_group_sizes(
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.format.group_size == group_size
     for layer, expected in zip(("self_attn.q_proj", "mlp.down_proj"), groups, strict=True):
-        scale, offset = checkpoint.decoder(f"model.layers.1.{layer}", 4)
-        assert scale.shape == offset.shape == (64, expected)
+        values = checkpoint.decoder(f"model.layers.1.{layer}", 4).affine
+        assert values.scale.shape == values.offset.shape == (64, expected)
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
 
 
@@ -181,10 +182,10 @@ def test_group_sizes_of_single_layers(llama: Path, text_file: Path, tmp_path: Pa
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.format == format_
     for layer, groups in (("0.mlp.down", 4), ("1.mlp.down", 1), ("1.self_attn.k", 8), ("1.self_attn.q", 1)):
-        assert checkpoint.decoder(f"model.layers.{layer}_proj", 2)[0].shape[1] == groups
+        assert checkpoint.decoder(f"model.layers.{layer}_proj", 2).affine.scale.shape[1] == groups
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
-    assert checkpoint.resident_bytes(2) == sum(
-        checkpoint.codes(name, 2).numel() // 4 + 4 * checkpoint.decoder(name, 2)[0].numel()
+    assert checkpoint.slice(2).resident_bytes == sum(
+        checkpoint.codes(name, 2).numel() // 4 + sum(p.nbytes for p in checkpoint.decoder(name, 2).parts.values())
         for name in checkpoint.layers
     )
     assert plan.output == sum(

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.tiny_sources import byte_tokenizer, write_source
 from vllm_matquant.checkpoint.errors import OutputError
+from vllm_matquant.checkpoint.names import shard_pattern
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import WIDTHS, shard_pattern
+from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize import probe
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask

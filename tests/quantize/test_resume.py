@@ -16,7 +16,7 @@ import torch
 
 from tests.quantize.tiny_sources import write_source
 from vllm_matquant.checkpoint.errors import OutputError, ShardError
-from vllm_matquant.checkpoint.spec import CONFIG_FILE
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.quantize import origin
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.nested import Nested
@@ -97,7 +97,7 @@ import torch
 torch.set_num_threads(1)
 
 from tests.quantize.test_resume import content, run
-from vllm_matquant.checkpoint.spec import CONFIG_FILE
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.quantize.resume import WORK_FOLDER, WorkFolder
 
 source, out, whole, text = map(Path, sys.argv[1:5])

@@ -12,8 +12,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from tests.serve.tiny_models import EMBEDDINGS, quantize
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
+from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
-from vllm_matquant.checkpoint.spec import Format, offset_name, plane_name, scale_name
+from vllm_matquant.checkpoint.spec import Format, offset_name, scale_name
 from vllm_matquant.kernels import reference
 from vllm_matquant.serve.config import MatquantConfig
 from vllm_matquant.serve.embedding import check_embeddings

@@ -20,10 +20,11 @@ from tests.serve.tiny_models import (
     reference_model,
     write_checkpoint,
 )
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
-from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.checkpoint.spec import Format
 
 pytestmark = pytest.mark.slow
 

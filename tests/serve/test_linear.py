@@ -11,8 +11,9 @@ import torch
 
 from tests.serve.tiny_models import quantize
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
+from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
-from vllm_matquant.checkpoint.spec import Format, offset_name, plane_name, scale_name
+from vllm_matquant.checkpoint.spec import Format, offset_name, scale_name
 from vllm_matquant.kernels import cuda_layout, reference
 from vllm_matquant.kernels.support import KERNELS
 from vllm_matquant.serve.linear import MatquantLinearMethod, predicted_bytes, resident_bytes

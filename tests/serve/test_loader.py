@@ -17,10 +17,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from tests.serve.tiny_models import EMBEDDINGS, write_checkpoint
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
+from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits
 from vllm_matquant.checkpoint.recipe_store import add_recipes
-from vllm_matquant.checkpoint.spec import Format, shard_width
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.plugin import register
 from vllm_matquant.serve import loader as loader_module
 from vllm_matquant.serve.config import MatquantConfig, settle_precision

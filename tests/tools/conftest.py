@@ -1,24 +1,5 @@
-"""A tiny source model, and a checkpoint that the command line made of them."""
+"""The source model and the checkpoint that the tests of jobs have."""
 
-from __future__ import annotations
+from tests.jobs.conftest import nested, source
 
-from pathlib import Path
-
-import pytest
-import quantize
-
-from tests.quantize.tiny_sources import write_source
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random Llama; not to be changed."""
-    return write_source(tmp_path_factory.mktemp("tools") / "llama")
-
-
-@pytest.fixture(scope="session")
-def nested(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a checkpoint of 2, 4 and 8 bits; not to be changed."""
-    folder = tmp_path_factory.mktemp("tools") / "nested"
-    quantize.main([str(source), "--output", str(folder), "--bits", "2,4,8", "--method", "rtn", "--no-report"])
-    return folder
+__all__ = ["nested", "source"]

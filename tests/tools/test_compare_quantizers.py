@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import compare_quantizers
-import evaluate
 import peer_quantizers
 import pytest
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import block_layers
+from vllm_matquant.cli import main
 from vllm_matquant.quantize.calibration import load_calibration, read_text
 from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.source import SourceModel, load_tokenizer
@@ -106,7 +106,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
     assert of_text["rtn", 2]["seconds"] == of_text["rtn", 4]["seconds"]
     evaluated = tmp_path / "rows.json"
     arguments = ["--reference", str(source), "--text", str(text_file), "--json", str(evaluated), "--bits", "2,4"]
-    evaluate.main([str(compared / "rtn"), *arguments, "--samples", "4", "--sequence-length", "24"])
+    main(["evaluate", str(compared / "rtn"), *arguments, "--samples", "4", "--sequence-length", "24"])
     for expected in json.loads(evaluated.read_text()):
         assert expected == {name: of_text["rtn", expected["bits"]][name] for name in expected}
 
@@ -131,7 +131,7 @@ def test_all_calibrate_on_the_same_tokens(compared: Path, source: Path) -> None:
     assert torch.equal(tokens, expected.tokens)
     assert (compared / "gptqmodel-2.log").read_text() == "at work on (3, 20) in groups of 32\n"
     command = json.loads((compared / "rtn" / "record.json").read_text())["command"]
-    asked = dict(zip(command[4::2], command[5::2], strict=True))
+    asked = dict(zip(command[6::2], command[7::2], strict=True))
     expected_options = {"--samples": "3", "--sequence-length": "20", "--seed": "0", "--group-size": "32"}
     assert expected_options.items() <= asked.items()
     assert "--calibration" not in asked
@@ -177,8 +177,8 @@ def test_commands_of_models_for_one_width(source: Path, tmp_path: Path) -> None:
     planned = compare_quantizers.plan(("nested-one-width", "auto-round"), (3,))
     ours, peer = (candidate.command(tmp_path, options, source) for candidate in planned)
     assert ours[0] == sys.executable
-    assert (Path(ours[1]).name, *ours[2:4]) == ("quantize.py", "--no-report", str(source))
-    assert dict(zip(ours[4::2], ours[5::2], strict=True)) == {
+    assert ours[1:6] == ["-m", "vllm_matquant", "quantize", "--no-report", str(source)]
+    assert dict(zip(ours[6::2], ours[7::2], strict=True)) == {
         "--output": str(tmp_path),
         "--method": "nested",
         "--bits": "3",

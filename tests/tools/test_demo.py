@@ -60,7 +60,7 @@ def test_recipes_are_searched_once(nested: Path, source: Path, tmp_path: Path, m
                                          "--steps", "0"))  # fmt: skip
     demo.add_recipes(source, folder)
     assert {"2.5-bits", "3.5-bits"} <= {recipe.name for recipe in open_checkpoint(folder).recipes}
-    monkeypatch.setattr(demo.search, "main", lambda arguments: pytest.fail(f"searched again: {arguments}"))
+    monkeypatch.setattr(demo.cli, "main", lambda arguments: pytest.fail(f"searched again: {arguments}"))
     demo.add_recipes(source, folder)
 
 
@@ -91,7 +91,7 @@ def test_rows_come_with_the_widest_first(
 def test_a_sound_checkpoint_is_used_again(
     nested: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo.quantize, "main", lambda arguments: pytest.fail(f"quantized again: {arguments}"))
+    monkeypatch.setattr(demo.cli, "main", lambda arguments: pytest.fail(f"quantized again: {arguments}"))
     assert demo.nested_checkpoint(source, nested) == nested
     assert "run with --fresh to quantize again" in capsys.readouterr().out
 
@@ -103,7 +103,7 @@ def test_leftovers_of_an_earlier_demo_are_replaced(
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     calls: list[list[str]] = []
-    monkeypatch.setattr(demo.quantize, "main", calls.append)
+    monkeypatch.setattr(demo.cli, "main", calls.append)
     demo.nested_checkpoint(source, folder)
-    assert calls == [[str(source), "--output", str(folder), "--group-size", "64"]]
+    assert calls == [["quantize", str(source), "--output", str(folder), "--group-size", "64"]]
     assert not folder.exists()

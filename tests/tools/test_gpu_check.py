@@ -8,13 +8,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-import bench_cuda
-import bench_kernel
 import gpu_check
 import pytest
 import torch
 from gpu_check import main
 
+from vllm_matquant.bench import cuda as bench_cuda
+from vllm_matquant.bench import kernel as bench_kernel
 from vllm_matquant.kernels import ops
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import ChecksumError, IndexFileError, MissingFileError, UnsafePathError
 from vllm_matquant.checkpoint.files import read_json, sha256
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, is_plain_name, is_recipe_decoders_file, is_recipe_file
+from vllm_matquant.checkpoint.names import MANIFEST_FILE, is_plain_name, is_recipe_decoders_file, is_recipe_file
 
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 

@@ -29,7 +29,8 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import RecipeError
 from vllm_matquant.checkpoint.files import read_json
-from vllm_matquant.checkpoint.spec import WIDTHS, Format, is_recipe_file, recipe_file
+from vllm_matquant.checkpoint.names import is_recipe_file, recipe_file
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 
 RECIPE_VERSION = 1
 _OPTIONAL = ("default", "average_bits", "resident_bytes", "own_decoders", "kl", "origin")
@@ -92,7 +93,17 @@ def read_recipe(path: Path, format: Format, layers: Shapes) -> Recipe:
 
 
 def parse_recipe(content: dict[str, Any], format: Format, layers: Shapes, where: Path | str) -> Recipe:
-    """Likewise, of a file's content."""
+    """Check a recipe's content against the checkpoint that it is for; whether its decoders are there is not checked.
+
+    Args:
+        content: the JSON object of its file.
+        format: of the checkpoint.
+        layers: shapes of its quantized layers.
+        where: the file to name in an error.
+
+    Raises:
+        RecipeError: a field is wrong, or it names a layer or a width that the checkpoint does not have.
+    """
 
     def fail(field: str, expected: object) -> RecipeError:
         return RecipeError(where, field, repr(content[field]) if field in content else "nothing", expected)

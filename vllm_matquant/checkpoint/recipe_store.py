@@ -1,4 +1,4 @@
-"""Recipes of a checkpoint: put among its files, and chosen among for a budget."""
+"""Recipes and their decoders, put among the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,28 +8,20 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from vllm_matquant.checkpoint.errors import RecipeError
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.files import publish, publish_json, read_json
 from vllm_matquant.checkpoint.manifest import describe_file
-from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe, average_bits
-from vllm_matquant.checkpoint.spec import (
+from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
-    DECODER_DTYPE,
     MANIFEST_FILE,
     RECIPES_FOLDER,
     is_recipe_decoders_file,
-    offset_name,
     recipe_decoders_file,
     recipe_file,
-    scale_name,
 )
-from vllm_matquant.checkpoint.validate import check_decoder
-
-Decoder = tuple[torch.Tensor, torch.Tensor]
-"""(scale, offset) of a layer, floating point [out_features, groups] each."""
-
-UNIFORM = "uniform-{}"  # names of the recipes that tell what the plain widths lose
+from vllm_matquant.checkpoint.quantization_config import format_to_config
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
 
 
 def add_recipes(
@@ -43,10 +35,10 @@ def add_recipes(
     Args:
         checkpoint: whose recipes they are.
         recipes: to add.
-        decoders: by their names, (scale, offset) of every layer for those with decoders of their own.
+        decoders: by the recipes' names, the decoder of every layer for those with decoders of their own.
 
     Raises:
-        DecoderValueError: a value is not finite in float16, or a scale is negative; nothing of this recipe is written.
+        DecoderValueError: a value is not finite, or a scale is negative; nothing of this recipe is written.
         OSError: a file cannot be written.
     """
     folder = checkpoint.folder
@@ -59,7 +51,7 @@ def add_recipes(
         if file not in files:
             files.append(file)
     checkpoint.format = replace(checkpoint.format, recipes=tuple(sorted(files)))
-    checkpoint.config = checkpoint.config | {"quantization_config": checkpoint.format.to_dict()}
+    checkpoint.config = checkpoint.config | {"quantization_config": format_to_config(checkpoint.format)}
     publish_json(folder / CONFIG_FILE, checkpoint.config)
     if (folder / MANIFEST_FILE).is_file():
         manifest = read_json(folder / MANIFEST_FILE)
@@ -84,69 +76,12 @@ def _publish(checkpoint: Checkpoint, recipe: Recipe, decoders: Mapping[str, Deco
         return
     tensors: dict[str, torch.Tensor] = {}
     for layer, width in recipe.widths.items():
-        scale, offset = (values.detach().to("cpu", DECODER_DTYPE).contiguous() for values in decoders[layer])
-        check_decoder(scale, offset, layer, width, own)
-        tensors |= {f"{layer}.{scale_name(width)}": scale, f"{layer}.{offset_name(width)}": offset}
+        decoder = decoders[layer].map(lambda part: part.detach().cpu().contiguous())
+        if (decoder.kind, decoder.width) != (checkpoint.format.decoder_kind, width):
+            found, expected = f"{decoder.kind.name} of width {decoder.width}", checkpoint.format.decoder_kind.name
+            raise ValueError(f"{recipe.name}: decoder of {layer}: found {found}, expected {expected} of width {width}")
+        decoder.kind.check(decoder, layer, own)
+        tensors |= decoder.named(layer)
     publish_json(path, replace(recipe, own_decoders=False, kl=None).to_dict(checkpoint.format, checkpoint.layers))
     publish(own, lambda temporary: save_file(tensors, temporary))
     publish_json(path, content)
-
-
-def weight_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Bytes of all weights: codes and decoders at the recipe's widths, and the tensors that are not quantized."""
-    return checkpoint.resident_bytes(recipe.widths) + checkpoint.unquantized_bytes()
-
-
-def choose_recipe(
-    checkpoint: Checkpoint, *, bits: float | None = None, memory: int | None = None, partial: bool = False
-) -> Recipe:
-    """The best recipe of a checkpoint that its folder can serve within a budget.
-
-    The offered widths count as recipes too. The best is the one of least divergence; those whose divergence nobody has
-    measured come after all others, and among them the one with the most bits is the best.
-
-    Args:
-        checkpoint: the checkpoint.
-        bits: the most that the average width may be.
-        memory: the most bytes that all weights may take.
-        partial: the folder is a download whose other files can still come.
-
-    Raises:
-        RecipeError: none is within the budget; the message names the least.
-    """
-    candidates = [*checkpoint.recipes, *_uniform_recipes(checkpoint)]
-
-    def is_there(recipe: Recipe) -> bool:
-        return all((checkpoint.folder / name).is_file() for name in checkpoint.file_names(recipe.widths))
-
-    servable = [recipe for recipe in candidates if partial or is_there(recipe)]
-    limit = bits if bits is not None else memory
-    if limit is None:
-        raise ValueError("choose_recipe: found neither bits nor memory, expected one of them")
-    fixed = checkpoint.unquantized_bytes() if bits is None else 0  # read from the disk, once for all
-
-    def cost(recipe: Recipe) -> float:
-        if bits is not None:
-            return average_bits(recipe.widths, checkpoint.layers)
-        return fixed + checkpoint.resident_bytes(recipe.widths)
-
-    fitting = [recipe for recipe in servable if cost(recipe) <= limit]
-    if not fitting:
-        unit = "bits" if bits is not None else "bytes"
-        least = min(servable, key=cost, default=None)
-        smallest = f"{cost(least):,.10g} {unit} ({least.name})" if least else "nothing that this folder can serve"
-        raise RecipeError(checkpoint.folder, "budget", f"{limit:,.10g} {unit}", f"at least {smallest}")
-    return min(
-        fitting, key=lambda recipe: (_loss(recipe), -average_bits(recipe.widths, checkpoint.layers), recipe.name)
-    )
-
-
-def _loss(recipe: Recipe) -> float:
-    return float("inf") if recipe.kl is None else recipe.kl
-
-
-def _uniform_recipes(checkpoint: Checkpoint) -> list[Recipe]:
-    """The offered widths, but for those that recipes of the checkpoint stand for already."""
-    taken = {tuple(recipe.widths.items()) for recipe in checkpoint.recipes}
-    uniform = [Recipe(UNIFORM.format(width), checkpoint.layer_widths(width)) for width in checkpoint.format.widths]
-    return [recipe for recipe in uniform if tuple(recipe.widths.items()) not in taken]

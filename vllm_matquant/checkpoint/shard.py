@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ShardError, TensorDtypeError
 from vllm_matquant.checkpoint.files import JSON_LIMIT, parse_json
-from vllm_matquant.checkpoint.spec import TensorSpec
 
 _LENGTH_BYTES = 8  # the header's length, little-endian
 _MAX_RANK = 8

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.spec import Format
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.files import sync_file, sync_folder
-from vllm_matquant.checkpoint.spec import (
+from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
     INDEX_FILE,

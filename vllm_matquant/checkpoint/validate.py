@@ -4,16 +4,16 @@ it lies in; the index and the headers of the shards must say the same.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     ConfigError,
-    DecoderValueError,
     IndexFileError,
     MissingTensorError,
     TensorDtypeError,
@@ -22,21 +22,10 @@ from vllm_matquant.checkpoint.errors import (
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, is_plain_name, shard_name, shard_width
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton
-from vllm_matquant.checkpoint.spec import (
-    BASE_BITS,
-    CONFIG_FILE,
-    INDEX_FILE,
-    UNQUANTIZED_DTYPES,
-    Format,
-    TensorSpec,
-    is_plain_name,
-    offset_name,
-    scale_name,
-    shard_name,
-    shard_width,
-)
+from vllm_matquant.checkpoint.spec import BASE_BITS, UNQUANTIZED_DTYPES, Format
 
 
 @dataclass(frozen=True)
@@ -130,35 +119,30 @@ def check_index(path: Path, weight_map: dict[str, str], expected: dict[str, Expe
             raise UnexpectedTensorError(path, name, file, f"a shard of width {expected[name].shard_width}")
 
 
-def check_shards(
-    paths: list[Path], weight_map: dict[str, str], expected: dict[str, ExpectedTensor]
+def check_shard(
+    path: Path, weight_map: Mapping[str, str], expected: Mapping[str, ExpectedTensor]
 ) -> dict[str, TensorSpec]:
-    """Check the headers of shards against index and configuration; the tensors that they hold, by name.
+    """Check the header of a shard against index and configuration; the tensors that it holds, by name.
 
     Raises:
-        ShardError: a shard is not a sound safetensors file.
+        ShardError: the shard is not a sound safetensors file.
         MissingTensorError, UnexpectedTensorError: it holds other tensors than the index says.
         TensorDtypeError, TensorShapeError: a tensor is not as expected.
     """
-    listed: dict[str, set[str]] = defaultdict(set)
-    for name, file in weight_map.items():
-        listed[file].add(name)
-    found: dict[str, TensorSpec] = {}
-    for path in paths:
-        header = read_header(path)
-        for name in sorted(listed[path.name] - header.keys()):
-            raise MissingTensorError(path, name, "nothing", f"the tensor that {INDEX_FILE} lists here")
-        for name, tensor in sorted(header.items()):
-            if weight_map.get(name) != path.name:
-                elsewhere = f"it in {weight_map[name]} only" if name in weight_map else "no such tensor"
-                raise UnexpectedTensorError(path, name, "a tensor", f"{elsewhere} by {INDEX_FILE}")
-            _check_tensor(path, name, tensor, expected[name])
-        found |= header
-    return found
+    header = read_header(path)
+    listed = {name for name, file in weight_map.items() if file == path.name}
+    for name in sorted(listed - header.keys()):
+        raise MissingTensorError(path, name, "nothing", f"the tensor that {INDEX_FILE} lists here")
+    for name, tensor in sorted(header.items()):
+        if name not in listed:
+            elsewhere = f"it in {weight_map[name]} only" if name in weight_map else "no such tensor"
+            raise UnexpectedTensorError(path, name, "a tensor", f"{elsewhere} by {INDEX_FILE}")
+        _check_tensor(path, name, tensor, expected[name])
+    return header
 
 
-def check_tensors(path: Path, expected: dict[str, ExpectedTensor]) -> None:
-    """Check the header of a file that holds the ``expected`` tensors and no others.
+def check_tensors(path: Path, expected: Mapping[str, ExpectedTensor]) -> dict[str, TensorSpec]:
+    """Check the header of a file that holds the ``expected`` tensors and no others; these, by name.
 
     Raises:
         ShardError, MissingTensorError, UnexpectedTensorError, TensorDtypeError, TensorShapeError: it does not.
@@ -170,6 +154,7 @@ def check_tensors(path: Path, expected: dict[str, ExpectedTensor]) -> None:
         _check_tensor(path, name, header[name], tensor)
     for name in sorted(header.keys() - expected.keys()):
         raise UnexpectedTensorError(path, name, "a tensor", "decoders of the recipe's widths only")
+    return header
 
 
 def _check_tensor(path: Path, name: str, found: TensorSpec, expected: ExpectedTensor) -> None:
@@ -178,26 +163,3 @@ def _check_tensor(path: Path, name: str, found: TensorSpec, expected: ExpectedTe
         raise TensorDtypeError(path, f"dtype of {name}", found.dtype, dtypes)
     if found.shape != expected.shape:
         raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(expected.shape)} by {CONFIG_FILE}")
-
-
-def check_decoder(scale: torch.Tensor, offset: torch.Tensor, layer: str, width: int, where: Path) -> None:
-    """Refuse a decoder that gives no weights.
-
-    Args:
-        scale: floating point [out_features, groups].
-        offset: likewise.
-        layer: the layer to name in an error.
-        width: the width to name in an error.
-        where: the file to name in an error.
-
-    Raises:
-        DecoderValueError: a value is not finite, or a scale is negative.
-    """
-    for name, values, bad, expected in (
-        (scale_name(width), scale, ~(scale.isfinite() & (scale >= 0)), "finite values from 0 up"),
-        (offset_name(width), offset, ~offset.isfinite(), "finite values"),
-    ):
-        if bad.any():
-            row, group = bad.nonzero()[0].tolist()
-            found = f"{values[row, group].item()} in row {row}, group {group} (as {values.dtype})"
-            raise DecoderValueError(where, f"{layer}.{name}", found, expected)

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from vllm_matquant.checkpoint.errors import CheckpointError, NestingError
 from vllm_matquant.checkpoint.manifest import check_file, read_manifest
+from vllm_matquant.checkpoint.names import MANIFEST_FILE, RECIPES_FOLDER, is_recipe_decoders_file, shard_width
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.checkpoint.spec import MANIFEST_FILE, RECIPES_FOLDER, is_recipe_decoders_file, shard_width
 from vllm_matquant.checkpoint.staging import is_checkpoint_file
 
 

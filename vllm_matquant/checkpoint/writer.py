@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from vllm_matquant.checkpoint.decoder import Decoder, part_name
 from vllm_matquant.checkpoint.errors import (
     MissingTensorError,
     TensorDtypeError,
@@ -19,26 +21,25 @@ from vllm_matquant.checkpoint.errors import (
 )
 from vllm_matquant.checkpoint.files import sync_file, write_json
 from vllm_matquant.checkpoint.manifest import build_manifest
+from vllm_matquant.checkpoint.names import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    WEIGHT_BASE,
+    plane_name,
+    shard_name,
+    split_tensor_name,
+)
 from vllm_matquant.checkpoint.packing import pack_codes
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import (
     BASE_BITS,
     CODE_DTYPE,
-    CONFIG_FILE,
-    DECODER_DTYPE,
-    INDEX_FILE,
-    MANIFEST_FILE,
     UNQUANTIZED_DTYPES,
-    WEIGHT_BASE,
     Format,
-    offset_name,
-    plane_name,
-    scale_name,
-    shard_name,
-    split_tensor_name,
 )
 from vllm_matquant.checkpoint.staging import Staging
-from vllm_matquant.checkpoint.validate import check_decoder
 
 
 class CheckpointWriter:
@@ -79,18 +80,19 @@ class CheckpointWriter:
     ) -> None:
         self._staging.close()
 
-    def add_layer(self, name: str, codes: torch.Tensor, decoders: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add_layer(self, name: str, codes: torch.Tensor, decoders: Mapping[int, Decoder]) -> None:
         """Add a quantized linear layer.
 
         Args:
             name: the layer's full name in the source checkpoint, without ".weight".
             codes: uint8 [out_features, in_features], the 8-bit parent codes.
-            decoders: (scale, offset), floating point [out_features, groups], for each width of the layer.
+            decoders: for each width of the layer, of the format's kind.
 
         Raises:
             ConfigError: the group size does not divide in_features.
             TensorDtypeError, TensorShapeError, MissingTensorError, UnexpectedTensorError: not as the format has it.
-            DecoderValueError: a value is not finite in float16, or a scale is negative.
+            DecoderValueError: a value is not finite, or a scale is negative.
+            ValueError: a decoder is of another kind or width.
         """
         if codes.dtype != CODE_DTYPE:
             raise TensorDtypeError(self.folder, f"codes of {name}", codes.dtype, CODE_DTYPE)
@@ -102,8 +104,11 @@ class CheckpointWriter:
         base, planes = pack_codes(codes.cpu(), self.format.stored_width(self.format.widths_of(name)[-1]))
         values = {WEIGHT_BASE: base}
         values |= {plane_name(width): plane for width, plane in zip(self.format.planes_of(name), planes, strict=True)}
-        for width, (scale, offset) in self._checked_decoders(name, decoders, (out_features, groups)).items():
-            values |= {scale_name(width): scale, offset_name(width): offset}
+        self._check_decoders(name, decoders, (out_features, groups))
+        for width, decoder in decoders.items():
+            # Copies, for a caller may use the memory again.
+            copies = decoder.map(lambda part: part.detach().cpu().clone(memory_format=torch.contiguous_format))
+            values |= {part_name(part, width): tensor for part, tensor in copies.parts.items()}
         for width, tensors in self.format.tensors_of_layer(out_features, in_features, name).items():
             for suffix in tensors:
                 self._add(width, f"{name}.{suffix}", values[suffix])
@@ -140,31 +145,30 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self._total_size}, "weight_map": self._name_shards()}
         folder = self._staging.path
         write_json(folder / INDEX_FILE, index)
-        write_json(folder / CONFIG_FILE, config | {"quantization_config": self.format.to_dict()})
+        write_json(folder / CONFIG_FILE, config | {"quantization_config": format_to_config(self.format)})
         open_checkpoint(folder, check_values=False)  # the values were checked as they came
         if copy_from is not None:
             self._staging.copy_from(copy_from)
         write_json(folder / MANIFEST_FILE, build_manifest(folder, manifest or {}))
         self._staging.publish()
 
-    def _checked_decoders(
-        self, layer: str, decoders: dict[int, tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, int]
-    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def _check_decoders(self, layer: str, decoders: Mapping[int, Decoder], shape: tuple[int, int]) -> None:
         offered, given = set(self.format.widths_of(layer)), set(decoders)
         if given != offered:
             fault = MissingTensorError if offered - given else UnexpectedTensorError
             raise fault(self.folder, f"decoders of {layer}", f"widths {sorted(given)}", sorted(offered))
-        checked = {}
+        kind = self.format.decoder_kind
         for width, decoder in decoders.items():
-            for name, values in zip((scale_name(width), offset_name(width)), decoder, strict=True):
-                if not values.is_floating_point():
-                    raise TensorDtypeError(self.folder, f"{layer}.{name}", values.dtype, "a floating-point dtype")
-                if values.shape != shape:
-                    raise TensorShapeError(self.folder, f"{layer}.{name}", list(values.shape), list(shape))
-            scale, offset = (values.detach().to("cpu", DECODER_DTYPE, copy=True).contiguous() for values in decoder)
-            check_decoder(scale, offset, layer, width, self.folder)
-            checked[width] = scale, offset
-        return checked
+            if (decoder.kind, decoder.width) != (kind, width):
+                found = f"{decoder.kind.name} of width {decoder.width}"
+                raise ValueError(f"decoder of {layer}: found {found}, expected {kind.name} of width {width}")
+            for part, spec in kind.parts(*shape).items():
+                name, tensor = f"{layer}.{part_name(part, width)}", decoder.parts[part]
+                if tensor.dtype != spec.dtype:
+                    raise TensorDtypeError(self.folder, name, tensor.dtype, spec.dtype)
+                if tensor.shape != spec.shape:
+                    raise TensorShapeError(self.folder, name, list(tensor.shape), list(spec.shape))
+            kind.check(decoder, layer, self.folder)
 
     def _add(self, width: int, name: str, tensor: torch.Tensor) -> None:
         if name in self._names:

@@ -1,6 +1,6 @@
-"""Lookup of rows in an embedding, from the planes and decoders that the product reads too (see kernels.layout).
+"""Rows of an embedding, from the planes and decoders in the CPU's layout that the product reads too.
 
-In plain PyTorch, which serves any device and which ``torch.compile`` can fuse: a token needs one row of each plane.
+In plain PyTorch, for every device: what the reference looks rows up with.
 """
 
 from __future__ import annotations
@@ -9,54 +9,53 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.kernels.layout import STEP_COLUMNS, TILE_ROWS, are_paired, split_planes, unpack_steps
-from vllm_matquant.kernels.reference import dequantize
+from vllm_matquant.checkpoint.decoder import dequantize
+from vllm_matquant.kernels.cpu_layout import (
+    STEP_COLUMNS,
+    TILE_ROWS,
+    CpuLayout,
+    split_planes,
+    unpack_decoder,
+    unpack_steps,
+)
+from vllm_matquant.kernels.weight import PackedWeight, define_embedding
 
 
-def embedding(
-    rows: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The rows asked for of a layer with one partition, decoded at the active width.
+def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The rows asked for of a weight with one partition, decoded at the active width (waits for the device).
 
-    Only the bytes that hold these rows are read; planes past the active width do not matter to the result.
-    ``active_width`` is data: a compiled graph serves every width.
+    Planes past the active width are not read, nor bytes of other rows but of decoders.
 
     Args:
-        rows: int64 [...], each below the layer's rows.
-        planes: uint8 [resident width, tile rows, tile columns, 64].
-        decoders: float16 [len(decoder_widths), tile rows, groups, 2, 16].
-        active_width: int32 [1].
-        decoder_widths: the widths whose decoders are resident, in the order of ``decoders``.
-        in_features: columns.
-        group_size: columns that share a decoder.
+        rows: int64 [...], each below the weight's rows.
+        weight: in the CPU's layout, on any device.
         dtype: of the result.
 
     Returns:
         [..., in_features] of ``dtype``, rounded once from float32.
-
-    Raises:
-        RuntimeError: the active width has no decoder (on a GPU: when the host next waits for it).
     """
-    tile, lane = rows // TILE_ROWS, rows % TILE_ROWS
+    layout, [segment] = weight.layout, weight.segments
+    assert isinstance(layout, CpuLayout)
+    resident, [width] = segment.resident, segment.active_width.tolist()
+    tile, lane = rows.flatten() // TILE_ROWS, rows.flatten() % TILE_ROWS
 
-    # The four bytes of the row in each tile: [..., tile columns, 2 or 1, 4].
+    # The four bytes of the row in each tile: [rows, tile columns, 2 or 1, 4].
     fields = [
         field.unflatten(-1, (TILE_ROWS, STEP_COLUMNS))[tile, :, :, lane]
-        for field in split_planes(planes, are_paired(decoder_widths, len(planes)))
+        for field in split_planes(resident.planes[:width], layout.paired)
     ]
-    codes = unpack_steps(fields).flatten(-3)[..., :in_features]
-    codes = codes >> (len(planes) - active_width).to(torch.uint8)
+    codes = unpack_steps(fields).flatten(1)[:, : weight.in_features]
 
-    decoder = decoders[active_slot(active_width, decoder_widths), tile, :, :, lane]  # [..., groups, 2]
-    scale, offset = decoder.unbind(-1)
-    return dequantize(codes, scale, offset, group_size).to(dtype)
+    decoders = resident.decoders[resident.decoder_widths.index(width), tile]
+    every = torch.arange(len(lane), device=lane.device)
+    parts = {name: part[every, lane] for name, part in unpack_decoder(weight.decoder_kind, decoders).items()}
+    affine = weight.decoder_kind.affine(parts, width)
+    result = dequantize(codes, affine.scale, affine.offset, weight.group_size).to(dtype)
+    return result.view(*rows.shape, weight.in_features)
+
+
+reference_embedding = define_embedding("reference_embedding", look_up)
+"""Rows of a weight on any device, see :meth:`vllm_matquant.kernels.weight.Kernel.embedding`."""
 
 
 def active_slot(active_width: torch.Tensor, decoder_widths: Sequence[int]) -> torch.Tensor:

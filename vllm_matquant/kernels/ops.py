@@ -7,11 +7,6 @@ from pathlib import Path
 
 import torch
 
-from vllm_matquant.checkpoint.spec import BASE_BITS
-from vllm_matquant.kernels.layout import STEP_COLUMNS, planes_shape
-from vllm_matquant.kernels.memory import WeightMemory
-from vllm_matquant.kernels.reference import linear_shape
-
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
@@ -40,83 +35,128 @@ def load_library() -> None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise LibraryError(f"{LIBRARY}: {error}. Build it anew: {BUILD_COMMAND}") from error
-    torch.library.register_fake("matquant::linear", linear_shape)
+    torch.library.register_fake("matquant::linear", linear_fake)
     _loaded = True
 
 
-def linear(
-    x: torch.Tensor,
+def linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """An empty result of a product: what ``torch.compile`` is to know of every operator that computes one."""
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def new_weight(
+    in_features: int, group_size: int, decoder_kind: str, layout: str, activation_bits: int | None = None
+) -> int:
+    """Make a weight that has no rows yet.
+
+    Args:
+        in_features: columns.
+        group_size: columns that share a decoder.
+        decoder_kind: the name of a kind of :mod:`vllm_matquant.checkpoint.decoder`.
+        layout: the name of the layout in which its planes and decoders lie, such as "cpu-pairs".
+        activation_bits: how far products round activations, see :func:`linear`.
+
+    Returns:
+        The weight's number, which no other ever has: what a handle holds.
+
+    Raises:
+        RuntimeError: an argument is out of range.
+    """
+    load_library()
+    result: int = torch.ops.matquant.new_weight(in_features, group_size, decoder_kind, layout, activation_bits)
+    return result
+
+
+def add_segment(
+    weight: int,
     planes: torch.Tensor,
     decoders: torch.Tensor,
     active_width: torch.Tensor,
     decoder_widths: Sequence[int],
     output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    """The product of ``x`` and the slices that are active now; planes past them are not read.
+) -> None:
+    """Give a weight rows after those that it has.
 
-    Activations are rounded to integers of ``activation_bits`` with a scale for each token and each segment of at most
-    128 columns of a group; products with codes are summed exactly within a segment, segments in float32, and a result
-    is rounded once to the dtype of ``x``. Its bytes depend neither on the number of threads nor on the instruction set
-    nor on the other rows of ``x``. A token with an infinity or a NaN gives NaNs. ``active_width`` is data: a compiled
-    graph serves every width.
+    Everything is checked here, so that products need not do it: but for ``active_width``, which is read anew by each.
+    The tensors are referred to, not copied.
 
     Args:
-        x: bfloat16, float16 or float32 [..., in_features].
-        planes: uint8 [resident width, tile rows, tile columns, 64], see :mod:`vllm_matquant.kernels.layout`.
-        decoders: float16 [len(decoder_widths), tile rows, groups, 2, 16].
+        weight: a number that :func:`new_weight` gave.
+        planes: the codes' bits in the weight's layout; on a CPU uint8 [resident width, tile rows, tile columns, 64],
+            see :mod:`vllm_matquant.kernels.cpu_layout`.
+        decoders: in the weight's layout, of each of ``decoder_widths``.
         active_width: int32 [len(output_sizes)], the width of each partition.
         decoder_widths: the widths whose decoders are resident, in the order of ``decoders``.
         output_sizes: rows of each partition (q, k, v of a fused layer).
-        group_size: columns that share a decoder: a multiple of 4, or at least in_features.
-        bias: [sum(output_sizes)] of the dtype of ``x``.
-        activation_bits: 16 loses no more than 2^-15 of a segment's largest activation, and nothing of bfloat16 and
-            float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-23; 8 loses up to
-            1/254 of the largest and is faster. By default 16, for float32 24, and 8 while every partition is at 2 bits.
-
-    Returns:
-        [..., sum(output_sizes)] of the dtype of ``x``.
 
     Raises:
-        RuntimeError: an argument contradicts another; the message names it, what was found and what was expected.
+        RuntimeError: an argument contradicts another or the weight; the message names it, what was found and what was
+            expected.
     """
     load_library()
-    result: torch.Tensor = torch.ops.matquant.linear(
-        x, planes, decoders, active_width, decoder_widths, output_sizes, group_size, bias, activation_bits
-    )
+    torch.ops.matquant.add_segment(weight, planes, decoders, active_width, decoder_widths, output_sizes)
+
+
+def free_weight(weight: int) -> None:
+    """Forget a weight and its tensors. A product that has begun with it still ends.
+
+    Raises:
+        RuntimeError: there is no weight of this number.
+    """
+    load_library()
+    torch.ops.matquant.free_weight(weight)
+
+
+def linear(x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product of ``x`` and the slices of a weight that are active now; planes past them are not read.
+
+    Activations are rounded to integers of 8, 16 or 24 bits with a scale for each token and each span of at most 128
+    columns of a group; products with codes are summed exactly within a span, spans in float32, and a result is rounded
+    once to the dtype of ``x``. Its bytes depend neither on the number of threads nor on the instruction set nor on the
+    other rows of ``x``. A token with an infinity or a NaN gives NaNs.
+
+    Of the numbers of bits, 16 loses no more than 2^-15 of a span's largest activation, and nothing of bfloat16 and
+    float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-23; 8 loses up to 1/254 of the
+    largest and is faster. The weight says which; by default 16, for float32 24, and 8 in segments of which all
+    partitions are at 2 bits.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., in_features].
+        handle: int64 [1] on the CPU with the number of a weight.
+        out_features: rows of the weight.
+        bias: [out_features] of the dtype of ``x``.
+
+    Returns:
+        [..., out_features] of the dtype of ``x``.
+
+    Raises:
+        RuntimeError: an argument contradicts the weight, there is no such weight, or an active width is not resident;
+            the message names it, what was found and what was expected.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.linear(x, handle, out_features, bias)
     return result
 
 
 def repack_codes(
-    base: torch.Tensor,
-    planes: Sequence[torch.Tensor],
-    output_sizes: Sequence[int],
-    decoder_widths: Sequence[int],
-    memory: WeightMemory | None = None,
-) -> torch.Tensor:
+    base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int], layout: str, result: torch.Tensor
+) -> None:
     """Codes as on disk to the planes that kernels read (on the CPU).
 
     Args:
         base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
         planes: for each further bit uint8 [sum(output_sizes), ceil(in_features/8)].
         output_sizes: rows of each partition.
-        decoder_widths: as for :func:`linear`; which planes lie in pairs follows from them.
-        memory: where the result is to lie, by default in memory of its own.
-
-    Returns:
-        uint8 [2 + len(planes), tile rows, tile columns, 64].
+        layout: "cpu-pairs" or "cpu-planes".
+        result: where the planes go, uint8 [2 + len(planes), tile rows, tile columns, 64].
 
     Raises:
         RuntimeError: an argument contradicts another.
     """
     load_library()
-    in_features = STEP_COLUMNS * base.shape[-1]
-    shape = planes_shape(BASE_BITS + len(planes), output_sizes, in_features)
-    result = (memory or WeightMemory()).take(shape, torch.uint8)
-    torch.ops.matquant.repack_codes(base, planes, output_sizes, decoder_widths, result)
-    return result
+    torch.ops.matquant.repack_codes(base, planes, output_sizes, layout, result)
 
 
 def solve_columns(
@@ -188,7 +228,8 @@ def is_built_for(device_type: str) -> bool:
     """
     load_library()
     key = getattr(torch._C.DispatchKey, device_type.upper(), None)
-    return key is not None and bool(torch.ops.matquant.linear.default.has_kernel_for_dispatch_key(key))
+    operator = torch.ops.matquant.cuda_linear if device_type == "cuda" else torch.ops.matquant.linear
+    return key is not None and bool(operator.default.has_kernel_for_dispatch_key(key))
 
 
 def cpu_isa() -> str:

@@ -10,46 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.kernels.layout import (
-    SEGMENT_COLUMNS,
-    are_paired,
-    ceil_div,
+from vllm_matquant.checkpoint.decoder import dequantize as dequantize
+from vllm_matquant.kernels.cpu_layout import (
+    TILE_ROWS,
+    CpuLayout,
     split_planes,
     strip_padding,
-    tile_count,
+    unpack_decoder,
     unpack_tiles,
 )
+from vllm_matquant.kernels.layout import ceil_div
+from vllm_matquant.kernels.weight import PackedWeight, define_linear
 
-
-def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, group_size: int | None = None
-) -> torch.Tensor:
-    """``scale * code + offset`` in float32.
-
-    Args:
-        codes: uint8 [out_features, in_features], each of the decoder's width.
-        scale: [out_features, groups].
-        offset: [out_features, groups].
-        group_size: columns that share a decoder, the last group may have fewer; by default in_features / groups.
-
-    Returns:
-        float32 [out_features, in_features].
-
-    Raises:
-        ValueError: the groups do not cover the columns.
-    """
-    in_features, groups = codes.shape[-1], scale.shape[-1]
-    if group_size is None:
-        if in_features % groups:
-            raise ValueError(f"groups: found {groups}, expected a divisor of {in_features} columns or a group_size")
-        group_size = in_features // groups
-    elif ceil_div(in_features, group_size) != groups:
-        raise ValueError(f"groups: found {groups}, expected {in_features} columns / {group_size}, rounded up")
-
-    def per_column(values: torch.Tensor) -> torch.Tensor:
-        return values.float().repeat_interleave(group_size, dim=-1)[..., :in_features]
-
-    return per_column(scale) * codes + per_column(offset)
+SPAN_COLUMNS = 128  # the most whose activations have one scale
 
 
 def linear(
@@ -67,7 +40,7 @@ def linear(
 def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) -> torch.Tensor:
     """Activations as kernels that take ``activation_bits`` of them multiply them.
 
-    Each token's segment, what is left of a group of columns when groups are cut every 128 columns, has integers with
+    Each token's span, what is left of a group of columns when groups are cut every 128 columns, has integers with
     a scale: for 16 bits up to 32639 in magnitude with a power of two, for 8 bits up to 127, the largest activation.
 
     Args:
@@ -78,7 +51,7 @@ def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) ->
     Returns:
         [..., in_features] of ``x``'s dtype.
     """
-    cuts = sorted({*range(0, x.shape[-1], group_size), *range(0, x.shape[-1], SEGMENT_COLUMNS), x.shape[-1]})
+    cuts = sorted({*range(0, x.shape[-1], group_size), *range(0, x.shape[-1], SPAN_COLUMNS), x.shape[-1]})
     segments = x.float().split([end - begin for begin, end in itertools.pairwise(cuts)], dim=-1)
 
     def rounded(segment: torch.Tensor) -> torch.Tensor:
@@ -109,40 +82,35 @@ def linear_shape(
     return x.new_empty(*x.shape[:-1], sum(output_sizes))
 
 
-@torch.library.custom_op("matquant::reference_linear", mutates_args=())
-def reference_linear(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    """The same as :func:`vllm_matquant.kernels.ops.linear`, on any device.
+def dequantize_weight(weight: PackedWeight) -> torch.Tensor:
+    """All rows of a weight in the CPU's layout, on any device, at the widths that are active now (waits for it).
 
-    It dequantizes the whole weight and waits for the device to read ``active_width``: correct, not fast. Activations
-    are multiplied as they are: ``activation_bits``, which says how far a kernel may round them, changes nothing.
-
-    Raises:
-        ValueError: an active width has no decoder or is more than the resident width.
+    Returns:
+        float32 [out_features, in_features].
     """
-    in_features = x.shape[-1]
-    paired = are_paired(decoder_widths, len(planes))
-    weights = []
-    tile = 0  # the first row of tiles of the partition
-    for size, width in zip(output_sizes, active_width.tolist(), strict=True):
-        if width not in decoder_widths or width > len(planes):
-            raise ValueError(f"active_width: found {width}, expected one of {decoder_widths}, at most {len(planes)}")
-        tiles = slice(tile, tile + tile_count([size]))
-        codes = unpack_tiles([field[tiles] for field in split_planes(planes[:width], paired)], in_features)
-        decoder = decoders[list(decoder_widths).index(width), tiles].permute(2, 0, 3, 1)  # [2, tiles, 16, groups]
-        scale, offset = (strip_padding(values, [size]) for values in decoder)
-        weights.append(dequantize(strip_padding(codes, [size]), scale, offset, group_size))
-        tile = tiles.stop
-    return _product(x, torch.cat(weights), bias)
+    layout = weight.layout
+    assert isinstance(layout, CpuLayout)
+    rows = []
+    for segment in weight.segments:
+        resident = segment.resident
+        tile = 0  # the first row of tiles of the partition
+        for size, width in zip(resident.output_sizes, segment.active_width.tolist(), strict=True):
+            tiles = slice(tile, tile + ceil_div(size, TILE_ROWS))
+            fields = [field[tiles] for field in split_planes(resident.planes[:width], layout.paired)]
+            decoders = resident.decoders[resident.decoder_widths.index(width), tiles]
+            parts = unpack_decoder(weight.decoder_kind, decoders)
+            parts = {name: strip_padding(part, [size]) for name, part in parts.items()}
+            affine = weight.decoder_kind.affine(parts, width)
+            codes = strip_padding(unpack_tiles(fields, weight.in_features), [size])
+            rows.append(dequantize(codes, affine.scale, affine.offset, weight.group_size))
+            tile = tiles.stop
+    return torch.cat(rows)
 
 
-reference_linear.register_fake(linear_shape)
+def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return _product(x, dequantize_weight(weight), bias)
+
+
+reference_linear = define_linear("reference_linear", _multiply)
+"""The product on any device, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`. It dequantizes the whole weight
+and waits for the device: correct, not fast. Activations are multiplied as they are, however far they may be rounded."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.spec import Slicing
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -21,6 +22,7 @@ class BlockTask:
         block: the source's, in float32.
         group_sizes: of the layers to quantize, by their full names.
         widths: of those layers that have others than the model.
+        decoder_kind: how decoders are stored.
         activations: what the block is given on the calibration text; None for a method that needs none.
     """
 
@@ -29,6 +31,7 @@ class BlockTask:
     group_sizes: Mapping[str, int]
     activations: Activations | None
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decoder_kind: DecoderKind = AFFINE_INT8
 
     @property
     def calibration(self) -> Activations:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from vllm_matquant.checkpoint.spec import Format, GroupSize, check_layer_widths
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.quantization_config import check_layer_widths
+from vllm_matquant.checkpoint.spec import Format, GroupSize
 from vllm_matquant.quantize.embeddings import layer_method
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.selection import Selection, owner_of
@@ -25,6 +27,7 @@ def plan_format(
     bits_for: Sequence[tuple[str, tuple[int, ...]]] = (),
     *,
     quantize_embeddings: bool = False,
+    decoder_kind: DecoderKind | None = None,
 ) -> Format:
     """The format of the checkpoint to be written, with the settings checked against every layer.
 
@@ -37,6 +40,8 @@ def plan_format(
         bits_for: regular expressions with the widths, ascending, of the layers they match; the last match counts.
         quantize_embeddings: quantize the input embedding and the output head too, but for those that are ignored. Where
             they are tied, one cannot be without the other.
+        decoder_kind: how decoders are stored; by default in 8 bits, but where a whole row is one group: that gains
+            nothing from 8 bits and has float16.
 
     Raises:
         ConfigError: the group size does not divide a layer's input features, or a layer's width would never be served.
@@ -60,6 +65,7 @@ def plan_format(
         tuple(dict.fromkeys(ignored)),
         method.slicing,
         quantized_embeddings=tuple(name for name in embeddings if name in outer),
+        decoder_kind=decoder_kind or (AFFINE_FLOAT16 if group_size == "channel" else AFFINE_INT8),
     )
     shapes = Selection(source, format_).shapes
 

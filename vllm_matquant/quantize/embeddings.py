@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.hessian import Moments
@@ -61,6 +62,7 @@ def quantize_rows(
     name: str,
     method: LayerMethod,
     group_size: int,
+    kind: DecoderKind,
     hessian: torch.Tensor | None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> QuantizedLayer:
@@ -73,6 +75,7 @@ def quantize_rows(
         name: of the layer.
         method: how to quantize it.
         group_size: columns that share a decoder; divides the layer's columns.
+        kind: how decoders are stored.
         hessian: float32 [in_features, in_features]; None for the identity.
         progress: called with the rows of each part.
     """
@@ -85,7 +88,7 @@ def quantize_rows(
     for start in range(0, rows, size):
         whole = read_matrix(source, name, slice(start, start + size))
         weight = whole[ranks.own_rows(len(whole))].float()
-        part = method.quantize(weight, hessian, group_size)
+        part = method.quantize(weight, hessian, group_size, kind)
         if method.needs_calibration:
             energies = output_energies([weight] * count, part, method.slices(part.codes), [hessian] * count)
             for width, (error, energy) in energies.items():

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
 from vllm_matquant.quantize.block import weight_name
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.runner import call_block
@@ -122,7 +122,7 @@ class EndToEnd:
 
         Returns:
             For each block the decoders of its layers that have the width that is trained, or of all where each has its
-            own, with values that float16 holds exactly.
+            own, as they will be stored.
 
         Raises:
             ValueError: the divergence is no longer finite.
@@ -143,8 +143,9 @@ class EndToEnd:
             for index in reversed(range(len(self._blocks))):
                 slope = self._backward(index, states.pop(), slope, step)
             progress.set_postfix_str(f"KL {divergence:.3f}")
+        kind = self._selection.format.decoder_kind
         return {
-            block: {name: each.decoder.to("cpu").stored() for name, each in trained.items()}
+            block: {name: kind.encode(each.values.to("cpu"), each.width) for name, each in trained.items()}
             for block, trained in zip(self._blocks, self._trained, strict=True)
         }
 
@@ -155,7 +156,7 @@ class EndToEnd:
             [(width, decoder)] = layer.decoders.items()
             if not isinstance(self._widths, int) or width == self._widths:
                 trained[name] = TrainedDecoder(
-                    decoder.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
+                    decoder.affine.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
                 )
         return trained
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_matquant.checkpoint.reader import Checkpoint, Widths
-from vllm_matquant.checkpoint.recipe import Recipe, average_bits
-from vllm_matquant.kernels.reference import dequantize, round_activations
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.kernels.reference import round_activations
 
 _BATCH_TOKENS = 2048
 
@@ -46,16 +46,16 @@ def evaluate(
     checkpoint: Checkpoint,
     reference: Path,
     tokens: torch.Tensor,
-    slices: Sequence[int | Recipe],
+    slices: Sequence[Slice],
     activation_bits: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Compare widths and recipes of a nested checkpoint with the reference, see :func:`compare`.
+    """Compare slices of a nested checkpoint with the reference, see :func:`compare`.
 
     Args:
         checkpoint: the nested checkpoint.
         reference: folder of the source model.
         tokens: int64 [samples, sequence_length].
-        slices: widths and recipes to compare.
+        slices: those to compare.
         activation_bits: round what quantized layers read as the kernels do, 8 or 16; by default not at all.
 
     Yields:
@@ -66,30 +66,14 @@ def evaluate(
         ValueError: the reference does not have the checkpoint's layers.
     """
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
-    served = {_name(part): part.widths if isinstance(part, Recipe) else part for part in slices}
-    weights_of = ((name, slice_weights(checkpoint, widths)) for name, widths in served.items())
+    weights_of = ((each.name, checkpoint.weights(each)) for each in slices)
     group_sizes = {
         layer: checkpoint.format.group_size_of(columns, layer) for layer, (_, columns) in checkpoint.layers.items()
     }
     rounding = partial(_round_inputs, group_sizes, activation_bits) if activation_bits else None
     compared = compare(reference, tokens, checkpoint.layers, weights_of, rounding)
-    for part, quality in zip(slices, compared, strict=True):
-        yield (
-            label(part, checkpoint)
-            | quality
-            | {"bits_per_weight": 8 * checkpoint.resident_bytes(served[_name(part)]) / weights}
-        )
-
-
-def label(part: int | Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What rows of figures call a width or a recipe: ``bits`` and, of a recipe, its name as ``recipe``."""
-    if isinstance(part, Recipe):
-        return {"bits": average_bits(part.widths, checkpoint.layers), "recipe": part.name}
-    return {"bits": part}
-
-
-def _name(part: int | Recipe) -> str:
-    return part.name if isinstance(part, Recipe) else f"{part} bits"
+    for each, quality in zip(slices, compared, strict=True):
+        yield each.label | quality | {"bits_per_weight": 8 * each.resident_bytes / weights}
 
 
 @torch.no_grad()
@@ -161,12 +145,6 @@ def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: P
     for name, module in model.named_modules():
         if name in group_sizes and isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(rounding(group_sizes[name]))
-
-
-def slice_weights(checkpoint: Checkpoint, widths: Widths) -> LayerWeights:
-    """The decoded weights of a nested checkpoint at its ``widths``, layer by layer."""
-    for layer, codes, scale, offset in checkpoint.slices(widths):
-        yield layer, dequantize(codes, scale, offset)
 
 
 def stored_weights(path: Path) -> LayerWeights:

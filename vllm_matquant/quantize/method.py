@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
@@ -94,7 +95,7 @@ class LayerMethod(Method):
             weight = linear.weight[ranks.own_rows(rows)]
             hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
             method = self.with_widths(task.widths.get(name, self.widths))
-            layer = method.quantize(weight, hessian, task.group_sizes[name])
+            layer = method.quantize(weight, hessian, task.group_sizes[name], task.decoder_kind)
             if hessians:
                 count = len(method.widths)
                 errors = relative_error([weight] * count, layer, method.slices(layer.codes), [hessian] * count)
@@ -109,13 +110,16 @@ class LayerMethod(Method):
         return hessians
 
     @abstractmethod
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         """Quantize a layer.
 
         Args:
             weight: float32 [out_features, in_features].
             hessian: float32 [in_features, in_features], mean of x^T x over the calibration tokens.
             group_size: columns that share a decoder; divides in_features.
+            kind: how decoders are stored.
         """
 
     def slices(self, codes: torch.Tensor) -> list[torch.Tensor]:

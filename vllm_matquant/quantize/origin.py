@@ -9,7 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_matquant.checkpoint.manifest import describe_files, versions
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.quantization_config import format_to_config
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import is_copied
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.calibration import Calibration
@@ -41,7 +43,7 @@ def describe_settings(
         "copied": describe_files(copied),
         "tokens": hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest() if calibration else None,
         "method": {"name": method.name, **asdict(method)},
-        "format": format_.to_dict(),
+        "format": format_to_config(format_),
         "versions": versions(),
         "machine": describe_machine(),
         "ranks": ranks.count(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import check_output
 from vllm_matquant.checkpoint.writer import CheckpointWriter
@@ -175,7 +176,7 @@ def quantize(
     if held_out is not None:
         ranks.check_windows(len(held_out), "held-out-samples")
     text = calibration.source if calibration else None
-    given = [method, format_.to_dict(), settings, text]
+    given = [method, format_to_config(format_), settings, text]
     ranks.check_same(given, "the ranks have other settings or texts than each other, expected the same for all")
     run = Run(source, method, format_, calibration, work, work.path if activations_on_disk else None)
     # All ranks have found their input good: from here on the first one writes.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vllm_matquant.checkpoint.packing import PACKED_CODES
-from vllm_matquant.checkpoint.spec import BASE_BITS, DECODER_DTYPE, Format
+from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.embeddings import part_rows
@@ -213,7 +213,7 @@ def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
 
 def _decoder_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
     """Bytes of a layer's decoder of one width."""
-    return 2 * rows * (columns // format_.group_size_of(columns, name)) * DECODER_DTYPE.itemsize
+    return format_.decoder_kind.nbytes(rows, columns // format_.group_size_of(columns, name))
 
 
 def _largest_block(source: Source) -> list[tuple[int, int]]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from scipy.optimize import nnls
 
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, GroupSize
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.training import TrainedDecoder
@@ -88,7 +88,7 @@ def _train(tokens: int) -> tuple[float, float]:
     """Seconds for each weight and token of a product, and for each weight of what a step of training does besides."""
     size, group = 1024, 64
     scale = torch.ones(size, size // group)
-    trained = TrainedDecoder(Decoder(scale, torch.zeros_like(scale)), 2)
+    trained = TrainedDecoder(Affine(scale, torch.zeros_like(scale)), 2)
     inputs, codes = torch.zeros(tokens, size, dtype=products_dtype()), torch.zeros(size, size)
     start = time.perf_counter()
     for _ in range(2):  # forwards, and once more before it goes backwards

@@ -115,9 +115,10 @@ class Run:
                 method = layer_method(self.method).with_widths(self.format.widths_of(name))
                 group_size = self.format.group_size_of(self.selection.outer[name][1], name)
                 moments = head_moments if name == self._head else None
-                layer = quantize_rows(self.source, name, method, group_size, moments, progress.update)
+                kind = self.format.decoder_kind
+                layer = quantize_rows(self.source, name, method, group_size, kind, moments, progress.update)
                 if ranks.is_first():
-                    self.work.save(name, {name: layer})
+                    self.work.save(name, {name: layer}, self.format.decoder_kind)
 
     @torch.no_grad()
     def train(self, states: torch.Tensor) -> None:
@@ -161,7 +162,7 @@ class Run:
         errors: dict[str, dict[int, float]] = {}
         for finished in tqdm([*self.block_names, *self.selection.outer], desc="writing", unit="block"):
             for name, layer in self.work.load(finished, self.format.widths_of).items():
-                writer.add_layer(name, layer.codes, {r: (d.scale, d.offset) for r, d in layer.decoders.items()})
+                writer.add_layer(name, layer.codes, layer.decoders)
                 errors[name] = layer.errors
         for name in self.selection.unquantized:
             writer.add_tensor(name, self.source.tensors.read(name))
@@ -188,7 +189,7 @@ class Run:
         group_sizes = self.selection.group_sizes(index)
         widths = {name: self.format.widths_of(name) for name in group_sizes if name in self.format.layer_widths}
         block = self.source.runner.load_block(index)
-        return BlockTask(self.block_names[index], block, group_sizes, activations, widths)
+        return BlockTask(self.block_names[index], block, group_sizes, activations, widths, self.format.decoder_kind)
 
     # In these three a block is an argument and nothing else, so that it is gone before the next one is loaded.
     def _quantize(self, task: BlockTask, progress: tqdm[NoReturn]) -> None:
@@ -197,7 +198,7 @@ class Run:
             layers[name] = layer
             progress.update()
         if ranks.is_first():
-            self.work.save(task.name, layers)
+            self.work.save(task.name, layers, self.format.decoder_kind)
         self._advance(task, layers)
 
     def _replay(self, task: BlockTask) -> None:

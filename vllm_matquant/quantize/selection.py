@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, Format
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.quantize.source import Source
 
 

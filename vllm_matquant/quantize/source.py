@@ -12,10 +12,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, TensorSpec
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 

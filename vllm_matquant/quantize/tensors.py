@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     IndexFileError,
     MissingFileError,
@@ -18,9 +19,10 @@ from vllm_matquant.checkpoint.errors import (
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, is_plain_name
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton
-from vllm_matquant.checkpoint.spec import CONFIG_FILE, INDEX_FILE, UNQUANTIZED_DTYPES, TensorSpec, is_plain_name
+from vllm_matquant.checkpoint.spec import UNQUANTIZED_DTYPES
 
 _SINGLE_FILE = "model.safetensors"
 _CHECKED_VALUES = 2**24  # at a time

@@ -50,8 +50,8 @@ class SlicedModel:
             codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
             self._codes[layer] = codes.to(self._device)
             for width in widths:
-                scale, offset = checkpoint.decoder(layer, width)
-                self._decoders[layer, width] = scale.float().to(self._device), offset.float().to(self._device)
+                plain = checkpoint.decoder(layer, width).affine
+                self._decoders[layer, width] = plain.scale.to(self._device), plain.offset.to(self._device)
         self.model = _build(checkpoint, source).to(dtype).to(self._device).eval().requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         self._weights = {layer: parameters[f"{layer}.weight"] for layer in self.layers}

@@ -16,7 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.spec import BASE_BITS, CONFIG_FILE, QUANT_METHOD, Format, shard_pattern
+from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
+from vllm_matquant.checkpoint.quantization_config import format_from_config
+from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
 from vllm_matquant.serve import precision
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
@@ -64,7 +66,7 @@ class MatquantConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MatquantConfig:
-        return cls(Format.from_dict(config))
+        return cls(format_from_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         folder = Path(model_name)

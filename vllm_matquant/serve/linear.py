@@ -13,19 +13,11 @@ from torch.nn import Module, Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
+from vllm_matquant.checkpoint.decoder import part_name
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
+from vllm_matquant.checkpoint.names import CONFIG_FILE, WEIGHT_BASE, plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes, unpack_codes
-from vllm_matquant.checkpoint.spec import (
-    BASE_BITS,
-    CONFIG_FILE,
-    DECODER_DTYPE,
-    PARENT_BITS,
-    WEIGHT_BASE,
-    Format,
-    offset_name,
-    plane_name,
-    scale_name,
-)
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format
 from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.kernels.support import select_kernel
 from vllm_matquant.serve.precision import LayerPrecision, Precision
@@ -155,7 +147,7 @@ class MatquantLinearMethod(LinearMethodBase):
             [spec] = [tensors[name] for tensors in stored.values() if name in tensors]
             data = torch.empty(spec.shape, dtype=spec.dtype)
             loader = self._recording(name, weight_loader)
-            layer.register_parameter(name, self._parameter(data, partitions_of, loader))
+            layer.register_parameter(name, self._parameter(name, data, partitions_of, loader))
         self._products = [
             (
                 segment.planes,
@@ -189,8 +181,9 @@ class MatquantLinearMethod(LinearMethodBase):
             own = {name: self._rows_of(segment, tensor, name) for name, tensor in disk.items()}
             base, planes = self._slice(own, segment.precision.resident_width)
             widths = segment.precision.decoder_widths
-            scales = [own[scale_name(width)] for width in widths]
-            offsets = [own[offset_name(width)] for width in widths]
+            kind = self.format.decoder_kind
+            plain = [kind.from_tensors(own.__getitem__, width).affine for width in widths]
+            scales, offsets = [each.scale.half() for each in plain], [each.offset.half() for each in plain]
             sizes = self._sizes(segment.partitions)
             decoders = layout.repack_decoders(scales, offsets, sizes)
             codes = layout.repack_codes(base, planes, sizes, widths, _memory)
@@ -268,7 +261,7 @@ class MatquantLinearMethod(LinearMethodBase):
             stored_width = self.format.stored_width(segment.precision.resident_width)
             planes = [plane_name(width) for width in range(BASE_BITS + 1, stored_width + 1)]
             widths = segment.precision.decoder_widths
-            decoders = [name(width) for width in widths for name in (scale_name, offset_name)]
+            decoders = [part_name(part, width) for width in widths for part in self.format.decoder_kind.parts(1, 1)]
             for name in (WEIGHT_BASE, *planes, *decoders):
                 owners[name] += segment.partitions
         return dict(owners)
@@ -286,7 +279,7 @@ class MatquantLinearMethod(LinearMethodBase):
         return tensor.narrow(0, start, self._rows(set(owners) & set(segment.partitions)))
 
     def _parameter(
-        self, data: torch.Tensor, partitions: Sequence[int], weight_loader: Callable[..., None]
+        self, name: str, data: torch.Tensor, partitions: Sequence[int], weight_loader: Callable[..., None]
     ) -> Parameter:
         """A parameter of vLLM's that cuts ``data``'s tensor for tensor parallelism.
 
@@ -295,9 +288,9 @@ class MatquantLinearMethod(LinearMethodBase):
             partitions: which these are.
             weight_loader: vLLM's, of the layer.
         """
-        if data.dtype != DECODER_DTYPE:
+        if name.startswith(("weight_base", "weight_plane")):
             parameter = _WeightOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
-        elif self._is_per_channel():
+        elif self._is_per_channel() or name.startswith("weight_step"):
             parameter = _ChannelScaleOfParts(data=data, output_dim=0, weight_loader=weight_loader)
         else:
             parameter = _GroupScaleOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)

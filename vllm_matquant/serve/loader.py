@@ -15,8 +15,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import get_lock, maybe_download_from_modelscope
 from vllm.transformers_utils.repo_utils import hf_api
 
-from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
-from vllm_matquant.checkpoint.spec import QUANT_METHOD, shard_pattern
+from vllm_matquant.checkpoint.names import shard_pattern
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.checkpoint.spec import QUANT_METHOD
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
 from vllm_matquant.serve.precision import Precision
@@ -34,7 +36,7 @@ class MatquantModelLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        self._opened: tuple[Checkpoint, Widths] | None = None
+        self._opened: tuple[Checkpoint, Slice] | None = None
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         if model_config.quantization != QUANT_METHOD:
@@ -44,11 +46,14 @@ class MatquantModelLoader(DefaultModelLoader):
         stored_width = quant_config.format.stored_width(precision.bits)
         folder = fetch(model_config, self.load_config.download_dir, ["*.json", shard_pattern(stored_width)])
         if precision.recipe is not None and quant_config.folder is None:  # a local folder has them, or is refused below
-            decoders = open_checkpoint(folder, check_values=False).decoders_file(precision.recipe)
+            decoders = precision.slice_of(open_checkpoint(folder, check_files=False)).decoders_file
             if decoders is not None:
                 fetch(model_config, self.load_config.download_dir, [decoders])
         # A downloaded checkpoint could not be checked before; a faulty one must not cost an allocation.
-        self._opened = open_checkpoint(folder, precision.widths), precision.widths
+        checkpoint = open_checkpoint(folder, check_files=False)
+        served = precision.slice_of(checkpoint)
+        checkpoint.check(served)
+        self._opened = checkpoint, served
         model = super().load_model(vllm_config, model_config, prefix)
         logger.info(
             "Serving at %s with the kernel %s: codes and decoders take %d bytes on this rank, by the format %d",
@@ -66,9 +71,9 @@ class MatquantModelLoader(DefaultModelLoader):
         if self._opened is None:
             raise RuntimeError(f"{model_config.model}: a matquant model cannot be reloaded in place")
         self.counter_before_loading_weights = time.perf_counter()
-        checkpoint, widths = self._opened
+        checkpoint, served = self._opened
         check_embeddings(model, checkpoint.layers)
-        yield from checkpoint.tensors(widths)
+        yield from checkpoint.tensors(served)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.reader import Checkpoint, Widths, open_checkpoint
-from vllm_matquant.checkpoint.recipe import Recipe, average_bits
-from vllm_matquant.checkpoint.recipe_store import choose_recipe, weight_bytes
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.sizes import parse_bytes
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS, Format, served_width
 
 SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
@@ -74,10 +73,9 @@ class Precision:
     activation_bits: int | None = None
     recipe: Mapping[str, int] | None = field(default=None, hash=False)
 
-    @property
-    def widths(self) -> Widths:
+    def slice_of(self, checkpoint: Checkpoint) -> Slice:
         """What to ask of the checkpoint."""
-        return self.bits if self.recipe is None else self.recipe
+        return checkpoint.slice(self.bits) if self.recipe is None else checkpoint.slice(widths=self.recipe)
 
     def of_layer(self, parts: Sequence[str], widths: Sequence[Sequence[int]]) -> LayerPrecision:
         """The widths of a layer whose output partitions are the layers ``parts``, which have ``widths``, ascending."""
@@ -203,47 +201,24 @@ def resolve(
         bits = request.bits or checkpoint_format.max_width
         checkpoint_format.check_width(bits, "quantization_config")
         return Precision(bits, request.activation_bits)
-    if request.bits is not None:
-        open_checkpoint(folder, request.bits)
-        return Precision(request.bits, request.activation_bits)
-    checkpoint = open_checkpoint(folder, check_values=False)
+    checkpoint = open_checkpoint(folder, check_files=False)
     if request.needs_recipes or request.recipe is not None:
-        precision = _by_recipe(_choose(request, checkpoint, partial, report), request.activation_bits)
+        if isinstance(request.recipe, Mapping):
+            served = checkpoint.slice(widths=request.recipe)
+        elif request.recipe is not None:
+            served = checkpoint.slice(request.recipe)
+        else:
+            served = checkpoint.slice(budget=request.budget, memory=request.memory, partial=partial)
+        report(f"Serving {served}")
         if not partial:
-            open_checkpoint(folder, precision.widths)
-        return precision
-    # With no width on disk the narrowest is asked for, and its check below names the files that are missing.
-    bits = max(checkpoint.servable_widths, default=checkpoint_format.widths[0])
-    open_checkpoint(folder, bits)
-    report(
-        f"No --bits given: serving at {bits} bits, the widest of {list(checkpoint_format.widths)} that {folder} holds"
-    )
-    return Precision(bits, request.activation_bits)
-
-
-def _choose(
-    request: Request, checkpoint: Checkpoint, partial: bool, report: Callable[[str], object]
-) -> Mapping[str, int]:
-    """The widths of a recipe, and a line that says which one it is."""
-    if isinstance(request.recipe, Mapping):
-        return checkpoint.layer_widths(request.recipe)
-    if request.recipe is not None:
-        recipe = checkpoint.read_recipe(request.recipe)
-    else:
-        recipe = choose_recipe(checkpoint, bits=request.budget, memory=request.memory, partial=partial)
-    report(describe(recipe, checkpoint))
-    return recipe.widths
-
-
-def describe(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """One line for the log."""
-    own = " with decoders of its own" if recipe.own_decoders else ""
-    loss = "not measured" if recipe.kl is None else f"{recipe.kl:.4g} nats per token"
-    return (
-        f"Serving the recipe {recipe.name}{own}: {average_bits(recipe.widths, checkpoint.layers):.4g} bits per weight, "
-        f"{checkpoint.resident_bytes(recipe.widths):,} bytes of codes and decoders "
-        f"({weight_bytes(checkpoint, recipe):,} with what is not quantized), predicted loss (KL divergence) {loss}"
-    )
+            checkpoint.check(served)
+        return _by_recipe(served.widths, request.activation_bits)
+    served = checkpoint.slice(request.bits)
+    checkpoint.check(served)
+    if request.bits is None:
+        offered = f"the widest of {list(checkpoint_format.widths)} that {folder} holds"
+        report(f"No --bits given: serving at {served.width} bits, {offered}")
+    return Precision(served.widest if served.width is None else served.width, request.activation_bits)
 
 
 def _by_recipe(widths: Mapping[str, int], activation_bits: int | None) -> Precision:

@@ -71,7 +71,7 @@ def make_report(blocks: int = 2, widths: tuple[int, ...] = WIDTHS, **fields: Any
         "seconds": {"calibrate": 1.9, "solve": 214.3, "total": 5025.0},
         "peak_memory_bytes": 1_106_000_000,
         "software": {"torch": "2.13.0", "threads": "2"},
-        "command": ("tools/quantize.py", "org/tiny-model", "--ignore", "a|b"),
+        "command": ("matquant", "quantize", "org/tiny-model", "--ignore", "a|b"),
         "source_bytes": 269_000_000,
         "license": {"license": "apache-2.0"},
     }

@@ -11,7 +11,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from tests.quantize.report.sample_reports import layer_rows, make_report
-from vllm_matquant.checkpoint.spec import WIDTHS, Format, shard_name
+from vllm_matquant.checkpoint.names import shard_name
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 from vllm_matquant.quantize.report.card import read_license, render_card
 
 
@@ -83,7 +84,7 @@ def test_excluded_files_are_those_that_the_width_does_not_read(format_: Format) 
 
 def test_how_it_was_made() -> None:
     _, body = split(render_card(make_report()))
-    assert "\n    python tools/quantize.py org/tiny-model --ignore 'a|b'\n" in body
+    assert "\n    matquant quantize org/tiny-model --ignore 'a|b'\n" in body
     assert "built-in text, 16 × 512 tokens, seed 7, SHA-256" in body
     assert "damping 0.01, sweeps 2" in body
     assert "- not quantized: `lm_head`\n" in body

@@ -107,7 +107,7 @@ def test_shows_every_figure() -> None:
         assert shown in page.texts, shown
     assert "calibrate 1.9 s, solve 3 min 34 s, total 1 h 23 min" in page.texts
     assert "built-in text, 16 × 512 tokens, seed 7, SHA-256 " + "ab" * 32 in page.texts
-    assert "python tools/quantize.py org/tiny-model --ignore 'a|b'" in page.texts
+    assert "matquant quantize org/tiny-model --ignore 'a|b'" in page.texts
     layer = report.layers[100]
     row = page.texts.index(layer.name)
     cells = [text for text in page.texts[row:] if text][:9]

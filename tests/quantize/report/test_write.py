@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.quantize.report.sample_reports import layer_rows, make_report
-from vllm_matquant.checkpoint.spec import DOCUMENT_FILES
+from vllm_matquant.checkpoint.names import DOCUMENT_FILES
 from vllm_matquant.quantize.report import write
 from vllm_matquant.quantize.report.data import Report
-from vllm_matquant.quantize.report.write import check_report_requirements, write_report
+from vllm_matquant.quantize.report.write import write_report
 
 
 def small_report(**fields: Any) -> Report:
@@ -84,10 +83,3 @@ def test_each_file_is_new_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     changed = {name for name in new if new[name] != old[name]}
     assert changed == {str(path.relative_to(tmp_path)) for path in replaced}
     assert len(changed) == written
-
-
-def test_missing_matplotlib_is_told_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_report_requirements()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"no package matplotlib, expected it \(pip install 'vllm_matquant\[plot\]'\)"):
-        check_report_requirements()

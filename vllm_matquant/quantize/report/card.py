@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
-from vllm_matquant.checkpoint.spec import BASE_BITS, MODEL_CARD_FILE
+from vllm_matquant.checkpoint.names import MODEL_CARD_FILE
+from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.quantize.report import wording
 from vllm_matquant.quantize.report.data import Report
 

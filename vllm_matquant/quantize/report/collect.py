@@ -51,7 +51,10 @@ def collect_report(
         quality=outcome.quality,
         quality_text=quality_text,
         calibration=outcome.calibration,
-        bytes={width: sum(path.stat().st_size for path in checkpoint.files_for(width)) for width in format_.widths},
+        bytes={
+            width: sum(path.stat().st_size for path in checkpoint.files_for(checkpoint.slice(width)))
+            for width in format_.widths
+        },
         seconds=outcome.seconds | {"total": sum(outcome.seconds.values())},
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         software={**versions(), **{name: str(value) for name, value in describe_machine().items()}},

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 
 REPORT_VERSION = 1
@@ -118,7 +119,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json: the fields, with null for a figure that is not finite."""
-        fields = asdict(self) | {"format": self.format.to_dict()}
+        fields = asdict(self) | {"format": format_to_config(self.format)}
         return {"report_version": REPORT_VERSION, **_json_able(fields)}
 
 

@@ -54,4 +54,4 @@ def text_source(source: dict[str, Any] | None) -> str:
 
 def command(arguments: Sequence[str]) -> str:
     """A command line that a shell takes as it was."""
-    return "python " + shlex.join(arguments)
+    return shlex.join(arguments)

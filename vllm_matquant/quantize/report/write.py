@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_matquant.checkpoint.files import publish_json, publish_text
-from vllm_matquant.checkpoint.spec import MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_FOLDER, REPORT_PAGE_FILE
+from vllm_matquant.checkpoint.names import MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_FOLDER, REPORT_PAGE_FILE
 from vllm_matquant.quantize.report.card import render_card
 from vllm_matquant.quantize.report.data import Report
 from vllm_matquant.quantize.report.page import render_page
-
-
-def check_report_requirements() -> None:
-    """Refuse to begin what could not be reported on in the end.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError("report: found no package matplotlib, expected it (pip install 'vllm_matquant[plot]')")
 
 
 def write_report(report: Report, folder: Path) -> None:

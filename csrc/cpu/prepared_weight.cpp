@@ -1,0 +1,132 @@
+#include "cpu/prepared_weight.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace matquant::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Rows of tiles of a segment that are never divided: their outputs for a token fill a cache line, which one thread
+// writes.
+constexpr int64_t kUnitRows = 2;
+
+void check_layout(const Weight& weight, const Segment& segment) {
+    STD_TORCH_CHECK(weight.group_size % kStepColumns == 0 || weight.group_size >= weight.columns, "group_size: found ",
+                    weight.group_size, ", expected a multiple of ", kStepColumns, " or at least the ", weight.columns,
+                    " columns");
+    const int64_t rows = static_cast<int64_t>(split_into_tiles(segment.output_sizes).size());
+    const int64_t widths = static_cast<int64_t>(segment.decoder_widths.size());
+    check_tensor("planes", segment.planes, ScalarType::Byte,
+                 {segment.resident_width, rows, ceil_div(weight.columns, kTileColumns), kPlaneBytes});
+    switch (weight.decoder_kind) {
+        case DecoderKind::kAffineFloat16:
+            return check_tensor("decoders", segment.decoders, ScalarType::Half,
+                                {widths, rows, weight.groups(), 2, kTileRows});
+        case DecoderKind::kAffineInt8:
+            return check_tensor("decoders", segment.decoders, ScalarType::Byte,
+                                {widths, rows, decoder_bytes(weight.decoder_kind, weight.groups())});
+    }
+}
+
+void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
+                 const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes) {
+    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
+    const std::shared_ptr<const Weight> before = weight_of(id);
+    const std::shared_ptr<Weight> weight =
+        with_segment(*before, {planes, decoders, active_width, decoder_widths, output_sizes, planes.size(0)});
+    check_layout(*weight, weight->segments.back());
+    weight->prepared = std::make_shared<PreparedWeight>(*weight);
+    publish_weight(id, weight);
+}
+
+}  // namespace
+
+bool is_paired(const std::string& layout) {
+    STD_TORCH_CHECK(layout == kPairsLayout || layout == kPlanesLayout, "layout: found \"", layout, "\", expected \"",
+                    kPairsLayout, "\" or \"", kPlanesLayout, "\"");
+    return layout == kPairsLayout;
+}
+
+PreparedWeight::PreparedWeight(const Weight& weight) : paired_(is_paired(weight.layout)) {
+    int64_t begin = 0;
+    for (const Segment& segment : weight.segments) {
+        const int64_t count = segment.planes.size(1);
+        segments_.push_back({begin, begin + count, count * segment.planes.size(2) * kPlaneBytes});
+        begin += count;
+    }
+}
+
+std::shared_ptr<const Plan> PreparedWeight::plan(const Weight& weight, int64_t threads) const {
+    const std::lock_guard lock(mutex_);
+    bool same = plan_ != nullptr && static_cast<int64_t>(plan_->begins.size()) == threads + 1;
+    size_t index = 0;
+    for (size_t segment = 0; same && segment < weight.segments.size(); ++segment) {
+        const Tensor& active_width = weight.segments[segment].active_width;
+        const int32_t* widths = active_width.const_data_ptr<int32_t>();
+        const size_t count = weight.segments[segment].output_sizes.size();
+        same = std::equal(widths, widths + count, plan_->widths.begin() + index);
+        index += count;
+    }
+    if (!same) {
+        plan_ = make_plan(weight, threads);
+    }
+    return plan_;
+}
+
+std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int64_t threads) const {
+    const auto plan = std::make_shared<Plan>();
+    int64_t first = 0;  // output
+    for (size_t index = 0; index < weight.segments.size(); ++index) {
+        const Segment& segment = weight.segments[index];
+        const uint8_t* planes = segment.planes.const_data_ptr<uint8_t>();
+        const uint8_t* decoders = static_cast<const uint8_t*>(segment.decoders.const_data_ptr());
+        const int32_t* active_width = segment.active_width.const_data_ptr<int32_t>();
+        const std::vector<int32_t> widths(active_width, active_width + segment.output_sizes.size());
+        const std::vector<TileRows> tile_rows = split_into_tiles(segment.output_sizes);
+        const int64_t rows = static_cast<int64_t>(tile_rows.size());
+        const int64_t row_bytes = segments_[index].plane_stride / rows;
+        const int64_t decoder_size = decoder_bytes(weight.decoder_kind, weight.groups());
+        for (int64_t row = 0; row < rows; ++row) {
+            const TileRows& part = tile_rows[row];
+            const int32_t width = widths[part.partition];
+            const int64_t decoder = segment.find_decoder(width);
+            plan->rows.push_back({planes + 2 * row * row_bytes, planes + row * row_bytes,
+                                  decoders + (decoder * rows + row) * decoder_size, width, first + part.first,
+                                  part.count});
+        }
+        plan->narrow.push_back(
+            std::all_of(widths.begin(), widths.end(), [](int32_t width) { return width == kMinWidth; }));
+        plan->widths.insert(plan->widths.end(), widths.begin(), widths.end());
+        first += segment.out_features();
+    }
+
+    // Units of rows, so that all threads have about as many bits to read.
+    int64_t bits = 0, before = 0;
+    for (const TileRow& row : plan->rows) {
+        bits += row.width;
+    }
+    for (const Rows& segment : segments_) {
+        for (int64_t row = segment.begin; row < segment.end; row += kUnitRows) {
+            while (before * threads >= bits * static_cast<int64_t>(plan->begins.size()) &&
+                   static_cast<int64_t>(plan->begins.size()) < threads) {
+                plan->begins.push_back(row);
+            }
+            for (int64_t index = row; index < std::min(row + kUnitRows, segment.end); ++index) {
+                before += plan->rows[index].width;
+            }
+        }
+    }
+    plan->begins.resize(threads + 1, static_cast<int64_t>(plan->rows.size()));
+    return plan;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) { m.impl("add_segment", TORCH_BOX(&add_segment)); }
+
+}  // namespace matquant::cpu

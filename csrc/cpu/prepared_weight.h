@@ -1,0 +1,52 @@
+// What the CPU keeps with a weight: where its rows of tiles are, and who multiplies them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "weight.h"
+
+namespace matquant::cpu {
+
+// Whether planes past the base field lie in pairs. An error if the layout is none of the CPU's.
+bool is_paired(const std::string& layout);
+
+// The work of a product at the widths that are active now.
+struct Plan {
+    std::vector<int32_t> widths;  // of all partitions
+    std::vector<TileRow> rows;    // of tiles, of all segments
+    std::vector<bool> narrow;     // for each segment: all of it is at 2 bits
+    std::vector<int64_t> begins;  // rows where each thread begins, and the end
+};
+
+class PreparedWeight : public Weight::Prepared {
+  public:
+    // Of one segment.
+    struct Rows {
+        int64_t begin, end;    // rows of tiles in the plan
+        int64_t plane_stride;  // bytes of a plane
+    };
+
+    // Of segments whose planes and decoders have been checked.
+    explicit PreparedWeight(const Weight& weight);
+
+    bool paired() const { return paired_; }
+    const std::vector<Rows>& segments() const { return segments_; }
+
+    // An error if an active width is not resident. Made anew only if a width or the number of threads has changed.
+    std::shared_ptr<const Plan> plan(const Weight& weight, int64_t threads) const;
+
+  private:
+    std::shared_ptr<const Plan> make_plan(const Weight& weight, int64_t threads) const;
+
+    bool paired_;
+    std::vector<Rows> segments_;
+    mutable std::mutex mutex_;
+    mutable std::shared_ptr<const Plan> plan_;
+};
+
+}  // namespace matquant::cpu

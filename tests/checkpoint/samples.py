@@ -1,0 +1,62 @@
+"""Checkpoints of random codes and decoders, and what their tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.spec import Format
+
+PARTS = {"affine-float16": ("scale", "offset"), "affine-int8": ("scale", "centre", "step")}
+"""What the decoders of each kind consist of, as docs/format.md has it."""
+
+
+@dataclass
+class Sample:
+    """A checkpoint on disk and what was written to it."""
+
+    folder: Path
+    format: Format
+    codes: dict[str, torch.Tensor]
+    decoders: dict[str, dict[int, Decoder]]
+    unquantized: dict[str, torch.Tensor]
+
+
+def random_decoder(kind: DecoderKind, width: int, rows: int, groups: int, generator: torch.Generator) -> Decoder:
+    """Scales in 0..1 and offsets around 0, as a kind stores them."""
+    scale = torch.rand(rows, groups, generator=generator)
+    return kind.encode(Affine(scale, torch.randn(rows, groups, generator=generator)), width)
+
+
+def open_slice(folder: Path, which: Any = None, *, values: bool = True) -> Checkpoint:
+    """Open a folder and check what serving one slice reads."""
+    checkpoint = open_checkpoint(folder, check_files=False)
+    checkpoint.check(checkpoint.slice(which), values=values)
+    return checkpoint
+
+
+def same_decoder(found: Decoder, expected: Decoder) -> bool:
+    """Whether two decoders are the same in every stored byte."""
+    return (
+        (found.kind, found.width) == (expected.kind, expected.width)
+        and found.parts.keys() == expected.parts.keys()
+        and all(
+            found.parts[part].dtype == tensor.dtype and torch.equal(found.parts[part], tensor)
+            for part, tensor in expected.parts.items()
+        )
+    )
+
+
+def decoder_names(kind: DecoderKind, width: int) -> set[str]:
+    """Names, within a layer, of the tensors of one width's decoder."""
+    return {f"weight_{part}{width}" for part in PARTS[kind.name]}
+
+
+def decoder_bytes(kind: DecoderKind, rows: int, groups: int) -> int:
+    """Bytes of one width's decoder of a layer, as docs/format.md has it."""
+    return {"affine-float16": 4 * rows * groups, "affine-int8": 2 * rows * groups + 4 * rows}[kind.name]

@@ -1,0 +1,348 @@
+"""The command line of the quantizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.quantize.tiny_sources import write_source
+from vllm_matquant import cli
+from vllm_matquant.checkpoint.manifest import read_manifest
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.jobs import quantize as quantize_job
+from vllm_matquant.quantize.resume import WORK_FOLDER, WorkFolder
+
+run_quantize = cli.tool("quantize")
+FEW = ["--samples", "4", "--sequence-length", "32", "--no-report"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit status and the last line of what the tool says when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run_quantize(list(map(str, arguments)))
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_defaults(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_quantize([str(source), "--output", str(tmp_path / "nested"), *FEW]) == 0
+    output = capsys.readouterr()
+    assert f"{tmp_path / 'nested'} offers 2, 3, 4, 5, 6, 7, 8 bits: vllm serve" in output.out
+    assert "14/14" in output.err  # layers on the progress bar
+    checkpoint = open_checkpoint(tmp_path / "nested")
+    assert checkpoint.format.widths == WIDTHS
+    assert checkpoint.format.group_size == "auto"
+    manifest = json.loads((tmp_path / "nested" / "MANIFEST.json").read_text())
+    assert manifest["command"] == ["matquant", "quantize", "llama", "--output", "nested", *FEW]
+    assert manifest["calibration"]["name"] == "built-in text"
+    assert read_manifest(tmp_path / "nested")
+
+
+def test_options(source: Path, text_file: Path, tmp_path: Path) -> None:
+    output, errors = tmp_path / "nested", tmp_path / "errors.json"
+    options = ["--bits", "4,2", "--group-size", "32", "--method", "matgptq", "--ignore", "k_proj", "--ignore", "v_proj"]
+    options += ["--calibration", str(text_file), "--seed", "7", "--errors", str(errors), *FEW]
+    assert run_quantize([str(source), "--output", str(output), *options]) == 0
+    checkpoint = open_checkpoint(output)
+    assert (checkpoint.format.widths, checkpoint.format.group_size) == ((2, 4), 32)
+    assert checkpoint.format.slicing == "round"
+    assert not any("k_proj" in layer or "v_proj" in layer for layer in checkpoint.layers)
+    written = json.loads(errors.read_text())
+    assert set(written) == set(checkpoint.layers)
+    assert all(0 < error["4"] < error["2"] for error in written.values())
+    assert json.loads((output / "MANIFEST.json").read_text())["calibration"]["seed"] == 7
+
+
+@pytest.mark.parametrize("options", [[], ["--bits", "4", "--method", "gptq"], ["--method", "rtn"]])
+def test_dry_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert run_quantize([str(source), "--output", str(tmp_path / "deep" / "nested"), "--dry-run", *FEW, *options]) == 0
+    said = capsys.readouterr().out
+    widths = "4" if "gptq" in options else "2"
+    assert said.startswith(f"files to serve  {widths} bits ")
+    assert [line.split()[0] for line in said.splitlines()] == ["files", "disk", "memory", "time"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_would(nested: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in nested.iterdir()}
+    for options in ([], ["--samples", "100000", "--overwrite"], ["--ignore", "nonesuch"], ["--group-size", "48"]):
+        errors = [refusal(capsys, source, "--output", nested, *FEW, *options, *dry) for dry in (["--dry-run"], [])]
+        assert errors[0] == errors[1]
+    assert {path.name: path.read_bytes() for path in nested.iterdir()} == before
+
+
+def test_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "nested"
+    arguments = [str(source), "--output", str(output), "--bits", "2,8", "--samples", "4", "--sequence-length", "32"]
+    assert run_quantize(arguments) == 0
+    said = capsys.readouterr().out
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert [row["bits"] for row in report["quality"]] == [2, 8]
+    for row in report["quality"]:
+        assert row["tokens"] == 8 * 31
+        assert f"{row['bits']} bits: perplexity {row['perplexity']:.2f}" in said
+    assert report["quality_text"]["name"] == "built-in text"
+    assert [layer["name"] for layer in report["layers"]] == list(open_checkpoint(output).layers)
+    assert all(set(layer["errors"]) == {"2", "8"} for layer in report["layers"])
+    assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"].values()) / 2)
+    assert report["bytes"]["2"] < report["bytes"]["8"]
+    assert (output / "report" / "index.html").is_file()
+    card = (output / "README.md").read_text()
+    assert str(tmp_path) not in card + json.dumps(report)
+    assert all(result.passed for result in verify(output))
+
+
+def test_held_out_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, output = tmp_path / "mine.txt", tmp_path / "nested"
+    text.write_text("the other cat sat on a mat and thought " * 40)
+    arguments = [str(source), "--output", str(output), "--bits", "8", "--method", "rtn", "--sequence-length", "32"]
+    assert run_quantize([*arguments, "--held-out", str(text), "--held-out-samples", "3"]) == 0
+    described = json.loads((output / "report" / "report.json").read_text())["quality_text"]
+    assert (described["name"], described["samples"], described["sequence_length"]) == ("mine.txt", 3, 32)
+    refused = tmp_path / "refused"
+    text.write_text("short")
+    assert "expected at least" in refusal(capsys, *arguments[:2], refused, "--held-out", text)[1]
+    text.write_bytes(b"\xff\xfe\xfa")
+    assert "not UTF-8" in refusal(capsys, *arguments[:2], refused, "--held-out", text)[1]
+    assert not refused.exists()
+
+
+def test_quantize_embeddings(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "nested"
+    arguments = [str(source), "--output", str(output), "--bits", "2,8", "--samples", "4", "--sequence-length", "32"]
+    arguments.append("--quantize-embeddings")
+    for refused, message in (
+        (["--group-size-for", "lm_head=48"], "group_size for lm_head: found 48, expected a divisor of its 64"),
+        (["--ignore", "embed", "--ignore", "lm_head"], "quantize-embeddings: found model.embed_tokens and lm_head, of"),
+        (["--ignore", "nonesuch"], "matches none of the model's 16 linear layers and embeddings"),
+    ):
+        status, said = refusal(capsys, *arguments, *refused)
+        assert status == 1
+        assert message in said
+        assert not output.exists()
+    assert run_quantize([*arguments, "--dry-run"]) == 0
+    assert not output.exists()
+    assert run_quantize(arguments) == 0
+    assert "640/640" in capsys.readouterr().err  # rows on the progress bar
+    checkpoint = open_checkpoint(output)
+    assert checkpoint.format.quantized_embeddings == ("model.embed_tokens",)
+    assert checkpoint.format.ignored_layers == ()
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == list(checkpoint.layers)
+    assert all(set(layer["errors"]) == {"2", "8"} for layer in report["layers"])
+    card = (output / "README.md").read_text()
+    assert "no linear layer is left out" in card
+    assert "embeddings: `model.embed_tokens`" in card
+    assert run_quantize([*arguments, "--overwrite", "--ignore", "lm_head", "--no-report"]) == 0
+    assert open_checkpoint(output).format.ignored_layers == ("lm_head",)
+    assert "lm_head" not in open_checkpoint(output).layers
+    assert "model.embed_tokens" in open_checkpoint(output).layers
+
+
+def test_text_column(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"content": f"The {number} cats sat there."}) + "\n" for number in range(200)))
+    arguments = [str(source), "--output", str(tmp_path / "nested"), "--calibration", str(text), *FEW]
+    status, said = refusal(capsys, *arguments)
+    assert status == 1
+    assert "text.jsonl:1: found" in said
+    assert 'expected {"text": "..."}' in said
+    assert not (tmp_path / "nested").exists()
+    assert run_quantize([*arguments, "--text-column", "content", "--bits", "4"]) == 0
+
+
+def test_interrupt_while_the_report_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize_job, "write_report", interrupted)
+    output = tmp_path / "nested"
+    status, said = refusal(capsys, source, *FEW[:-1], "--bits", "4", "--output", output)
+    assert status == 130
+    assert said.endswith(f": interrupted; the report is missing, the checkpoint whole in {output}")
+    assert open_checkpoint(output).format.widths == (4,)
+
+
+def test_resume(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(source), *FEW, "--output"]
+    assert run_quantize([*arguments, str(tmp_path / "whole" / "nested")]) == 0
+    output = tmp_path / "resumed" / "nested"
+    save = WorkFolder.save
+
+    def interrupted(self: WorkFolder, block: str, layers: Any) -> None:
+        save(self, block, layers)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", interrupted)
+        status, said = refusal(capsys, *arguments, output)
+    assert status == 130
+    assert said.endswith(f": interrupted; no checkpoint was written to {output}")
+    status, said = refusal(capsys, *arguments, output)
+    assert "work folder: found unfinished work, 1 of 2 blocks, expected none, or leave to resume" in said
+    status, said = refusal(capsys, *arguments, output, "--resume", "--seed", 1)
+    assert "calibration.seed: found 1, expected 0. Run with what the unfinished work began with" in said
+    assert run_quantize([*arguments, str(output), "--resume"]) == 0
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole" / "nested").iterdir()}
+
+
+def test_overwrite(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(source), "--output", str(tmp_path / "nested"), "--method", "rtn"]
+    assert run_quantize(arguments) == 0
+    status, message = refusal(capsys, *arguments, "--bits", 4)
+    assert status == 1
+    assert "expected no files of a checkpoint, or leave to overwrite" in message
+    assert open_checkpoint(tmp_path / "nested").format.widths == WIDTHS
+    assert run_quantize([*arguments, "--bits", "4", "--overwrite"]) == 0
+    assert open_checkpoint(tmp_path / "nested").format.widths == (4,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "1,4"], "argument --bits: found '1,4', expected distinct widths from 2 to 8"),
+        (["--group-size", "30"], "argument --group-size: found '30', expected a multiple of 8, auto or channel"),
+        (["--group-size", "row"], "argument --group-size: found 'row'"),
+        (["--group-size-for", "k_proj"], "argument --group-size-for: found 'k_proj', expected REGEX=SIZE"),
+        (["--group-size-for", "k_proj=30"], "argument --group-size-for: found '30', expected a multiple of 8"),
+        (["--bits-for", "k_proj"], "argument --bits-for: found 'k_proj', expected REGEX=WIDTHS"),
+        (["--bits-for", "k_proj=4,9"], "argument --bits-for: found '4,9', expected distinct widths from 2 to 8"),
+        (["--samples", "0"], "argument --samples: found '0', expected a positive integer"),
+        (["--sequence-length", "x"], "argument --sequence-length: found 'x'"),
+        (["--method", "best"], "argument --method: invalid choice: 'best'"),
+        (["--errors", "/no/such/folder/errors.json"], "argument --errors: found no folder /no/such/folder"),
+    ],
+)
+def test_bad_arguments(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    status, said = refusal(capsys, source, "--output", tmp_path / "nested", *options)
+    assert status == 2
+    assert message in said
+    assert not (tmp_path / "nested").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--group-size", "48"],
+            "group_size for model.layers.0.self_attn.q_proj: found 48, expected a divisor of its 64",
+        ),
+        (["--method", "gptq"], "method gptq: found widths [2, 3, 4, 5, 6, 7, 8], expected one width"),
+        (["--ignore", "nonesuch"], "ignore: 'nonesuch' matches none of the model's 15 linear layers"),
+        (["--ignore", "["], "ignore: found '[', expected a regular expression"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt: found no such file"),
+        (["--calibration", __file__, "--samples", "9999"], "test_quantize.py: found"),
+        (["--calibration", sys.executable], "found bytes that are not UTF-8"),
+        (["--samples", "1000000"], "built-in text: found"),
+    ],
+)
+def test_refusals(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    status, said = refusal(capsys, source, "--output", tmp_path / "nested", *options)
+    assert status == 1
+    assert message in said
+    assert not (tmp_path / "nested").exists()
+
+
+def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = refusal(capsys, tmp_path / "nowhere", "--output", tmp_path / "nested")
+    assert status == 1
+    assert f"{tmp_path / 'nowhere'}: model: found no such folder, nor a model of the hub" in said
+
+
+def test_quantized_already(nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = refusal(capsys, nested, "--output", tmp_path / "twice")
+    assert status == 1
+    assert "quantization_config: found matquant, expected a model that is not quantized" in said
+
+
+def test_no_tokenizer(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(source / name)
+    status, said = refusal(capsys, model, "--output", tmp_path / "nested", *FEW)
+    assert status == 1
+    assert f"{model}: tokenizer: found none" in said
+    # Without calibration, no tokenizer is needed.
+    assert run_quantize([str(model), "--output", str(tmp_path / "nested"), "--method", "rtn", "--no-report"]) == 0
+
+
+def test_the_output_may_not_be_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_source(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for options in ([], ["--overwrite"]):
+        status, said = refusal(capsys, model, "--output", model, *options)
+        assert status == 1
+        assert "output folder: found" in said
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_quantize(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "example: matquant quantize" in said
+    assert "(default: None)" not in said
+
+
+@pytest.mark.slow
+def test_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C ends a run with a line and without a trace in the file system, but for the finished blocks."""
+    model = write_source(tmp_path / "model", num_hidden_layers=200)
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_matquant",
+        "quantize",
+        str(model),
+        "--output",
+        str(tmp_path / "nested"),
+        *FEW,
+    ]
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
+        said = ""
+        while not re.search(r" [1-9]\d/1400", said[-60:]):  # until the bar says that a block is finished
+            said += process.stderr.read(20)
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "blocks are finished and kept, for --resume" in said
+    assert (
+        said.strip().splitlines()[-1]
+        == f"matquant quantize: interrupted; no checkpoint was written to {tmp_path / 'nested'}"
+    )
+    assert [path.name for path in (tmp_path / "nested").iterdir()] == [WORK_FOLDER]
+
+
+def test_setting(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "nested"
+    arguments = [str(source), "--output", str(output), "--bits", "2,8", *FEW]
+    refused = refusal(capsys, *arguments, "--setting", "growht=3")
+    assert refused[0] == 1
+    assert "growht=3" in refused[1]
+    assert not output.exists()
+    assert run_quantize([*arguments, "--setting", "sequential_up_to=0", "--setting", "sweeps=0"]) == 0
+    plain = (output / "model-width2-00001-of-00001.safetensors").read_bytes()
+    assert run_quantize([*arguments, "--overwrite"]) == 0
+    assert (output / "model-width2-00001-of-00001.safetensors").read_bytes() != plain

@@ -1,0 +1,183 @@
+"""The jobs that measure speed: of one layer, and of a checkpoint that vLLM serves."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_matquant.bench.kernel import BATCHES, PEERS, SHAPES, Settings, plot_kernel
+from vllm_matquant.bench.kernel import COLUMNS as KERNEL_COLUMNS
+from vllm_matquant.bench.kernel import bench_kernel as measure_kernel
+from vllm_matquant.bench.serve import COLUMNS, PROMPT, Load, bench_llama_cpp, check_vllm, plot_serving
+from vllm_matquant.bench.serve import bench_serve as measure_serving
+from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.jobs.arguments import names_of, output_file, positive, positive_list, width_list
+from vllm_matquant.jobs.job import Job, Say, argument, running, show, silent
+from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
+from vllm_matquant.jobs.table import figures, headings
+from vllm_matquant.serve.precision import ACTIVATION_BITS
+
+Rows = list[dict[str, Any]]
+
+
+def shape_list(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse ``llama-3-8b,4096x11008``: names of models and out_features x in_features."""
+    shapes: list[tuple[int, int]] = []
+    for part in text.split(","):
+        sizes = part.split("x")
+        if part in SHAPES:
+            shapes += SHAPES[part]
+        elif len(sizes) == 2 and all(size.isdigit() and int(size) > 0 for size in sizes) and int(sizes[1]) % 8 == 0:
+            shapes.append((int(sizes[0]), int(sizes[1])))
+        else:
+            expected = f"some of {', '.join(SHAPES)} or N x K with K a multiple of 8, such as 4096x11008"
+            raise argparse.ArgumentTypeError(f"found {part!r}, expected {expected}")
+    return tuple(dict.fromkeys(shapes))
+
+
+def _show_shapes(shapes: Sequence[tuple[int, int]]) -> str:
+    return ",".join(f"{rows}x{columns}" for rows, columns in shapes)
+
+
+@dataclass(frozen=True)
+class BenchKernel(Job[Rows]):
+    """Time of one linear layer on the CPU at each width, beside a plain read of the same bytes and other libraries'
+    layers of the same shape; weights are out of the caches.
+
+    Gives a row for each layer, number of threads, batch and width.
+    """
+
+    _: KW_ONLY
+    bits: Sequence[int] = field(
+        default=WIDTHS, metadata=argument("widths to measure (default: 2 to 8)", parse=width_list)
+    )
+    batch: Sequence[int] = field(
+        default=BATCHES,
+        metadata=argument(f"tokens multiplied at once (default: {show(BATCHES)})", parse=positive_list, metavar="LIST"),
+    )
+    shapes: Sequence[tuple[int, int]] = field(
+        default=tuple(dict.fromkeys(shape for shapes in SHAPES.values() for shape in shapes)),
+        metadata=argument(
+            f"out_features x in_features, such as 4096x11008, or layers of {', '.join(SHAPES)} (default: all these)",
+            parse=shape_list,
+            show=_show_shapes,
+            metavar="LIST",
+        ),
+    )
+    threads: Sequence[int] = field(
+        default=(1, 2), metadata=argument("numbers of threads (default: 1,2)", parse=positive_list, metavar="LIST")
+    )
+    group_size: int = field(default=128, metadata=argument("columns of a group (default: %(default)s)", parse=positive))
+    activation_bits: int = field(
+        default=16,
+        metadata=argument(
+            "bits to which activations are rounded (default: %(default)s)", parse=int, choices=(8, 16, 24)
+        ),
+    )
+    peers: Sequence[str] = field(
+        default=tuple(PEERS),
+        metadata=argument(
+            f"other libraries to time: some of {', '.join(PEERS)}, or none (default: all)",
+            parse=names_of(tuple(PEERS), "none"),
+            metavar="LIST",
+        ),
+    )
+    json: Path | str | None = field(
+        default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
+    )
+    plot: Path | str | None = field(
+        default=None, metadata=argument("draw time against bits", parse=output_file, metavar="OUT.png")
+    )
+
+    def run(self, say: Say = silent) -> Rows:
+        settings = Settings(
+            self.shapes, self.batch, self.bits, self.threads, self.group_size, self.activation_bits, self.peers
+        )
+        columns = (*KERNEL_COLUMNS, *self.peers)
+        say(headings(columns))
+        rows = []
+        for row in measure_kernel(settings):
+            rows.append(row)
+            say(figures(row | dict.fromkeys(self.peers, math.nan) | row["peer_seconds"], columns))
+        if self.json:
+            publish_json(Path(self.json), rows)
+        if self.plot:
+            plot_kernel(rows, Path(self.plot))
+        return rows
+
+
+@dataclass(frozen=True)
+class BenchServe(Job[Rows]):
+    """Tokens per second and memory of each width and recipe of a checkpoint, served by vLLM.
+
+    Gives a row for each: bits, output_tokens_per_s, resident_bytes, load_seconds, batch, model and answer.
+    """
+
+    folder: Path | str = field(
+        metadata=argument("folder of the nested checkpoint", parse=Path, positional=True, metavar="DIR")
+    )
+    _: KW_ONLY
+    bits: Sequence[int] | None = field(
+        default=None, metadata=argument("widths to measure; default: all that the folder can serve", parse=width_list)
+    )
+    recipes: str | None = field(default=None, metadata=argument(RECIPES_HELP.format("measure"), metavar="LIST"))
+    batch: int = field(default=1, metadata=argument("requests at a time (default: %(default)s)", parse=positive))
+    output_tokens: int = field(
+        default=64, metadata=argument("tokens to generate for each request (default: %(default)s)", parse=positive)
+    )
+    prompt: str = field(default=PROMPT, metadata=argument("what to ask (default: %(default)s)"))
+    activation_bits: int | None = field(
+        default=None, metadata=argument("as that of vllm serve", parse=int, choices=ACTIVATION_BITS)
+    )
+    reference: Path | str | None = field(
+        default=None,
+        metadata=argument("folder of a model that is not quantized, measured first", parse=Path, metavar="MODEL"),
+    )
+    llama_cpp: Path | str | None = field(
+        default=None,
+        metadata=argument(
+            "an interpreter that has the extra bench-peers: measure llama.cpp too, on random weights of this shape",
+            parse=Path,
+            metavar="PYTHON",
+        ),
+    )
+    json: Path | str | None = field(
+        default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
+    )
+    plot: Path | str | None = field(
+        default=None, metadata=argument("draw them there", parse=output_file, metavar="OUT.png")
+    )
+
+    def run(self, say: Say = silent) -> Rows:
+        folder = Path(self.folder)
+        checkpoint = open_checkpoint(folder, check_values=False)
+        slices = chosen_slices(checkpoint, self.bits, self.recipes)
+        check_vllm()
+        load = Load(self.batch, self.output_tokens, self.prompt, self.activation_bits)
+        say(headings(COLUMNS))
+        rows: Rows = []
+        for row in measure_serving(folder, slices, load, Path(self.reference) if self.reference else None):
+            rows.append(row)
+            say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}")
+        if self.llama_cpp:
+            threads = torch.get_num_threads()
+            for peer in bench_llama_cpp(Path(self.llama_cpp), folder, self.output_tokens, threads):
+                say(f"llama.cpp {peer['type']}: {peer['output_tokens_per_s']:.4g} tokens per second, batch 1")
+                rows.append({"model": f"llama.cpp {peer.pop('type')}", "batch": 1} | peer)
+        if self.json:
+            publish_json(Path(self.json), rows)
+        if self.plot:
+            plot_serving(rows, Path(self.plot))
+        return rows
+
+
+bench_kernel = running(BenchKernel)
+bench_serve = running(BenchServe)

@@ -1,0 +1,80 @@
+"""The job that measures the quality of a checkpoint's widths and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.jobs.arguments import output_file, positive, width_list
+from vllm_matquant.jobs.job import Job, Say, argument, running, silent
+from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
+from vllm_matquant.jobs.table import figures, headings
+from vllm_matquant.quantize.calibration import read_text
+from vllm_matquant.quantize.evaluate import evaluate as evaluate_slices
+from vllm_matquant.quantize.evaluate import text_windows
+from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.serve.precision import ACTIVATION_BITS
+
+COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
+
+
+@dataclass(frozen=True)
+class Evaluate(Job[list[dict[str, Any]]]):
+    """Perplexity of a nested checkpoint's widths and recipes on a text, and KL divergence from the model it comes from.
+
+    Gives a row for each: bits, bits_per_weight (codes and decoders), perplexity, reference_perplexity, kl (nats per
+    token) and tokens (how many were predicted); a recipe's row has its name as recipe.
+    """
+
+    folder: Path | str = field(
+        metadata=argument("folder of the nested checkpoint", parse=Path, positional=True, metavar="DIR")
+    )
+    reference: Path | str = field(metadata=argument("the source model: a folder or a hub name", metavar="MODEL"))
+    text: Path | str = field(metadata=argument("text that calibration never saw", parse=Path, metavar="FILE"))
+    _: KW_ONLY
+    bits: Sequence[int] | None = field(
+        default=None, metadata=argument("widths to evaluate; default: all that the folder can serve", parse=width_list)
+    )
+    recipes: str | None = field(default=None, metadata=argument(RECIPES_HELP.format("evaluate"), metavar="LIST"))
+    samples: int = field(
+        default=16, metadata=argument("windows, spread evenly over the text (default: %(default)s)", parse=positive)
+    )
+    sequence_length: int = field(
+        default=512, metadata=argument("tokens in each window (default: %(default)s)", parse=positive)
+    )
+    activation_bits: int | None = field(
+        default=None,
+        metadata=argument(
+            "round what quantized layers read, as the kernels of the CPU do; default: not at all",
+            parse=int,
+            choices=ACTIVATION_BITS,
+        ),
+    )
+    json: Path | str | None = field(
+        default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
+    )
+
+    def run(self, say: Say = silent) -> list[dict[str, Any]]:
+        checkpoint = open_checkpoint(self.folder)
+        slices = chosen_slices(checkpoint, self.bits, self.recipes)
+        reference = locate(str(self.reference))
+        tokens = text_windows(
+            read_text(Path(self.text)),
+            load_tokenizer(reference),
+            samples=self.samples,
+            sequence_length=self.sequence_length,
+        )
+        rows = list(evaluate_slices(checkpoint, reference, tokens, slices, self.activation_bits))
+        say(headings(COLUMNS))
+        for row in rows:
+            say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}")
+        if self.json:
+            publish_json(Path(self.json), rows)
+        return rows
+
+
+evaluate = running(Evaluate)

@@ -1,0 +1,79 @@
+"""A checkpoint's slices as models: a transformers model, and vLLM's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from vllm_matquant.bench.serve import check_vllm
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.quantize.evaluate import load_weights
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def load_model(
+    checkpoint: Checkpoint | Path | str, which: Slice | int | str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """A transformers model with the weights of a slice, an ordinary one: for its hidden states, its gradients, a study.
+
+    It takes the memory of the unquantized model.
+
+    Args:
+        checkpoint: an open checkpoint, or its folder.
+        which: a slice, a width, or the name of a recipe; by default the widest width that the folder can serve.
+        dtype: of its parameters.
+
+    Raises:
+        CheckpointError: the folder holds no sound checkpoint, it does not offer this slice, or files of it are not in
+            the folder.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, check_files=False)
+    served = which if isinstance(which, Slice) else checkpoint.slice(which)
+    checkpoint.check(served)
+    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
+    model.tie_weights()
+    load_weights(model, checkpoint.weights(served))
+    return model.eval()
+
+
+def serve(
+    folder: Path | str,
+    *,
+    bits: float | None = None,
+    memory: int | str | None = None,
+    recipe: Path | str | Mapping[str, int] | None = None,
+    activation_bits: int | None = None,
+    **engine: Any,
+) -> LLM:
+    """vLLM's engine with a slice of a checkpoint; without a choice the widest that the folder holds.
+
+    Args:
+        folder: the checkpoint, or its name on a hub.
+        bits: a width (4), or the budget of an average (2.5, 3.0), within which the best recipe is served.
+        memory: what all weights may take, in bytes or such as "90MiB": the best recipe that fits is served.
+        recipe: a recipe's file, or the width of every layer.
+        activation_bits: bits to which the CPU's kernels round activations, 8 or 16.
+        engine: further arguments of ``vllm.LLM``, such as ``max_model_len``.
+
+    Raises:
+        ValueError: vLLM is not installed, or it refuses the settings; its message holds that of the CheckpointError.
+    """
+    check_vllm()
+    from vllm import LLM
+
+    path = str(recipe) if isinstance(recipe, Path) else recipe
+    chosen = {"bits": bits, "memory": memory, "recipe": path, "activation_bits": activation_bits}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    additional = dict(engine.pop("additional_config", {}))
+    return LLM(str(folder), additional_config=additional | {"matquant": settings}, **engine)

@@ -1,0 +1,289 @@
+"""The job that makes a nested checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_matquant.checkpoint.decoder import KINDS
+from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.manifest import command_line
+from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
+from vllm_matquant.jobs import arguments
+from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
+from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.calibration import held_out_text, read_text
+from vllm_matquant.quantize.evaluate import text_windows
+from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.methods import METHODS, with_settings
+from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
+from vllm_matquant.quantize.pipeline import quantize as quantize_source
+from vllm_matquant.quantize.plan import Plan
+from vllm_matquant.quantize.report.collect import collect_report
+from vllm_matquant.quantize.report.write import write_report
+from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
+
+_CALIBRATION = CalibrationSettings()
+
+
+@dataclass(frozen=True)
+class Quantize(PlannedJob[Outcome]):
+    """Quantize a Hugging Face checkpoint to a nested one, which vLLM serves at any of its widths.
+
+    Gives what was measured meanwhile: errors of each layer, quality of each width, seconds of each step.
+    """
+
+    epilog = (
+        "example: matquant quantize SmolLM2-135M-Instruct --output nested --group-size 64\n"
+        "on several processes, which share the work: torchrun --nproc-per-node N -m vllm_matquant quantize ..."
+    )
+
+    model: Path | str = field(
+        metadata=argument(
+            "folder with config.json, safetensors files and tokenizer, or a name on the hub", positional=True
+        )
+    )
+    output: Path | str = field(metadata=argument("folder to write; made if absent", parse=Path, metavar="DIR"))
+    _: KW_ONLY
+    overwrite: bool = field(
+        default=False,
+        metadata=argument("replace the matquant checkpoint, or unfinished work, in the output folder"),
+    )
+    resume: bool = field(
+        default=False,
+        metadata=argument("go on from the unfinished work in the output folder, if there is any", recorded=False),
+    )
+    bits: Sequence[int] = field(
+        default=WIDTHS, metadata=argument("widths to offer, such as 2,4,8 (default: all)", parse=arguments.width_list)
+    )
+    bits_for: Sequence[tuple[str, Sequence[int]]] = field(
+        default=(),
+        metadata=argument(
+            "other widths for the layers that match, such as down_proj=4,8: where the model is served at a width that "
+            "such a layer lacks, the layer takes its next wider one, or else its widest; may be given several times, "
+            "and the last match counts; layers that vLLM computes as one need the same",
+            parse=arguments.bits_for,
+            show=arguments.show_rule,
+            repeated=True,
+            metavar="REGEX=WIDTHS",
+        ),
+    )
+    group_size: GroupSize = field(
+        default="auto",
+        metadata=argument(
+            f"columns that share a decoder; auto: the largest of {', '.join(map(str, GROUP_SIZES))} that divides "
+            "each layer's input; channel: a whole row (default: %(default)s)",
+            parse=arguments.group_size,
+        ),
+    )
+    group_size_for: Sequence[tuple[str, GroupSize]] = field(
+        default=(),
+        metadata=argument(
+            "another group size for the layers that match; may be given several times, and the last match counts; "
+            "layers that vLLM computes as one, such as q, k and v, need the same",
+            parse=arguments.group_size_for,
+            show=arguments.show_rule,
+            repeated=True,
+            metavar="REGEX=SIZE",
+        ),
+    )
+    decoder: str | None = field(
+        default=None,
+        metadata=argument(
+            "how scales and offsets are stored: affine-int8, one byte each and two steps a row, or affine-float16 "
+            "(default: affine-int8; with --group-size channel affine-float16, for one group a row gains nothing)",
+            choices=tuple(KINDS),
+        ),
+    )
+    method: str = field(
+        default="nested", metadata=argument("how to choose the codes (default: %(default)s)", choices=tuple(METHODS))
+    )
+    setting: Sequence[str] = field(
+        default=(),
+        metadata=argument(
+            "change a setting of the method, such as end_to_end.up_to=4, or of nested-tuned tuning.iterations=100 and "
+            "tuning.device=cuda; may be given several times",
+            repeated=True,
+            metavar="NAME=VALUE",
+        ),
+    )
+    ignore: Sequence[str] = field(
+        default=(),
+        metadata=argument(
+            "leave the layers that match unquantized; may be given several times", repeated=True, metavar="REGEX"
+        ),
+    )
+    quantize_embeddings: bool = field(
+        default=False,
+        metadata=argument(
+            "quantize the input embedding and the output head too (default: leave them as they are); their columns "
+            "must be a multiple of the group size; --ignore leaves one of them out, or both if they are tied"
+        ),
+    )
+    calibration: Path | str | None = field(
+        default=None,
+        metadata=argument(
+            "text to calibrate on: a data set, a text, or JSON lines; default: a built-in text",
+            metavar="hf:NAME|FILE.txt|FILE.jsonl",
+            group="calibration",
+        ),
+    )
+    text_column: str = field(
+        default=_CALIBRATION.text_column,
+        metadata=argument(
+            "the text's column in the data set, or field in the JSON lines (default: %(default)s)",
+            metavar="NAME",
+            group="calibration",
+        ),
+    )
+    samples: int = field(
+        default=_CALIBRATION.samples,
+        metadata=argument(
+            "windows to take from it (default: %(default)s)", parse=arguments.positive, group="calibration"
+        ),
+    )
+    sequence_length: int = field(
+        default=_CALIBRATION.sequence_length,
+        metadata=argument("tokens in each (default: %(default)s)", parse=arguments.positive, group="calibration"),
+    )
+    seed: int = field(
+        default=_CALIBRATION.seed,
+        metadata=argument("of the windows' places (default: %(default)s)", parse=int, group="calibration"),
+    )
+    activations_on_disk: bool = field(
+        default=False,
+        metadata=argument(
+            "keep the calibration's activations in files next to the output instead of in memory", group="calibration"
+        ),
+    )
+    held_out: Path | str | None = field(
+        default=None,
+        metadata=argument(
+            "text that calibration does not see, to measure perplexity and KL divergence of every width on (default: "
+            "the part of the language reference that the built-in text leaves out)",
+            parse=Path,
+            metavar="FILE.txt",
+            group="report",
+        ),
+    )
+    held_out_samples: int = field(
+        default=8,
+        metadata=argument(
+            "windows to take from it, as long as those of the calibration (default: %(default)s)",
+            parse=arguments.positive,
+            metavar="N",
+            group="report",
+        ),
+    )
+    no_report: bool = field(
+        default=False,
+        metadata=argument("measure no quality, and write neither report nor model card", group="report"),
+    )
+    errors: Path | str | None = field(
+        default=None,
+        metadata=argument(
+            "write each layer's output error there (JSON)", parse=arguments.output_file, metavar="OUT", group="report"
+        ),
+    )
+
+    def plan(self) -> Plan:
+        work = self._work()
+        held_out = None if self.no_report else self._windows(self._held_out_text(), work[0].folder)
+        return dry_run(
+            *work,
+            overwrite=self.overwrite,
+            resume=self.resume,
+            activations_on_disk=self.activations_on_disk,
+            held_out=held_out,
+        )
+
+    def run(self, say: Say = silent) -> Outcome:
+        output, outcome = Path(self.output), None
+        source, _, method, format_, _ = work = self._work()
+        text = None if self.no_report else self._held_out_text()
+        held_out = None if text is None else self._windows(text, source.folder)
+        command = command_line(command_of("quantize", self))
+        try:
+            with ranks.started():
+                outcome = quantize_source(
+                    *work,
+                    command=command,
+                    overwrite=self.overwrite,
+                    resume=self.resume,
+                    activations_on_disk=self.activations_on_disk,
+                    held_out=held_out,
+                )
+            if ranks.launched_rank():
+                return outcome
+            if text is not None:
+                report = collect_report(
+                    source,
+                    output,
+                    method,
+                    outcome,
+                    model=self._model_name(),
+                    quality_text=self._describe(text),
+                    command=command,
+                )
+                write_report(report, output)
+        except KeyboardInterrupt as stop:
+            left = (
+                "no checkpoint was written to" if outcome is None else "the report is missing, the checkpoint whole in"
+            )
+            raise KeyboardInterrupt(f"{left} {output}") from stop
+        if self.errors:
+            publish_json(Path(self.errors), outcome.errors)
+        for row in outcome.quality:
+            perplexities = f"perplexity {row['perplexity']:.2f} (source {row['reference_perplexity']:.2f})"
+            say(f"{row['bits']} bits: {perplexities}, KL divergence {row['kl']:.4f}")
+        offered = ", ".join(map(str, format_.widths))
+        say(f"{output} offers {offered} bits: vllm serve {output} --bits {format_.widths[0]}")
+        return outcome
+
+    def _work(self) -> tuple[SourceModel, Path, Method, Format, CalibrationSettings]:
+        """What to quantize, to where, how, and on which text."""
+        method = with_settings(METHODS[self.method](tuple(self.bits)), self.setting)
+        source = SourceModel(locate(str(self.model)))
+        format_ = plan_format(
+            source,
+            method,
+            self.group_size,
+            self.ignore,
+            self.group_size_for,
+            [(expression, tuple(widths)) for expression, widths in self.bits_for],
+            quantize_embeddings=self.quantize_embeddings,
+            decoder_kind=KINDS[self.decoder] if self.decoder else None,
+        )
+        calibration = None if self.calibration is None else str(self.calibration)
+        settings = CalibrationSettings(calibration, self.samples, self.sequence_length, self.seed, self.text_column)
+        return source, Path(self.output), method, format_, settings
+
+    def _held_out_text(self) -> str:
+        return held_out_text() if self.held_out is None else read_text(Path(self.held_out))
+
+    def _windows(self, text: str, source: Path) -> torch.Tensor:
+        """The tokens of the held-out text that each width's quality is measured on."""
+        return text_windows(
+            text, load_tokenizer(source), samples=self.held_out_samples, sequence_length=self.sequence_length
+        )
+
+    def _describe(self, text: str) -> dict[str, Any]:
+        """What the report says of the held-out text."""
+        return {
+            "name": Path(self.held_out).name if self.held_out else "built-in text",
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "samples": self.held_out_samples,
+            "sequence_length": self.sequence_length,
+        }
+
+    def _model_name(self) -> str:
+        folder = Path(self.model)
+        return folder.resolve().name if folder.is_dir() else str(self.model)
+
+
+quantize = running(Quantize)

@@ -1,0 +1,19 @@
+"""Rows of figures as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_CELL = 9  # characters of a figure
+
+
+def headings(columns: Sequence[str]) -> str:
+    """The line above those of :func:`figures`."""
+    return "  ".join(f"{name:>{_CELL}}" for name in columns)
+
+
+def figures(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """A line of numbers, each right-aligned below the name of its column."""
+    cells = [(max(_CELL, len(name)), row[name]) for name in columns]
+    return "  ".join(f"{value:>{size}{',' if isinstance(value, int) else '.4g'}}" for size, value in cells)

@@ -1,0 +1,493 @@
+"""A linear layer in memory: what is resident, what is active, and the handle by which compiled graphs name it.
+
+Planes and decoders have shapes that follow from the widths that are resident. A compiled graph knows none of them: it
+passes a handle, an int64 tensor [1] on the CPU that names an entry of a registry, to an operator that looks up the
+rest. So one graph serves every width and every mix of widths.
+
+Partitions (q, k, v of a fused layer) with the same resident widths make a segment, with tensors of its own. All
+segments of a weight are computed in one call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+
+from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
+from vllm_matquant.checkpoint.spec import BASE_BITS
+from vllm_matquant.kernels import ops
+
+
+class NotResidentError(ValueError):
+    """A width was asked for whose planes or decoders are not in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSegment:
+    """Partitions that are to be kept together, as they lie on disk.
+
+    Attributes:
+        base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
+        planes: for each further bit up to the resident width uint8 [sum(output_sizes), ceil(in_features/8)].
+        decoders: of the widths that are to be resident, all of one kind, with sum(output_sizes) rows.
+        output_sizes: rows of each partition.
+        active_widths: what each partition is to be read at.
+    """
+
+    base: torch.Tensor
+    planes: Sequence[torch.Tensor]
+    decoders: Sequence[Decoder]
+    output_sizes: Sequence[int]
+    active_widths: Sequence[int]
+
+    @property
+    def resident_width(self) -> int:
+        """Bits of each code that there are."""
+        return BASE_BITS + len(self.planes)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """The widths that have decoders."""
+        return tuple(decoder.width for decoder in self.decoders)
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentSegment:
+    """The tensors of some partitions in memory, which every user of them shares.
+
+    Attributes:
+        planes: in the weight's layout, on the kernel's device.
+        decoders: in the weight's layout, on the kernel's device.
+        decoder_widths: the widths that have decoders, in the order of ``decoders``.
+        output_sizes: rows of each partition.
+        width: bits of each code that the planes hold.
+    """
+
+    planes: torch.Tensor
+    decoders: torch.Tensor
+    decoder_widths: tuple[int, ...]
+    output_sizes: tuple[int, ...]
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and decoders."""
+        return self.planes.nbytes + self.decoders.nbytes
+
+    @property
+    def usable_widths(self) -> list[int]:
+        """The widths that can be active: they have decoders and all of their planes."""
+        return sorted(width for width in self.decoder_widths if width <= self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSegment:
+    """Partitions as one user reads them.
+
+    Attributes:
+        resident: the tensors in memory.
+        active_width: int32 [partitions] on the kernel's device: the width that each partition is read at now.
+    """
+
+    resident: ResidentSegment
+    active_width: torch.Tensor
+
+
+class Layout(Protocol):
+    """How planes and decoders lie in memory."""
+
+    @property
+    def name(self) -> str:
+        """The tag that a weight carries and kernels check."""
+        ...
+
+    @property
+    def packs_on_cpu(self) -> bool:
+        """Whether what is packed must be on the CPU, whatever the kernel's device."""
+        ...
+
+    def pack_planes(
+        self, base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]
+    ) -> torch.Tensor:
+        """Codes as on disk (see :class:`StoredSegment`) to planes as in memory."""
+        ...
+
+    def pack_decoders(self, decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> torch.Tensor:
+        """Decoders as on disk (see :class:`StoredSegment`) to decoders as in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer asks of a kernel.
+
+    Attributes:
+        device_type: "cpu", "cuda", ...
+        dtype: of the activations.
+        widths: the widths that are to be resident.
+        in_features: columns.
+        group_size: columns that share a decoder.
+        decoder_kind: of its decoders.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    widths: tuple[int, ...]
+    in_features: int
+    group_size: int
+    decoder_kind: DecoderKind
+
+
+class Kernel(Protocol):
+    """Computes products with packed weights; :mod:`vllm_matquant.kernels.support` has all that there are."""
+
+    @property
+    def name(self) -> str:
+        """What logs and benchmarks call it."""
+        ...
+
+    @property
+    def in_library(self) -> bool:
+        """Whether the C++ library looks its weights up; if not, Python does."""
+        ...
+
+    def accepts(self, request: Request) -> list[str]:
+        """Every reason why this kernel does not serve the request; none if it does."""
+        ...
+
+    def pack(
+        self,
+        segments: Sequence[StoredSegment],
+        in_features: int,
+        group_size: int,
+        device: torch.device | str,
+        activation_bits: int | None = None,
+        shared: SharedPlanes | None = None,
+    ) -> PackedWeight:
+        """A weight in this kernel's layout.
+
+        Args:
+            segments: what is to be resident, in the order of the outputs.
+            in_features: columns.
+            group_size: columns that share a decoder.
+            device: where the kernel runs.
+            activation_bits: how far the kernel may round activations (see :func:`vllm_matquant.kernels.ops.linear`);
+                by default it chooses.
+            shared: where other users of the same layer find its tensors; by default they are this weight's own.
+        """
+        ...
+
+    def linear(
+        self, x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The product of activations and the weight that ``handle`` names, at the widths that are active now.
+
+        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
+
+        Args:
+            x: [..., in_features].
+            handle: :attr:`PackedWeight.handle`.
+            out_features: of the weight.
+            bias: [out_features] of the dtype of ``x``.
+
+        Returns:
+            [..., out_features] of the dtype of ``x``.
+        """
+        ...
+
+    def embedding(self, rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight that ``handle`` names, at the width that is active now.
+
+        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
+
+        Args:
+            rows: int64 [...], each below the rows of the weight, which has one partition.
+            handle: :attr:`PackedWeight.handle`.
+            in_features: columns of the weight.
+            dtype: of the result.
+
+        Returns:
+            [..., in_features] of ``dtype``, rounded once from float32.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A linear layer, or a rank's cut of one, in memory.
+
+    It is freed when nothing refers to it: keep it as long as its handle is in use.
+
+    Attributes:
+        kernel: what reads it.
+        layout: of its planes and decoders.
+        decoder_kind: of its decoders.
+        in_features: columns.
+        group_size: columns that share a decoder.
+        segments: in the order of the outputs.
+        activation_bits: how far products may round activations (see :func:`vllm_matquant.kernels.ops.linear`).
+        handle: int64 [1] on the CPU, what operators find the weight by. Its value is never used again.
+
+    Raises:
+        NotResidentError: an active width has no decoder or is more than the resident width.
+        RuntimeError: the library refuses the dtype or shape of a tensor.
+    """
+
+    kernel: Kernel
+    layout: Layout
+    decoder_kind: DecoderKind
+    in_features: int
+    group_size: int
+    segments: tuple[PackedSegment, ...]
+    activation_bits: int | None = None
+    handle: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_widths(self.active_widths)
+        number = self._register() if self.kernel.in_library else next(_numbers)
+        _weights[number] = self
+        object.__setattr__(self, "handle", torch.tensor([number]))
+
+    def __reduce__(self) -> str:
+        raise TypeError("a packed weight cannot be copied or sent to another process: pack it there")
+
+    def _register(self) -> int:
+        number = ops.new_weight(
+            self.in_features, self.group_size, self.decoder_kind.name, self.layout.name, self.activation_bits
+        )
+        weakref.finalize(self, ops.free_weight, number).atexit = False
+        for segment in self.segments:
+            resident = segment.resident
+            ops.add_segment(
+                number,
+                resident.planes,
+                resident.decoders,
+                segment.active_width,
+                resident.decoder_widths,
+                resident.output_sizes,
+            )
+        return number
+
+    @property
+    def output_sizes(self) -> list[int]:
+        """Rows of each partition."""
+        return [size for segment in self.segments for size in segment.resident.output_sizes]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all partitions."""
+        return sum(self.output_sizes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of planes and decoders, whoever else shares them."""
+        return sum(segment.resident.nbytes for segment in self.segments)
+
+    @property
+    def active_widths(self) -> list[int]:
+        """The width that each partition is read at now (waits for the device)."""
+        return [width for segment in self.segments for width in segment.active_width.tolist()]
+
+    def set_active(self, widths: Sequence[int]) -> None:
+        """Read the partitions at other widths from now on.
+
+        Nothing is allocated and no address changes, so that captured graphs follow. If one width is refused, all stay
+        as they were.
+
+        Args:
+            widths: one for each partition.
+
+        Raises:
+            NotResidentError: a width has no decoder or not all of its planes in memory.
+            ValueError: there are more or fewer widths than partitions.
+        """
+        self._check_widths(widths)
+        remaining = iter(widths)
+        for segment in self.segments:
+            own = list(itertools.islice(remaining, len(segment.active_width)))
+            segment.active_width.copy_(torch.tensor(own, dtype=torch.int32))
+
+    def _check_widths(self, widths: Sequence[int]) -> None:
+        usable = [segment.resident.usable_widths for segment in self.segments for _ in segment.resident.output_sizes]
+        if len(widths) != len(usable):
+            raise ValueError(f"active widths: found {len(widths)}, expected one for each of {len(usable)} partitions")
+        for partition, (width, resident) in enumerate(zip(widths, usable, strict=True)):
+            if width not in resident:
+                raise NotResidentError(
+                    f"active width of partition {partition}: found {width}, expected one of the resident {resident}"
+                )
+
+
+_weights: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
+_numbers = itertools.count(-1, -1)  # of weights that the library, which counts from 1, does not know
+
+
+def find_weight(handle: torch.Tensor) -> PackedWeight:
+    """The weight that a handle (int64 [1], on the CPU) names.
+
+    Raises:
+        ValueError: there is none, or it has been freed.
+    """
+    number = int(handle.item())
+    try:
+        return _weights[number]
+    except KeyError:
+        raise ValueError(
+            f"weight: found {number}, expected the handle of a packed weight that has not been freed"
+        ) from None
+
+
+class PlaneStore:
+    """The tensors of the layers in memory, so that a second user of a layer shares them.
+
+    It keeps nothing alive: memory goes when the last user does.
+    """
+
+    def __init__(self) -> None:
+        self._segments: weakref.WeakValueDictionary[Hashable, ResidentSegment] = weakref.WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def share(self, key: Hashable, make: Callable[[], ResidentSegment]) -> ResidentSegment:
+        """The tensors with this key, made by ``make`` if nobody has them."""
+        segment = self._segments.get(key)
+        if segment is None:
+            self._segments[key] = segment = make()
+        return segment
+
+
+@dataclass(frozen=True)
+class SharedPlanes:
+    """Where the tensors of one layer are found by all of its users.
+
+    Attributes:
+        store: what has them.
+        checkpoint: what the layer is of, such as a folder and its revision.
+        layer: the layer's name.
+        cut: which part of the layer, such as the rank and number of ranks.
+    """
+
+    store: PlaneStore
+    checkpoint: Hashable
+    layer: str
+    cut: Hashable = ()
+
+
+def pack_segments(
+    kernel: Kernel,
+    layout: Layout,
+    segments: Sequence[StoredSegment],
+    in_features: int,
+    group_size: int,
+    device: torch.device | str,
+    activation_bits: int | None = None,
+    shared: SharedPlanes | None = None,
+) -> PackedWeight:
+    """A weight for a kernel, in a layout of its choice: what most kernels' :meth:`Kernel.pack` does.
+
+    Args:
+        kernel: what will read it.
+        layout: of planes and decoders.
+        segments: what is to be resident, in the order of the outputs.
+        in_features: columns.
+        group_size: columns that share a decoder.
+        device: where the kernel runs.
+        activation_bits: how far products may round activations.
+        shared: where other users of the same layer find its tensors; by default they are this weight's own.
+
+    Raises:
+        NotResidentError: an active width has no decoder or is more than the resident width.
+        ValueError: the decoders are of several kinds.
+    """
+    device = torch.device(device)
+    kinds = {decoder.kind for segment in segments for decoder in segment.decoders}
+    if len(kinds) != 1:
+        raise ValueError(f"decoders: found the kinds {sorted(kind.name for kind in kinds)}, expected one kind")
+    [kind] = kinds
+
+    def make(segment: StoredSegment) -> ResidentSegment:
+        where = torch.device("cpu") if layout.packs_on_cpu else device
+        base, planes = segment.base.to(where), [plane.to(where) for plane in segment.planes]
+        decoders = [decoder.to(where) for decoder in segment.decoders]
+        return ResidentSegment(
+            layout.pack_planes(base, planes, segment.output_sizes).to(device),
+            layout.pack_decoders(decoders, segment.output_sizes).to(device),
+            segment.decoder_widths,
+            tuple(segment.output_sizes),
+            segment.resident_width,
+        )
+
+    packed = []
+    for index, segment in enumerate(segments):
+        if shared is None:
+            resident = make(segment)
+        else:
+            key = (
+                *(shared.checkpoint, shared.layer, shared.cut, index, tuple(segment.output_sizes)),
+                *(layout.name, kind.name, segment.resident_width, segment.decoder_widths, str(device)),
+            )
+            resident = shared.store.share(key, lambda segment=segment: make(segment))  # type: ignore[misc]
+        active_width = torch.tensor(segment.active_widths, dtype=torch.int32).to(device)
+        packed.append(PackedSegment(resident, active_width))
+    return PackedWeight(kernel, layout, kind, in_features, group_size, tuple(packed), activation_bits)
+
+
+def embedding_fake(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """An empty result of a look-up: what ``torch.compile`` is to know of every operator that does one."""
+    return rows.new_empty(*rows.shape, columns, dtype=dtype)
+
+
+Multiply = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
+LookUp = Callable[[torch.Tensor, PackedWeight, torch.dtype], torch.Tensor]
+
+
+def define_linear(name: str, multiply: Multiply) -> CustomOpDef:
+    """An operator ``matquant::name`` with the arguments of :meth:`Kernel.linear` over a product in Python.
+
+    Args:
+        name: of the operator.
+        multiply: computes the product of activations [..., in_features] and a weight, with a bias or None.
+    """
+
+    def operator(
+        x: torch.Tensor, weight: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        packed = find_weight(weight)
+        if (x.shape[-1], out_features) != (packed.in_features, packed.out_features):
+            raise ValueError(
+                f"features: found {x.shape[-1]} of x and {out_features} of the result, expected the weight's "
+                f"{packed.in_features} and {packed.out_features}"
+            )
+        return multiply(x, packed, bias)
+
+    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
+    defined.register_fake(ops.linear_fake)
+    return defined
+
+
+def define_embedding(name: str, look_up: LookUp) -> CustomOpDef:
+    """An operator ``matquant::name`` with the arguments of :meth:`Kernel.embedding` over a look-up in Python.
+
+    Args:
+        name: of the operator.
+        look_up: gives the rows asked for (int64 [...]) of a weight with one partition, in a dtype.
+    """
+
+    def operator(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        packed = find_weight(weight)
+        if columns != packed.in_features:
+            raise ValueError(f"columns: found {columns}, expected the weight's {packed.in_features}")
+        if len(packed.output_sizes) != 1:
+            raise ValueError(f"weight: found {len(packed.output_sizes)} partitions, expected one")
+        return look_up(rows, packed, dtype)
+
+    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
+    defined.register_fake(embedding_fake)
+    return defined
