@@ -28,8 +28,7 @@ FOLDERS = ("csrc", "docs", "tests", "tools", "vllm_matquant")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w")
-_SOURCE = re.compile(r"[\w/-]+\.(?:py|cpp|h|cuh|cu|sh|toml|js|html)")
-_PLACEHOLDER = re.compile(r"[A-Z]+")  # a name in capitals is the reader's to fill in
+_SOURCE = re.compile(r"[\w/-]+\.(?:py|cpp|h|cuh|cu|sh|toml)")
 
 
 def text_of(name: str) -> str:
@@ -38,17 +37,15 @@ def text_of(name: str) -> str:
 
 def blocks(text: str) -> Iterator[tuple[bool, str]]:
     """(whether it is shown as code, line) of each line: code is indented by four or lies between fences."""
-    fenced = False
+    fenced = shown = False
     after_blank = True
-    shown = False
     for line in text.splitlines():
         if line.lstrip().startswith("```"):
             fenced = not fenced
             continue
-        indented = line.startswith("    ")
-        shown = fenced or (indented and (after_blank or shown))
+        shown = fenced or (line.startswith("    ") and (after_blank or shown))
         after_blank = not line.strip()
-        yield shown or (after_blank and fenced), line
+        yield shown, line
 
 
 def prose(text: str) -> str:
@@ -218,7 +215,7 @@ def sections(text: str) -> dict[str, list[list[str]]]:
     found: dict[str, list[list[str]]] = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
-        rows = [line.strip("|").split(" | ") for line in body.splitlines() if line.startswith("| `")]
+        rows = [line.split("|")[1:-1] for line in body.splitlines() if line.startswith("| `")]
         found[title.strip()] = [[cell.strip() for cell in row] for row in rows]
     return found
 

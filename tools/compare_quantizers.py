@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vllm_matquant.cli.threads  # noqa: F401 - before torch
 
@@ -29,13 +29,11 @@ from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import positive, width_list
-from vllm_matquant.quantize.calibration import load_calibration, read_text
-from vllm_matquant.quantize.evaluate import LayerWeights, compare, stored_weights, text_windows
+from vllm_matquant.measure.evaluate import compare
+from vllm_matquant.measure.model import LayerWeights, stored_weights
+from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize.methods import METHODS
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
-
-if TYPE_CHECKING:
-    import torch
+from vllm_matquant.quantize.source import SourceModel, locate
 
 ONE_WIDTH = "-one-width"
 DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
@@ -154,9 +152,9 @@ def prepare(options: argparse.Namespace, model: Path) -> None:
 
     Raises:
         ValueError: they were made with other settings.
-        CalibrationError: the calibration text cannot be used.
+        TextError: the calibration text cannot be used.
     """
-    tokens = load_calibration(
+    tokens = draw_windows(
         options.calibration,
         load_tokenizer(model),
         samples=options.samples,
@@ -251,15 +249,16 @@ def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
 
 
 def judge(
-    judged: Sequence[Entry], model: Path, layers: Mapping[str, tuple[int, int]], windows: Mapping[str, torch.Tensor]
+    judged: Sequence[Entry], model: Path, layers: Mapping[str, tuple[int, int]], windows: Mapping[str, Windows]
 ) -> list[Row]:
     """The figures of each model at each width on each text."""
     rows = []
-    for text, tokens in windows.items():
+    for text, measured_on in windows.items():
         named = ((f"{entry.method}, {entry.bits} bits", entry.weights()) for entry in judged)
-        for entry, quality in zip(judged, compare(model, tokens, layers, named), strict=True):
+        for entry, quality in zip(judged, compare(model, measured_on.tokens, layers, named), strict=True):
             gap = math.log(quality["perplexity"] / quality["reference_perplexity"])
             row = {"method": entry.method, "bits": entry.bits, "text": text, "gap": gap} | quality
+            row["beginning_of_text"] = measured_on.source["beginning_of_text"]
             rows.append(row | {"seconds": entry.seconds, "bits_per_weight": entry.bits_per_weight})
     return rows
 
@@ -293,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layers = {matrix.name: matrix.shape for matrix in matrices if matrix.block is not None}
         tokenizer = load_tokenizer(model)
         windows = {
-            text.name: text_windows(read_text(text), tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+            text.name: spread_windows(text, tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
             for text in options.text
         }
         prepare(options, model)

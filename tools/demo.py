@@ -22,9 +22,8 @@ from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.jobs.plot import draw
-from vllm_matquant.quantize.calibration import read_text
-from vllm_matquant.quantize.evaluate import evaluate, text_windows
-from vllm_matquant.quantize.source import load_tokenizer
+from vllm_matquant.measure.evaluate import evaluate
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 
 WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)
@@ -63,7 +62,7 @@ def add_recipes(model: Path, nested: Path) -> None:
 
 def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     """Quality and speed of each width and recipe, the widest first; the speed of the unquantized model comes last."""
-    tokens = text_windows(read_text(text), load_tokenizer(model), samples=8, sequence_length=512)
+    tokens = spread_windows(text, load_tokenizer(model), samples=8, sequence_length=512).tokens
     checkpoint = open_checkpoint(nested)
     slices = [*map(checkpoint.slice, WIDTHS), *(checkpoint.slice(f"{budget}-bits") for budget in BUDGETS)]
     quality = list(evaluate(checkpoint, model, tokens, slices))

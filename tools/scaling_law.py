@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.files import publish_json, read_json
 from vllm_matquant.jobs.arguments import float_list, output_file, positive, positive_list
-from vllm_matquant.quantize.calibration import held_out_text, read_text
-from vllm_matquant.quantize.evaluate import text_windows
-from vllm_matquant.quantize.source import load_tokenizer, locate
-from vllm_matquant.search.degeneration import MixedModel, linear_layers
-from vllm_matquant.search.law import UNQUANTIZED_BITS, Law, LawError, Observation, fit_law, read_law
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
+from vllm_matquant.quantize.source import locate
+from vllm_matquant.research.degeneration import MixedModel, linear_layers
+from vllm_matquant.research.law import UNQUANTIZED_BITS, Law, LawError, Observation, fit_law, read_law
 
 _EPILOG = """
 The law (arXiv 2410.06722): loss degeneration = C exp(A Q_r) N^-gamma_n (Q_b + d)^gamma_c, with Q_r the share of weights
@@ -75,15 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def observe(options: argparse.Namespace) -> list[Observation]:
     """The observations of all models, with a progress bar."""
-    text = read_text(options.text) if options.text else held_out_text()
     observations = []
     for name in options.models:
         folder = locate(name)
-        tokens = text_windows(
-            text, load_tokenizer(folder), samples=options.samples, sequence_length=options.sequence_length
+        windows = spread_windows(
+            options.text, load_tokenizer(folder), samples=options.samples, sequence_length=options.sequence_length
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        mixed = MixedModel(folder.name, model, linear_layers(model), tokens, options.bits, options.high_bits)
+        mixed = MixedModel(folder.name, model, linear_layers(model), windows.tokens, options.bits, options.high_bits)
         total = len(options.blocks) * len(options.ratios)
         found = mixed.observe(options.ratios, options.blocks, options.trials, options.seed)
         observations += list(tqdm(found, desc=folder.name, total=total, unit="observation"))

@@ -20,9 +20,10 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vllm_matquant.jobs.arguments import output_folder, positive
-from vllm_matquant.quantize.calibration import read_text
-from vllm_matquant.quantize.source import load_tokenizer, locate
-from vllm_matquant.search.degeneration import linear_layers
+from vllm_matquant.measure.text import read_text
+from vllm_matquant.measure.windows import TextTokenizer, load_tokenizer
+from vllm_matquant.quantize.source import locate
+from vllm_matquant.research.degeneration import linear_layers
 
 HELD_OUT = 1 / 20  # of the text
 WARM_UP = 0.05  # of the steps
@@ -53,19 +54,18 @@ def train(options: argparse.Namespace) -> None:
     text = "\n\n".join(read_text(path) for path in options.text)
     split = int(len(text) * (1 - HELD_OUT))
     source = locate(options.start) if options.start else None
-    tokenizer = load_tokenizer(source) if source else train_tokenizer(text[:split], options.vocabulary)
-    ids, held_out = (torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in (text[:split], text[split:]))
-    length = options.sequence_length
-    if len(held_out) < length:
-        raise ValueError(f"text: found {len(held_out)} tokens that are not trained on, expected at least {length}")
-    model = thinned(source, options.layers) if source else new_model(tokenizer, options)
+    tokenizer = load_tokenizer(source) if source else TextTokenizer(train_tokenizer(text[:split], options.vocabulary))
+    ids, held_out = (torch.tensor(tokenizer.ids(part)) for part in (text[:split], text[split:]))
+    length, count = options.sequence_length, tokenizer.text_length(options.sequence_length)
+    if len(held_out) < count:
+        raise ValueError(f"text: found {len(held_out)} tokens that are not trained on, expected at least {count}")
+    model = thinned(source, options.layers) if source else new_model(tokenizer.tokenizer, options)
     rate = options.learning_rate or (3e-4 if source else 2e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     bar = trange(options.steps, desc="training", unit="step")
     for _ in bar:
-        starts = torch.randint(len(ids) - length, (options.batch,))
-        batch = torch.stack([ids[start : start + length] for start in starts])
+        batch = tokenizer.windows(ids, torch.randint(len(ids) - count, (options.batch,)).tolist(), length)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch, labels=batch).loss
         loss.backward()
@@ -74,11 +74,11 @@ def train(options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
-    windows = held_out[: len(held_out) // length * length].view(-1, length)[:64]
+    windows = tokenizer.windows(held_out, range(0, len(held_out) - count + 1, count)[:64], length)
     with torch.no_grad():
         loss = float(model(windows, labels=windows).loss)
     model.to(torch.bfloat16).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    tokenizer.tokenizer.save_pretrained(options.output)
     weights = sum(model.get_parameter(f"{layer}.weight").numel() for layer in linear_layers(model))
     print(f"{options.output}: {weights:,} weights in linear layers, held-out perplexity {math.exp(loss):.2f}")
 

@@ -88,7 +88,7 @@ std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepar
                               const Product& common, int64_t tokens) {
     thread_local PackedActivations scratch[3];
     const Kernel& kernel = *isa_in_use().kernel;
-    const int64_t spans = count_segments(weight.columns, weight.group_size);
+    const int64_t spans = count_spans(weight.columns, weight.group_size);
     std::vector<Product> products;
     for (size_t index = 0; index < weight.segments.size(); ++index) {
         Product& product = products.emplace_back(common);
@@ -96,7 +96,7 @@ std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepar
         product.activation_bits = activation_bits_of(weight, plan.narrow[index], common.element);
         PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
         product.activations =
-            activations.steps.take(spans * tokens * kSegmentSteps * kernel.step_bytes(product.activation_bits));
+            activations.steps.take(spans * tokens * kSpanSteps * kernel.step_bytes(product.activation_bits));
         product.factors = activations.factors.take(spans * tokens);
     }
     return products;
@@ -139,10 +139,7 @@ void multiply(const Weight& weight, const PreparedWeight& prepared, const Produc
 
 Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias) {
     const std::shared_ptr<const Weight> weight = find_weight(handle);
-    STD_TORCH_CHECK(weight->prepared != nullptr, "weight: found one without segments, expected at least one");
-    const auto* prepared = dynamic_cast<const PreparedWeight*>(weight->prepared.get());
-    STD_TORCH_CHECK(prepared != nullptr, "weight: found the layout \"", weight->layout,
-                    "\", expected one of the CPU's");
+    const PreparedWeight& prepared = prepared_for_cpu(*weight);
     STD_TORCH_CHECK(x.dim() > 0, "x: found a scalar, expected at least one dimension");
     STD_TORCH_CHECK(x.size(-1) == weight->columns, "x: found ", x.size(-1), " columns, expected the weight's ",
                     weight->columns);
@@ -161,7 +158,7 @@ Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const
         .columns = weight->columns,
         .group_size = weight->group_size,
         .plane_stride = 0,
-        .paired = prepared->paired(),
+        .paired = prepared.paired(),
         .decoder_kind = weight->decoder_kind,
         .activation_bits = 0,
         .element = element,
@@ -173,7 +170,7 @@ Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const
         .output = output.mutable_data_ptr(),
         .output_stride = out_features,
     };
-    multiply(*weight, *prepared, common, output.numel() / out_features);
+    multiply(*weight, prepared, common, output.numel() / out_features);
     return output;
 }
 

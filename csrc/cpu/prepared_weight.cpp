@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cuda/plan.h"
 
 namespace matquant::cpu {
 namespace {
@@ -37,8 +38,11 @@ void check_layout(const Weight& weight, const Segment& segment) {
 
 void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
                  const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes) {
-    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
     const std::shared_ptr<const Weight> before = weight_of(id);
+    if (before->layout == cuda::kLayout) {  // for an emulator, which has no memory of its own
+        return cuda::add_segment(id, planes, decoders, active_width, decoder_widths, output_sizes);
+    }
+    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
     const std::shared_ptr<Weight> weight =
         with_segment(*before, {planes, decoders, active_width, decoder_widths, output_sizes, planes.size(0)});
     check_layout(*weight, weight->segments.back());
@@ -125,6 +129,14 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
     }
     plan->begins.resize(threads + 1, static_cast<int64_t>(plan->rows.size()));
     return plan;
+}
+
+const PreparedWeight& prepared_for_cpu(const Weight& weight) {
+    STD_TORCH_CHECK(weight.prepared != nullptr, "weight: found one without segments, expected at least one");
+    const auto* prepared = dynamic_cast<const PreparedWeight*>(weight.prepared.get());
+    STD_TORCH_CHECK(prepared != nullptr, "weight: found the layout \"", weight.layout, "\", expected \"", kPairsLayout,
+                    "\" or \"", kPlanesLayout, "\"");
+    return *prepared;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) { m.impl("add_segment", TORCH_BOX(&add_segment)); }

@@ -49,4 +49,7 @@ class PreparedWeight : public Weight::Prepared {
     mutable std::shared_ptr<const Plan> plan_;
 };
 
+// What the CPU keeps with a weight. An error if it has no segments, or lies in another backend's layout.
+const PreparedWeight& prepared_for_cpu(const Weight& weight);
+
 }  // namespace matquant::cpu

@@ -17,13 +17,13 @@ from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.cli import main
+from vllm_matquant.measure.model import LayerModel
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize.activations import Activations
-from vllm_matquant.quantize.calibration import load_calibration
-from vllm_matquant.quantize.evaluate import load_weights, slice_weights
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import relative_error
 from vllm_matquant.quantize.methods import METHODS
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.quantize.source import SourceModel
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def first_planes(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def tokens(real_model: Path) -> list[int]:
-    return load_tokenizer(real_model)(PROMPT)["input_ids"]
+    return load_tokenizer(real_model).ids(PROMPT)
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +100,7 @@ def engines(
 def reference(model: Path, checkpoint: Checkpoint, width: int, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of transformers' model with the slice's decoded weights in it."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    load_weights(loaded, slice_weights(checkpoint, width))
+    LayerModel(loaded, checkpoint.layers).load(checkpoint.weights(checkpoint.slice(width)))
     return loaded(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
 
 
@@ -161,7 +161,7 @@ def test_quality(nested: Path, real_model: Path, real_text: Path, tmp_path: Path
 def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one."""
     source = SourceModel(real_model)
-    calibration = load_calibration(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
+    calibration = draw_windows(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
     activations = Activations(source, calibration.tokens)
     activations.advance(source.runner.load_block(0), {})
     block = source.runner.load_block(1)

@@ -34,7 +34,8 @@ def test_table(nested: Path, source: Path, text_file: Path, tmp_path: Path, caps
     rows = json.loads(rows_file.read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
     for row, line in zip(rows, lines, strict=True):
-        assert set(row) == {"bits", "perplexity", "reference_perplexity", "kl", "tokens", "bits_per_weight"}
+        assert set(row) == {"bits", "perplexity", "reference_perplexity", "kl", "tokens", "bits_per_weight",
+                            "beginning_of_text"}  # fmt: skip
         assert row["tokens"] == 4 * 23
         assert [float(cell) for cell in line.split()] == pytest.approx([row[name] for name in COLUMNS], rel=1e-3)
     assert rows[0]["kl"] > rows[1]["kl"] > rows[2]["kl"] > 0
@@ -85,7 +86,7 @@ def test_width_that_is_not_in_the_folder(
     shutil.copytree(nested, partial, ignore=shutil.ignore_patterns("model-width[5-8]-*"))
     status, said = refusal(capsys, partial, "--reference", source, "--text", text_file, "--bits", "8")
     assert status == 1
-    assert "files of 8 bits: found no model-width5-00001-of-00001.safetensors" in said
+    assert "files of uniform-8: found no model-width5-00001-of-00001.safetensors" in said
     assert "The folder serves 2, 4 bits" in said
     status, said = refusal(capsys, nested, "--reference", source, "--text", text_file, "--bits", "3")
     assert status == 1

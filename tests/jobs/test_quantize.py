@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.quantize.tiny_sources import write_source
+from tests.quantize.tiny_sources import write_source, write_tokenizer
 from vllm_matquant import cli
 from vllm_matquant.checkpoint.manifest import read_manifest
+from vllm_matquant.checkpoint.names import MANIFEST_FILE
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.checkpoint.verify import verify
@@ -116,6 +120,40 @@ def test_held_out_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not refused.exists()
 
 
+def test_texts_begin_with_the_token_wherever_they_are_measured(tmp_path: Path, text_file: Path) -> None:
+    """Calibration, report, evaluation and search of a model whose tokenizer begins each text with a token."""
+    model, output = write_source(tmp_path / "model"), tmp_path / "nested"
+    write_tokenizer(model, "<s> $A </s>")
+    sizes = ["--samples", "4", "--sequence-length", "24"]
+    text = ["--held-out", str(text_file), "--held-out-samples", "4"]
+    assert cli.main(["quantize", str(model), "--output", str(output), "--bits", "2,8", *sizes, *text]) == 0
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert report["calibration"]["beginning_of_text"] is report["quality_text"]["beginning_of_text"] is True
+    assert json.loads((output / MANIFEST_FILE).read_text())["calibration"] == report["calibration"]
+    assert "4 × 24 tokens, each window begun with the beginning-of-text token, SHA-256" in (
+        output / "README.md"
+    ).read_text().replace("\n", " ")
+
+    rows_file = tmp_path / "rows.json"
+    arguments = ["--reference", str(model), "--text", str(text_file), *sizes, "--json", str(rows_file)]
+    assert cli.main(["evaluate", str(output), *arguments]) == 0
+    rows = json.loads(rows_file.read_text())
+    for row, reported in zip(rows, report["quality"], strict=True):
+        assert row.pop("beginning_of_text") is True
+        assert row == pytest.approx(reported, rel=1e-3, abs=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text_file.read_text())["input_ids"][1:-1]
+    places = [(len(ids) - 23) * place // 3 for place in range(4)]
+    windows = torch.tensor([[tokenizer.bos_token_id, *ids[place : place + 23]] for place in places])
+    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)(windows, labels=windows).loss
+    assert math.log(rows[0]["reference_perplexity"]) == pytest.approx(expected.item(), rel=1e-4)
+
+    search_options = ["--reference", str(model), "--decoder-samples", "2", "--sensitivity-samples", "2", "--steps", "1"]
+    assert cli.main(["search", str(output), "--budget", "3", *sizes, *search_options]) == 0
+    [recipe] = [each for each in open_checkpoint(output).recipes if each.name == "3-bits"]
+    assert recipe.origin["calibration"]["beginning_of_text"] is True
+
+
 def test_quantize_embeddings(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "nested"
     arguments = [str(source), "--output", str(output), "--bits", "2,8", "--samples", "4", "--sequence-length", "32"]
@@ -205,7 +243,7 @@ def test_overwrite(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run_quantize(arguments) == 0
     status, message = refusal(capsys, *arguments, "--bits", 4)
     assert status == 1
-    assert "expected no files of a checkpoint, or leave to overwrite" in message
+    assert "expected no files of a checkpoint. Use --overwrite to replace it" in message
     assert open_checkpoint(tmp_path / "nested").format.widths == WIDTHS
     assert run_quantize([*arguments, "--bits", "4", "--overwrite"]) == 0
     assert open_checkpoint(tmp_path / "nested").format.widths == (4,)

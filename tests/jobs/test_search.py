@@ -14,19 +14,17 @@ from transformers import AutoModelForCausalLM
 from vllm_matquant.bench import kernel
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import average_bits
-from vllm_matquant.checkpoint.recipe_store import choose_recipe, weight_bytes
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.cli import main
 from vllm_matquant.jobs import search as search_job
 from vllm_matquant.jobs import search_run
 from vllm_matquant.jobs.search import STATE_FOLDER
 from vllm_matquant.jobs.search_inputs import DECODER_SAMPLES
-from vllm_matquant.quantize.calibration import load_parts
-from vllm_matquant.quantize.evaluate import evaluate
-from vllm_matquant.quantize.source import load_tokenizer
+from vllm_matquant.measure.evaluate import evaluate
+from vllm_matquant.measure.sliced import SlicedModel
+from vllm_matquant.measure.windows import load_tokenizer, split_windows
+from vllm_matquant.research.law import Observation, fit_law
 from vllm_matquant.search.divergence import Divergence
-from vllm_matquant.search.law import Observation, fit_law
-from vllm_matquant.search.sliced import SlicedModel
 
 SMALL = ["--samples", "3", "--sequence-length", "24", "--sensitivity-samples", "9", "--steps", "1"]
 
@@ -54,7 +52,8 @@ def recipe_files(folder: Path) -> dict[str, str]:
 def test_recipes_come_into_the_checkpoint(
     folder: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = weight_bytes(open_checkpoint(folder), choose_recipe(open_checkpoint(folder), bits=2.0)) + 2000
+    plain = open_checkpoint(folder)
+    size = plain.slice(2).resident_bytes + plain.unquantized_bytes() + 2000
     steps = tmp_path / "steps.json"
     budgets = f"2.5,3.0,{size}B"
     options = ["--budget", budgets, "--reference", source, "--shapes", "pyramid", "--method", "both"]
@@ -66,7 +65,7 @@ def test_recipes_come_into_the_checkpoint(
     assert set(recipes) == uniform | found | {f"pyramid-{name}" for name in found}
     for name, limit in (("2.5-bits", 2.5), ("3.0-bits", 3.0), ("pyramid-3.0-bits", 3.0)):
         assert average_bits(recipes[name].widths, checkpoint.layers) <= limit
-    assert weight_bytes(checkpoint, recipes[f"{size}B"]) <= size
+    assert checkpoint.slice(f"{size}B").resident_bytes + checkpoint.unquantized_bytes() <= size
     assert all(recipe.kl is not None and recipe.kl >= 0 for recipe in recipes.values())
     assert recipes["2.5-bits"].origin["budget"] == "2.5"
     assert recipes["2.5-bits"].origin["reference"] == source.name
@@ -114,7 +113,7 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
     assert run(plain, *options, "--decoder-samples", "0") == 0
     trained, without = open_checkpoint(folder), open_checkpoint(plain)
     parts = {"samples": (3, DECODER_SAMPLES), "sequence_length": 24, "seed": 0}
-    tokens = load_parts(None, load_tokenizer(source), **parts)[0].tokens
+    tokens = split_windows(None, load_tokenizer(source), **parts)[0].tokens
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for name in ("3-bits", "4.5-bits"):
         [recipe] = [recipe for recipe in trained.recipes if recipe.name == name]
@@ -123,7 +122,7 @@ def test_decoders_of_a_recipe_are_those_that_were_measured(
         assert (recipe.own_decoders, untrained.own_decoders) == (True, False)
         assert recipe.kl < untrained.kl
         assert recipe.origin["training"]["samples"] == DECODER_SAMPLES
-        [row] = evaluate(trained, source, tokens, [recipe])
+        [row] = evaluate(trained, source, tokens, [trained.slice(recipe)])
         assert row["kl"] == pytest.approx(recipe.kl, rel=0.03)  # the search computes in bfloat16
     sliced = SlicedModel(trained, model)
     assert Divergence(sliced, tokens).of(recipe.widths) == pytest.approx(untrained.kl, rel=1e-4)

@@ -2,6 +2,7 @@
 // scalar kernel. Needs no torch, so that it can be built for other architectures and with sanitizers.
 //
 // Buffers have exactly the size that they need: a sanitizer sees every access past them.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -45,6 +46,7 @@ struct Case {
     int64_t outputs, columns, group_size, tokens;
     int width, activation_bits;
     bool paired;
+    DecoderKind decoder_kind;
     Element element;
 };
 
@@ -58,24 +60,23 @@ class Layer {
         for (uint8_t& byte : planes_) {
             byte = static_cast<uint8_t>(random_());
         }
-        decoders_.resize(rows_ * groups_ * 2 * kTileRows);
-        for (uint16_t& value : decoders_) {
-            value = half();
-        }
+        decoders_.resize(rows_ * decoder_bytes(shape.decoder_kind, groups_));
+        fill_decoders();
         input_ = elements(shape.tokens * shape.columns);
         bias_ = elements(shape.outputs);
     }
 
     std::vector<uint8_t> multiply(const Kernel& kernel) const {
-        const int64_t segments = count_segments(case_.columns, case_.group_size);
-        std::vector<uint8_t> activations(segments * case_.tokens * kSegmentSteps *
+        const int64_t spans = count_spans(case_.columns, case_.group_size);
+        std::vector<uint8_t> activations(spans * case_.tokens * kSpanSteps *
                                          kernel.step_bytes(case_.activation_bits));
-        std::vector<Factor> factors(segments * case_.tokens);
+        std::vector<Factor> factors(spans * case_.tokens);
         std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
         const Product product = {.columns = case_.columns,
                                  .group_size = case_.group_size,
                                  .plane_stride = rows_ * row_bytes_,
                                  .paired = case_.paired,
+                                 .decoder_kind = case_.decoder_kind,
                                  .activation_bits = case_.activation_bits,
                                  .element = case_.element,
                                  .tokens = case_.tokens,
@@ -90,8 +91,8 @@ class Layer {
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
             tile_rows.push_back({planes_.data() + 2 * row * row_bytes_, planes_.data() + row * row_bytes_,
-                                 decoders_.data() + row * groups_ * 2 * kTileRows, case_.width, first,
-                                 std::min(kTileRows, case_.outputs - first)});
+                                 decoders_.data() + row * decoder_bytes(case_.decoder_kind, groups_), case_.width,
+                                 first, std::min(kTileRows, case_.outputs - first)});
         }
         kernel.multiply(product, tile_rows.data(), rows_);
         return output;
@@ -102,6 +103,26 @@ class Layer {
 
     // A sign, an exponent around 1 and a random fraction.
     uint16_t half() { return static_cast<uint16_t>((random_() & 0x83ff) | (12 + random_() % 6) << 10); }
+
+    void fill_decoders() {
+        const int64_t row_bytes = decoder_bytes(case_.decoder_kind, groups_);
+        for (size_t byte = 0; byte < decoders_.size(); byte += 2) {
+            // Codes of 8 bits are any bytes, their steps are the upper halves of floats around 1.
+            const bool step = case_.decoder_kind == DecoderKind::kAffineInt8 && byte % row_bytes < 4 * kTileRows;
+            const float value = std::exp2(std::normal_distribution<float>()(random_));
+            const uint16_t bits = step ? bfloat16(value)
+                                  : case_.decoder_kind == DecoderKind::kAffineFloat16
+                                      ? half()
+                                      : static_cast<uint16_t>(random_());
+            std::memcpy(decoders_.data() + byte, &bits, 2);
+        }
+    }
+
+    static uint16_t bfloat16(float value) {
+        uint16_t bits;
+        std::memcpy(&bits, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+        return bits;
+    }
 
     std::vector<uint8_t> elements(int64_t count) {
         std::vector<uint8_t> bytes(count * element_size());
@@ -116,9 +137,11 @@ class Layer {
                 case Element::kHalf:
                     std::memcpy(target, &bits, 2);
                     break;
-                case Element::kBFloat16:
-                    std::memcpy(target, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+                case Element::kBFloat16: {
+                    const uint16_t upper = bfloat16(value);
+                    std::memcpy(target, &upper, 2);
                     break;
+                }
             }
         }
         return bytes;
@@ -128,7 +151,7 @@ class Layer {
     Case case_;
     int64_t rows_, groups_, row_bytes_;
     std::vector<uint8_t> planes_;
-    std::vector<uint16_t> decoders_;
+    std::vector<uint8_t> decoders_;
     std::vector<uint8_t> input_, bias_;
 };
 
@@ -144,14 +167,19 @@ int main() {
                 for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
-                    const Layer layer({outputs, columns, group_size, tokens, width, bits, paired, element});
-                    const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
-                    for (const auto& [name, kernel] : other_kernels()) {
-                        ++compared;
-                        if (layer.multiply(kernel) != expected) {
-                            ++different;
-                            std::printf("%s: %d x %d, group size %d, %d tokens, %d bits, activations of %d bits\n",
-                                        name, int(outputs), int(columns), int(group_size), int(tokens), width, bits);
+                    for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8}) {
+                        const Layer layer({outputs, columns, group_size, tokens, width, bits, paired, kind, element});
+                        const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
+                        for (const auto& [name, kernel] : other_kernels()) {
+                            ++compared;
+                            if (layer.multiply(kernel) != expected) {
+                                ++different;
+                                std::printf(
+                                    "%s: %d x %d, group size %d, %d tokens, %d bits, activations of %d bits, decoders "
+                                    "of kind %d\n",
+                                    name, int(outputs), int(columns), int(group_size), int(tokens), width, bits,
+                                    int(kind));
+                            }
                         }
                     }
                 }

@@ -47,17 +47,19 @@ def test_linear(isa):
 
 PRINT_DIGESTS = """
 import hashlib
-from tests.kernels.test_linear import DTYPES, FORMS, SHAPES, bytes_of, make_input, make_layer
+from tests.kernels.test_linear import DTYPES, FORMS, KINDS, SHAPES, bytes_of, make_input, make_layer
 
 for output_sizes, columns, group_size in SHAPES:
     digest = hashlib.sha256()
-    for width, decoder_widths in FORMS:
-        layer = make_layer(output_sizes, columns, group_size, decoder_widths=decoder_widths)
-        for activation_bits in (8, 16, 24):
-            for dtype in DTYPES:
-                for rows in (1, 3, 8, 30):
-                    x = make_input(rows, columns, dtype)
-                    digest.update(bytes_of(layer.run(x, [width], activation_bits=activation_bits)))
+    for index, (width, decoder_widths) in enumerate(FORMS):
+        for kind in KINDS:
+            layer = make_layer(output_sizes, columns, group_size, index, decoder_widths, kind)
+            for activation_bits in (8, 16, 24):
+                rounding = layer.rounding_to(activation_bits)
+                for dtype in DTYPES:
+                    for rows in (1, 3, 8, 30):
+                        x = make_input(rows, columns, dtype)
+                        digest.update(bytes_of(rounding.run(x, [width])))
     print(output_sizes, columns, group_size, digest.hexdigest())
 """
 

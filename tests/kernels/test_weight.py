@@ -16,7 +16,7 @@ from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.cpu_layout import PAIRS, PLANES
-from vllm_matquant.kernels.support import KERNELS, REFERENCE
+from vllm_matquant.kernels.support import CPU, REFERENCE
 from vllm_matquant.kernels.weight import (
     NotResidentError,
     PackedWeight,
@@ -25,7 +25,6 @@ from vllm_matquant.kernels.weight import (
     find_weight,
 )
 
-CPU = KERNELS[0]
 both_kernels = pytest.mark.parametrize("kernel", [CPU, REFERENCE], ids=lambda kernel: kernel.name)
 both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 

@@ -20,9 +20,9 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize import embeddings
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.calibration import load_calibration
 from vllm_matquant.quantize.embeddings import quantize_rows
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS
@@ -30,7 +30,7 @@ from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, plan_f
 from vllm_matquant.quantize.plan import _steps, make_plan
 from vllm_matquant.quantize.resume import WorkFolder
 from vllm_matquant.quantize.selection import Selection
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, read_matrix
+from vllm_matquant.quantize.source import SourceModel, read_matrix
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SAMPLES, LENGTH = 16, 64
@@ -99,7 +99,7 @@ def test_rounding_to_nearest(
 @torch.no_grad()
 def head_inputs(model: Path, text: Path) -> torch.Tensor:
     """What transformers gives the output head on the calibration text: float32 [tokens, hidden size]."""
-    calibration = load_calibration(
+    calibration = draw_windows(
         str(text), load_tokenizer(model), samples=SAMPLES, sequence_length=LENGTH, seed=0, text_column="text"
     )
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

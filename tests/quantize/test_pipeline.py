@@ -21,9 +21,9 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS, GroupSize
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.measure.model import LayerModel
+from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
-from vllm_matquant.quantize.calibration import CalibrationError
-from vllm_matquant.quantize.evaluate import load_weights
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
@@ -61,7 +61,7 @@ def logits(model: Path, checkpoint: Checkpoint | None = None, width: int = 8) ->
     """What transformers computes with the source, or with a slice in its place."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     if checkpoint:
-        load_weights(loaded, checkpoint.weights(checkpoint.slice(width)))
+        LayerModel(loaded, checkpoint.layers).load(checkpoint.weights(checkpoint.slice(width)))
     return loaded(TOKENS).logits
 
 
@@ -295,7 +295,7 @@ def test_shards_of_the_source_do_not_matter(llama: Path, text_file: Path, tmp_pa
 
 
 def test_nothing_is_written_without_enough_text(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError):
+    with pytest.raises(TextError):
         run(llama, tmp_path / "output", text_file, samples=10_000)
     assert not (tmp_path / "output").exists()
 
@@ -313,7 +313,7 @@ def test_nothing_is_written_of_a_source_with_nan(llama: Path, text_file: Path, t
 
 def test_a_folder_that_was_there_stays(llama: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine")
-    with pytest.raises(CalibrationError):
+    with pytest.raises(TextError):
         run(llama, tmp_path, text_file, samples=10_000)
     assert content(tmp_path) == {"notes.md": b"mine"}
 

@@ -18,10 +18,10 @@ from vllm_matquant.checkpoint.names import shard_pattern
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import probe
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.calibration import CalibrationError
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, dry_run, plan_format, quantize
 from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
@@ -186,7 +186,7 @@ def test_nothing_is_written_when_the_plan_is_refused(llama: Path, text_file: Pat
     with pytest.raises(OutputError, match=r"found config\.json, expected no files of a checkpoint"):
         dry_run(source, tmp_path, method, format_, CalibrationSettings())
     nested = METHODS["nested"](WIDTHS)
-    with pytest.raises(CalibrationError, match=r"text\.txt: found"):
+    with pytest.raises(TextError, match=r"text\.txt: found"):
         dry_run(source, tmp_path / "out", nested, format_, CalibrationSettings(str(text_file), samples=10_000))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.quantize.evaluate import evaluate
+from vllm_matquant.measure.evaluate import evaluate
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.source import SourceModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.random_models import randomized
@@ -57,6 +57,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(["the cat sat on the mat and the other cat thought that it had"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def write_tokenizer(folder: Path, template: str | None = None) -> None:
+    """Save the tokenizer.
+
+    Args:
+        template: what it makes of a text, such as ``<s> $A`` to begin texts with ``<s>``; by default it adds nothing.
+    """
+    tokenizer = byte_tokenizer()
+    if template:
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>", "<pad>")]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[each for each in special if each[0] in template.split()]
+        )
+    tokenizer.save_pretrained(folder)
 
 
 def write_source(

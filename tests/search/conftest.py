@@ -8,7 +8,7 @@ import torch
 from tests.serve.tiny_models import VOCABULARY, write_checkpoint
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
-from vllm_matquant.search.sliced import SlicedModel
+from vllm_matquant.measure.sliced import SlicedModel
 
 
 @pytest.fixture(scope="session")

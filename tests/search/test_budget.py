@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.research.evolution import evolve, fill, mutate
+from vllm_matquant.research.shapes import SHAPES, shape_widths
 from vllm_matquant.search.budget import Budget, BudgetError, check_feasible, parse_budget, spent
-from vllm_matquant.search.evolution import evolve, fill, mutate
 from vllm_matquant.search.program import Limit, cheapest_widths
-from vllm_matquant.search.shapes import SHAPES, shape_widths
 
 
 @pytest.mark.parametrize(

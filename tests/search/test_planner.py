@@ -13,12 +13,12 @@ import torch
 
 from tests.serve.tiny_models import own_decoder, reference_model
 from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.measure.sliced import REFERENCE, SlicedModel
+from vllm_matquant.research.evolution import evolution, fill
 from vllm_matquant.search.budget import Budget, spent
 from vllm_matquant.search.divergence import Divergence, fisher_samples
-from vllm_matquant.search.evolution import fill
 from vllm_matquant.search.journal import Journal, JournalError
 from vllm_matquant.search.planner import Planner
-from vllm_matquant.search.sliced import REFERENCE, SlicedModel
 
 NewModel = Callable[[], SlicedModel]
 
@@ -81,7 +81,7 @@ def test_divergence(checkpoint: Checkpoint, new_model: NewModel, tokens: torch.T
 def test_divergence_from_the_source_and_on_a_part(
     checkpoint: Checkpoint, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_matquant.search.sliced._BATCH_TOKENS", 48)
+    monkeypatch.setattr("vllm_matquant.measure.sliced._BATCH_TOKENS", 48)
     source = reference_model(checkpoint.folder, 8)
     with torch.no_grad():
         for parameter in source.parameters():
@@ -184,10 +184,10 @@ def test_the_programs_find_better_widths_than_the_same_for_all(
 def test_evolution_goes_on_from_where_it_is_told(new_model: NewModel, tokens: torch.Tensor, budget: Any) -> None:
     planner = new_planner(new_model(), tokens)
     start = planner.start(*budget)
-    steps = list(planner.evolution(*budget, 2, 6, start))
+    steps = list(evolution(planner, *budget, 2, 6, start))
     assert steps[-1].kl <= planner.kl(start)
-    assert [step.widths for step in steps] == [step.widths for step in planner.evolution(*budget, 2, 6, start)]
-    again = list(new_planner(new_model(), tokens).evolution(*budget, 2, 6, start))
+    assert [step.widths for step in steps] == [step.widths for step in evolution(planner, *budget, 2, 6, start)]
+    again = list(evolution(new_planner(new_model(), tokens), *budget, 2, 6, start))
     assert [(step.widths, step.kl) for step in again] == [(step.widths, step.kl) for step in steps]
 
 
@@ -198,7 +198,7 @@ def test_a_search_that_was_cut_off_ends_as_one_that_was_not(
     path = tmp_path / "journal.jsonl"
 
     def search(planner: Planner) -> list[Any]:
-        return [*planner.program(*budget, 2), *planner.evolution(*budget, 1, 3)]
+        return [*planner.program(*budget, 2), *evolution(planner, *budget, 1, 3)]
 
     whole = search(new_planner(new_model(), tokens, path))
     written = path.read_text().splitlines(keepends=True)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import block_layers
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.cli import main
-from vllm_matquant.quantize.calibration import load_calibration, read_text
-from vllm_matquant.quantize.evaluate import text_windows
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer
+from vllm_matquant.measure.windows import draw_windows, load_tokenizer, spread_windows
+from vllm_matquant.quantize.source import SourceModel
 
 PEER_PYTHON = os.environ.get("VLLM_MATQUANT_PEER_PYTHON", sys.executable)
 """Interpreter of the environment that has the peers."""
@@ -93,6 +93,8 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
     assert [(row["text"], row["method"], row["bits"]) for row in rows] == [
         (text, *case) for text in ("text.txt", "other.txt") for case in cases
     ]
+    shapes = open_checkpoint(compared / "rtn").layers.values()
+    steps = 2 * 16 * sum(rows for rows, _ in shapes) / sum(map(math.prod, shapes))
     for row in rows:
         assert row["gap"] == pytest.approx(math.log(row["perplexity"]) - math.log(row["reference_perplexity"]))
         assert row["tokens"] == 4 * 23
@@ -100,7 +102,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
             assert (row["seconds"], row["bits_per_weight"]) == (7.5, row["bits"] + 0.5)
         else:
             assert row["seconds"] > 0
-            assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 16 / 32)
+            assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 8 / 32 + steps)
     of_text = {(row["method"], row["bits"]): row for row in rows if row["text"] == "text.txt"}
     assert of_text["rtn", 2]["kl"] > of_text["rtn", 4]["kl"] > 0
     assert of_text["rtn", 2]["seconds"] == of_text["rtn", 4]["seconds"]
@@ -115,7 +117,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_peer_is_judged_by_its_weights(compared: Path, source: Path, text_file: Path, bits: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokens = text_windows(read_text(text_file), load_tokenizer(source), samples=4, sequence_length=24)
+    tokens = spread_windows(text_file, load_tokenizer(source), samples=4, sequence_length=24).tokens
     for name in block_layers(SourceModel(source)):
         weight = model.get_parameter(f"{name}.weight")
         weight.copy_((weight * 2**bits).round() / 2**bits)
@@ -127,7 +129,7 @@ def test_peer_is_judged_by_its_weights(compared: Path, source: Path, text_file: 
 
 def test_all_calibrate_on_the_same_tokens(compared: Path, source: Path) -> None:
     tokens = load_file(compared / "tokens.safetensors")["tokens"]
-    expected = load_calibration(None, load_tokenizer(source), samples=3, sequence_length=20, seed=0)
+    expected = draw_windows(None, load_tokenizer(source), samples=3, sequence_length=20, seed=0)
     assert torch.equal(tokens, expected.tokens)
     assert (compared / "gptqmodel-2.log").read_text() == "at work on (3, 20) in groups of 32\n"
     command = json.loads((compared / "rtn" / "record.json").read_text())["command"]

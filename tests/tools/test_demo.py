@@ -13,7 +13,7 @@ import torch
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
-from vllm_matquant.quantize.evaluate import label
+from vllm_matquant.measure.windows import Windows
 
 
 @pytest.fixture
@@ -73,13 +73,14 @@ def test_rows_come_with_the_widest_first(
     add_recipes(checkpoint, [Recipe(f"{budget}-bits", widths) for budget in demo.BUDGETS])
 
     def serve(folder: Path, slices: Any, load: Any, reference: Path) -> Any:
-        for part in (16, *slices):
-            named = label(part, checkpoint)
+        for part in (None, *slices):
+            named = {"bits": 16} if part is None else part.label
             yield named | {"output_tokens_per_s": 1.0, "resident_bytes": 7_000_000, "model": "m", "answer": "Paris"}
 
     monkeypatch.setattr(demo, "WIDTHS", (8, 2))
     monkeypatch.setattr(demo, "bench_serve", serve)
-    monkeypatch.setattr(demo, "text_windows", lambda *arguments, **options: torch.ones(1, 8, dtype=torch.int64))
+    few = Windows(torch.ones(1, 8, dtype=torch.int64), {})
+    monkeypatch.setattr(demo, "spread_windows", lambda *arguments, **options: few)
     *rows, reference = demo.collect_rows(source, folder, text_file)
     assert reference["bits"] == 16
     assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)

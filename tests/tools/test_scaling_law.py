@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import scaling_law
 
-from vllm_matquant.search.law import read_law
+from vllm_matquant.research.law import read_law
 
 SMALL = ["--samples", "4", "--sequence-length", "24", "--bits", "2", "--trials", "3"]
 # Many, for half of the mixes make a random model better, by chance.

@@ -7,16 +7,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
 from vllm_matquant.kernels import ops
-from vllm_matquant.kernels.layout import TILE_ROWS
-from vllm_matquant.kernels.memory import WeightMemory
+from vllm_matquant.kernels.cpu_layout import PAIRS
+from vllm_matquant.kernels.support import CPU
+from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
 SHAPES = {  # out_features, in_features
     "smollm2-135m": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
@@ -43,6 +45,7 @@ class Settings:
         group_size: columns that share a decoder.
         activation_bits: see :func:`vllm_matquant.kernels.ops.linear`.
         peers: names in :data:`PEERS`.
+        decoder_kind: of the layer's decoders.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -52,40 +55,46 @@ class Settings:
     group_size: int = 128
     activation_bits: int = 16
     peers: Sequence[str] = ()
+    decoder_kind: DecoderKind = AFFINE_INT8
 
 
-@dataclass
 class Layer:
     """One layer's weights, as often as it takes to fill more than the caches; every use takes the next copy."""
 
-    settings: Settings
-    rows: int
-    columns: int
-    planes: list[torch.Tensor] = field(default_factory=list)
-    decoders: list[torch.Tensor] = field(default_factory=list)
-    uses: int = 0
-
-    def __post_init__(self) -> None:
-        generator, memory = torch.Generator().manual_seed(0), WeightMemory()
-        groups = -(-self.columns // self.settings.group_size)
-        for _ in range(copies_of(self.rows * self.columns)):
+    def __init__(self, settings: Settings, rows: int, columns: int) -> None:
+        self.settings, self.rows, self.columns = settings, rows, columns
+        generator = torch.Generator().manual_seed(0)
+        groups = -(-columns // settings.group_size)
+        self.planes: list[torch.Tensor] = []
+        self.weights: list[dict[int, PackedWeight]] = []
+        for _ in range(copies_of(rows * columns)):
             packed = [
-                torch.randint(0, 256, (self.rows, self.columns * bits // 8), dtype=torch.uint8, generator=generator)
+                torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
             ]
-            self.planes.append(ops.repack_codes(packed[0], packed[1:], [self.rows], [WIDTHS[-1]], memory))
-            decoders = torch.rand(1, -(-self.rows // TILE_ROWS), groups, 2, TILE_ROWS, generator=generator)
-            self.decoders.append(memory.copy(decoders.half()))
+            planes = PAIRS.pack_planes(packed[0], packed[1:], [rows])
+            values = Affine(*torch.rand(2, rows, groups, generator=generator))
+            decoders = PAIRS.pack_decoders([settings.decoder_kind.encode(values, WIDTHS[-1])], [rows])
+            self.planes.append(planes)
+            self.weights.append({width: self._weight(planes[:width], decoders) for width in settings.widths})
+        self.uses = 0
+
+    def _weight(self, planes: torch.Tensor, decoders: torch.Tensor) -> PackedWeight:
+        # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
+        width = len(planes)
+        resident = ResidentSegment(planes, decoders, (width,), (self.rows,), width)
+        segment = PackedSegment(resident, torch.tensor([width], dtype=torch.int32))
+        settings = self.settings
+        return PackedWeight(
+            *(CPU, PAIRS, settings.decoder_kind, self.columns, settings.group_size, (segment,)),
+            activation_bits=settings.activation_bits,
+        )
 
     def bytes_read(self, width: int) -> int:
-        return self.planes[0][:width].nbytes + self.decoders[0].nbytes
+        return self.weights[0][width].resident_bytes
 
-    def multiply(self, x: torch.Tensor, width: int, active_width: torch.Tensor) -> None:
-        # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
-        index = self._next()
-        planes, decoders = self.planes[index][:width], self.decoders[index]
-        group_size, bits = self.settings.group_size, self.settings.activation_bits
-        ops.linear(x, planes, decoders, active_width, [width], [self.rows], group_size, None, bits)
+    def multiply(self, x: torch.Tensor, width: int) -> None:
+        ops.linear(x, self.weights[self._next()][width].handle, self.rows)
 
     def read(self, width: int) -> None:
         """A plain read of the planes that a product at ``width`` reads."""
@@ -203,17 +212,16 @@ def measure(
     settings: Settings, layer: Layer, peers: dict[str, Callable[[torch.Tensor], None]], threads: int, batch: int
 ) -> Iterator[dict[str, Any]]:
     x = torch.randn(batch, layer.columns).bfloat16()
-    active = {width: torch.tensor([width], dtype=torch.int32) for width in settings.widths}
     multiplied: dict[int, list[float]] = {width: [] for width in settings.widths}
     read: dict[int, list[float]] = {width: [] for width in settings.widths}
     by_peers: dict[str, list[float]] = {name: [] for name in peers}
     end, rounds = time.perf_counter() + SECONDS, 0
     while rounds < ROUNDS or time.perf_counter() < end:
         # Not timed: in a model a layer comes after layers of its kind, not after another library's.
-        layer.multiply(x, settings.widths[-1], active[settings.widths[-1]])
+        layer.multiply(x, settings.widths[-1])
         layer.read(WIDTHS[-1])
         for width in settings.widths:
-            multiplied[width].append(seconds_of(lambda w=width: layer.multiply(x, w, active[w])))  # type: ignore[misc]
+            multiplied[width].append(seconds_of(lambda w=width: layer.multiply(x, w)))  # type: ignore[misc]
             read[width].append(seconds_of(lambda w=width: layer.read(w)))  # type: ignore[misc]
         for name, peer in peers.items():
             by_peers[name].append(seconds_of(lambda p=peer: p(x)))  # type: ignore[misc]
@@ -231,6 +239,7 @@ def measure(
             "n": layer.rows,
             "k": layer.columns,
             "group_size": settings.group_size,
+            "decoders": settings.decoder_kind.name,
             "threads": threads,
             "seconds": seconds,
             "bytes": bytes_read,
@@ -242,8 +251,7 @@ def measure(
 
 
 def plot_kernel(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory (needs
-    matplotlib)."""
+    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory."""
     from matplotlib.figure import Figure
 
     batch, threads = min(row["m"] for row in rows), max(row["threads"] for row in rows)

@@ -247,6 +247,7 @@ class DecoderKind(ABC):
 
 _FINITE = "finite values"
 _NOT_NEGATIVE = "finite values from 0 up"
+_STEPS = "finite values from 0 up to 2^111"
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,7 @@ class AffineInt8(DecoderKind):
 
     SCALE_LEVELS: ClassVar[int] = 255  # a scale is 0 to 255 steps
     CENTRE_LEVELS: ClassVar[int] = 127  # a centre is -127 to 127 steps
+    LARGEST_STEP: ClassVar[float] = 2.0**111  # 255 codes of 255 such steps are less than 2^127: finite in float32
 
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
         return {
@@ -295,13 +297,14 @@ class AffineInt8(DecoderKind):
         }
 
     def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
-        step = self.steps(values, width)
-        scale = self.scale_multiples(values.scale, step)
+        exact = Affine(values.scale.double(), values.offset.double())
+        step = self.steps(exact, width)
+        scale = self.scale_multiples(exact.scale, step)
         if offsets_for:
-            stored = scale * step[:, :1].float()
-            values = Affine(stored, offsets_for(stored))
-            step = torch.cat([step[:, :1], self.steps(values, width)[:, 1:]], dim=1)
-        centre = self.centre_multiples(values.centre(width), step)
+            stored = (scale * step[:, :1].double()).float()
+            exact = Affine(stored.double(), offsets_for(stored).double())
+            step = torch.cat([step[:, :1], self.steps(exact, width)[:, 1:]], dim=1)
+        centre = self.centre_multiples(exact.centre(width), step)
         return Decoder(self, width, {"scale": scale, "centre": centre, "step": step})
 
     def steps(self, values: Affine, width: int) -> torch.Tensor:
@@ -331,15 +334,16 @@ class AffineInt8(DecoderKind):
         return _multiples(centre, step[:, 1:]).clamp_(-self.CENTRE_LEVELS, self.CENTRE_LEVELS).to(torch.int8)
 
     def affine(self, parts: Mapping[str, torch.Tensor], width: int) -> Affine:
-        # Multiples of 8 bits of steps of 8 bits are exact in float32. In double precision the offset is exact but for
-        # one rounding, which makes it what a fused multiplication and addition gives in float32.
+        # Multiples of 8 bits of steps of 8 bits are exact in float32. In double precision the offset is exact, save
+        # where one of its terms is so small that it does not show in float32. Rounded to float32 it is thus what a
+        # fused multiplication and addition gives.
         step = parts["step"].double()
         scale, centre = parts["scale"] * step[:, :1], parts["centre"] * step[:, 1:]
         return Affine(scale.float(), (centre - middle_code(width) * scale).float())
 
     def faults(self, parts: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, str]]:
         step = parts["step"]
-        return [("step", ~(step.isfinite() & (step >= 0)), _NOT_NEGATIVE)]
+        return [("step", ~((step >= 0) & (step <= self.LARGEST_STEP)), _STEPS)]
 
 
 def _multiples(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from vllm_matquant.bench.kernel import COLUMNS as KERNEL_COLUMNS
 from vllm_matquant.bench.kernel import bench_kernel as measure_kernel
 from vllm_matquant.bench.serve import COLUMNS, PROMPT, Load, bench_llama_cpp, check_vllm, plot_serving
 from vllm_matquant.bench.serve import bench_serve as measure_serving
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, KINDS
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -23,7 +24,7 @@ from vllm_matquant.jobs.arguments import names_of, output_file, positive, positi
 from vllm_matquant.jobs.job import Job, Say, argument, running, show, silent
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
-from vllm_matquant.serve.precision import ACTIVATION_BITS
+from vllm_matquant.serve.request import ACTIVATION_BITS
 
 Rows = list[dict[str, Any]]
 
@@ -82,6 +83,10 @@ class BenchKernel(Job[Rows]):
             "bits to which activations are rounded (default: %(default)s)", parse=int, choices=(8, 16, 24)
         ),
     )
+    decoders: str = field(
+        default=AFFINE_INT8.name,
+        metadata=argument("how decoders are stored (default: %(default)s)", choices=tuple(KINDS)),
+    )
     peers: Sequence[str] = field(
         default=tuple(PEERS),
         metadata=argument(
@@ -99,7 +104,8 @@ class BenchKernel(Job[Rows]):
 
     def run(self, say: Say = silent) -> Rows:
         settings = Settings(
-            self.shapes, self.batch, self.bits, self.threads, self.group_size, self.activation_bits, self.peers
+            *(self.shapes, self.batch, self.bits, self.threads, self.group_size, self.activation_bits, self.peers),
+            decoder_kind=KINDS[self.decoders],
         )
         columns = (*KERNEL_COLUMNS, *self.peers)
         say(headings(columns))

@@ -13,11 +13,10 @@ from vllm_matquant.jobs.arguments import output_file, positive, width_list
 from vllm_matquant.jobs.job import Job, Say, argument, running, silent
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
-from vllm_matquant.quantize.calibration import read_text
-from vllm_matquant.quantize.evaluate import evaluate as evaluate_slices
-from vllm_matquant.quantize.evaluate import text_windows
-from vllm_matquant.quantize.source import load_tokenizer, locate
-from vllm_matquant.serve.precision import ACTIVATION_BITS
+from vllm_matquant.measure.evaluate import evaluate as evaluate_slices
+from vllm_matquant.measure.windows import load_tokenizer, spread_windows
+from vllm_matquant.quantize.source import locate
+from vllm_matquant.serve.request import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
 
@@ -27,7 +26,8 @@ class Evaluate(Job[list[dict[str, Any]]]):
     """Perplexity of a nested checkpoint's widths and recipes on a text, and KL divergence from the model it comes from.
 
     Gives a row for each: bits, bits_per_weight (codes and decoders), perplexity, reference_perplexity, kl (nats per
-    token) and tokens (how many were predicted); a recipe's row has its name as recipe.
+    token), tokens (how many were predicted) and beginning_of_text (whether each window began with the model's
+    beginning-of-text token); a recipe's row has its name as recipe.
     """
 
     folder: Path | str = field(
@@ -62,13 +62,16 @@ class Evaluate(Job[list[dict[str, Any]]]):
         checkpoint = open_checkpoint(self.folder)
         slices = chosen_slices(checkpoint, self.bits, self.recipes)
         reference = locate(str(self.reference))
-        tokens = text_windows(
-            read_text(Path(self.text)),
+        windows = spread_windows(
+            Path(self.text),
             load_tokenizer(reference),
             samples=self.samples,
             sequence_length=self.sequence_length,
         )
-        rows = list(evaluate_slices(checkpoint, reference, tokens, slices, self.activation_bits))
+        rows = [
+            row | {"beginning_of_text": windows.source["beginning_of_text"]}
+            for row in evaluate_slices(checkpoint, reference, windows.tokens, slices, self.activation_bits)
+        ]
         say(headings(COLUMNS))
         for row in rows:
             say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}")

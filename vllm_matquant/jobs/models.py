@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vllm_matquant.bench.serve import check_vllm
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
-from vllm_matquant.quantize.evaluate import load_weights
+from vllm_matquant.measure.model import LayerModel, slice_model
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -38,13 +38,9 @@ def load_model(
         checkpoint = open_checkpoint(checkpoint, check_files=False)
     served = which if isinstance(which, Slice) else checkpoint.slice(which)
     checkpoint.check(served)
-    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
-    model.tie_weights()
-    load_weights(model, checkpoint.weights(served))
-    return model.eval()
+    model = LayerModel(slice_model(checkpoint, dtype), checkpoint.layers)
+    model.load(checkpoint.weights(served))
+    return model.model
 
 
 def serve(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.files import publish_json
@@ -16,9 +12,8 @@ from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
 from vllm_matquant.jobs import arguments
 from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
+from vllm_matquant.measure.windows import Windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.calibration import held_out_text, read_text
-from vllm_matquant.quantize.evaluate import text_windows
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
@@ -26,7 +21,7 @@ from vllm_matquant.quantize.pipeline import quantize as quantize_source
 from vllm_matquant.quantize.plan import Plan
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
-from vllm_matquant.quantize.source import SourceModel, load_tokenizer, locate
+from vllm_matquant.quantize.source import SourceModel, locate
 
 _CALIBRATION = CalibrationSettings()
 
@@ -193,20 +188,19 @@ class Quantize(PlannedJob[Outcome]):
 
     def plan(self) -> Plan:
         work = self._work()
-        held_out = None if self.no_report else self._windows(self._held_out_text(), work[0].folder)
+        held_out = None if self.no_report else self._held_out_windows(work[0].folder)
         return dry_run(
             *work,
             overwrite=self.overwrite,
             resume=self.resume,
             activations_on_disk=self.activations_on_disk,
-            held_out=held_out,
+            held_out=None if held_out is None else held_out.tokens,
         )
 
     def run(self, say: Say = silent) -> Outcome:
         output, outcome = Path(self.output), None
         source, _, method, format_, _ = work = self._work()
-        text = None if self.no_report else self._held_out_text()
-        held_out = None if text is None else self._windows(text, source.folder)
+        held_out = None if self.no_report else self._held_out_windows(source.folder)
         command = command_line(command_of("quantize", self))
         try:
             with ranks.started():
@@ -216,18 +210,18 @@ class Quantize(PlannedJob[Outcome]):
                     overwrite=self.overwrite,
                     resume=self.resume,
                     activations_on_disk=self.activations_on_disk,
-                    held_out=held_out,
+                    held_out=None if held_out is None else held_out.tokens,
                 )
             if ranks.launched_rank():
                 return outcome
-            if text is not None:
+            if held_out is not None:
                 report = collect_report(
                     source,
                     output,
                     method,
                     outcome,
                     model=self._model_name(),
-                    quality_text=self._describe(text),
+                    quality_text=held_out.source,
                     command=command,
                 )
                 write_report(report, output)
@@ -263,23 +257,14 @@ class Quantize(PlannedJob[Outcome]):
         settings = CalibrationSettings(calibration, self.samples, self.sequence_length, self.seed, self.text_column)
         return source, Path(self.output), method, format_, settings
 
-    def _held_out_text(self) -> str:
-        return held_out_text() if self.held_out is None else read_text(Path(self.held_out))
-
-    def _windows(self, text: str, source: Path) -> torch.Tensor:
-        """The tokens of the held-out text that each width's quality is measured on."""
-        return text_windows(
-            text, load_tokenizer(source), samples=self.held_out_samples, sequence_length=self.sequence_length
+    def _held_out_windows(self, source: Path) -> Windows:
+        """The windows of the held-out text that each width's quality is measured on."""
+        return spread_windows(
+            None if self.held_out is None else Path(self.held_out),
+            load_tokenizer(source),
+            samples=self.held_out_samples,
+            sequence_length=self.sequence_length,
         )
-
-    def _describe(self, text: str) -> dict[str, Any]:
-        """What the report says of the held-out text."""
-        return {
-            "name": Path(self.held_out).name if self.held_out else "built-in text",
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "samples": self.held_out_samples,
-            "sequence_length": self.sequence_length,
-        }
 
     def _model_name(self) -> str:
         folder = Path(self.model)

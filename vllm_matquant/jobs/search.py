@@ -23,13 +23,13 @@ from vllm_matquant.jobs.search_inputs import (
     TextSettings,
     open_inputs,
 )
-from vllm_matquant.jobs.search_run import Bar, Effort, SearchRun
+from vllm_matquant.jobs.search_run import METHODS, Bar, Effort, SearchRun
+from vllm_matquant.measure.sliced import SlicedModel
+from vllm_matquant.research.law import Law, read_law
+from vllm_matquant.research.shapes import SHAPES
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
 from vllm_matquant.search.journal import Journal
-from vllm_matquant.search.law import Law, read_law
-from vllm_matquant.search.planner import METHODS, Planner
-from vllm_matquant.search.shapes import SHAPES
-from vllm_matquant.search.sliced import SlicedModel
+from vllm_matquant.search.planner import Planner
 
 STATE_FOLDER = ".matquant-search"
 

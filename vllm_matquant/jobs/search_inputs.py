@@ -14,8 +14,8 @@ from vllm_matquant.checkpoint.manifest import read_manifest
 from vllm_matquant.checkpoint.names import INDEX_FILE, MANIFEST_FILE, shard_width
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.quantize.calibration import Calibration, load_calibration, load_parts
-from vllm_matquant.quantize.source import load_tokenizer, locate
+from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, split_windows
+from vllm_matquant.quantize.source import locate
 
 SENSITIVITY_LENGTH = 128  # tokens of a window from which sensitivities are estimated
 DECODER_SAMPLES = 64
@@ -26,7 +26,7 @@ class TextSettings:
     """Which text, and how many windows of it.
 
     Attributes:
-        source: see :func:`vllm_matquant.quantize.calibration.load_calibration`.
+        source: see :func:`vllm_matquant.measure.text.read_source`.
         text_column: the text's field in a line, or column in a data set.
         samples: windows to measure divergence on.
         sequence_length: tokens of each.
@@ -58,9 +58,9 @@ class SearchInputs:
 
     checkpoint: Checkpoint
     reference: Path | None
-    calibration: Calibration
-    training: Calibration
-    sensitivity: Calibration
+    calibration: Windows
+    training: Windows
+    sensitivity: Windows
 
     def fingerprint(self, seed: int, device: str) -> dict[str, Any]:
         """All that the measurements of a search depend on, as JSON values."""
@@ -94,7 +94,7 @@ def open_inputs(folder: Path, model: str | None, text: TextSettings) -> SearchIn
 
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or there is no such model.
-        CalibrationError: the text cannot be used.
+        TextError: the text cannot be used.
         ValueError: files of an offered width are missing, or decoders shall be trained without a reference.
     """
     checkpoint = open_checkpoint(folder)
@@ -110,7 +110,7 @@ def open_inputs(folder: Path, model: str | None, text: TextSettings) -> SearchIn
         raise ValueError(f"--decoder-samples: found {trained}, expected {expected}")
     tokenizer = load_tokenizer(reference or folder)
     # Decoders are not measured on what they were trained on.
-    calibration, training = load_parts(
+    calibration, training = split_windows(
         text.source,
         tokenizer,
         samples=(text.samples, trained),
@@ -118,7 +118,7 @@ def open_inputs(folder: Path, model: str | None, text: TextSettings) -> SearchIn
         seed=text.seed,
         text_column=text.text_column,
     )
-    sensitivity = load_calibration(
+    sensitivity = draw_windows(
         text.source,
         tokenizer,
         samples=text.sensitivity_samples,

@@ -20,12 +20,14 @@ from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.recipe_decoders import train_recipe
 from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.research.evolution import evolution
+from vllm_matquant.research.law import Law, LawError
+from vllm_matquant.research.shapes import shape_widths
 from vllm_matquant.search.budget import Budget, Costs
-from vllm_matquant.search.law import Law, LawError
 from vllm_matquant.search.planner import Planner, Step, check_within
-from vllm_matquant.search.shapes import shape_widths
 
 COLUMNS = ("average_bits", "resident_bytes", "kl", "passes", "seconds")
+METHODS = ("program", "evolution", "both")
 _NAME_COLUMNS = 24
 _EPOCHS = 2  # of the training of decoders
 _STEP_TOKENS = 512  # that each step of the training of decoders sees
@@ -37,7 +39,7 @@ class Effort:
     """How hard to search.
 
     Attributes:
-        method: one of :data:`vllm_matquant.search.planner.METHODS`.
+        method: one of :data:`METHODS`.
         steps: integer programs after the first one.
         generations: of evolution.
         offspring: of each generation.
@@ -125,7 +127,7 @@ class SearchRun:
                 yield last
         if effort.method in ("evolution", "both"):
             start = last.widths if last else None
-            yield from self.planner.evolution(costs, limit, effort.generations, effort.offspring, start)
+            yield from evolution(self.planner, costs, limit, effort.generations, effort.offspring, start)
 
     def _train(self, name: str, best: Step) -> Step:
         """Train decoders for the best widths, if asked for: they are kept where they lose less than the plain ones."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
-BUILD_COMMAND = "python setup.py build_ext --inplace"
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall SOURCES (their folder)"
 
 _loaded = False
 
@@ -36,6 +36,7 @@ def load_library() -> None:
     except OSError as error:
         raise LibraryError(f"{LIBRARY}: {error}. Build it anew: {BUILD_COMMAND}") from error
     torch.library.register_fake("matquant::linear", linear_fake)
+    torch.library.register_fake("matquant::embedding", embedding_fake)
     _loaded = True
 
 
@@ -44,6 +45,11 @@ def linear_fake(
 ) -> torch.Tensor:
     """An empty result of a product: what ``torch.compile`` is to know of every operator that computes one."""
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def embedding_fake(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """An empty result of a look-up: what ``torch.compile`` is to know of every operator that does one."""
+    return rows.new_empty(*rows.shape, columns, dtype=dtype)
 
 
 def new_weight(
@@ -140,6 +146,29 @@ def linear(x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch
     return result
 
 
+def embedding(rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a weight with one partition, decoded at the width that is active now (on the CPU).
+
+    Only the bytes that hold these rows and their decoders are read; planes past the active width are not.
+
+    Args:
+        rows: int64 [...].
+        handle: int64 [1] on the CPU with the number of a weight.
+        in_features: columns of the weight.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Returns:
+        [..., in_features] of ``dtype``, rounded once from float32.
+
+    Raises:
+        RuntimeError: a row is not one of the weight's, or another argument contradicts the weight; there is no such
+            weight, or its active width is not resident.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.embedding(rows, handle, in_features, dtype)
+    return result
+
+
 def repack_codes(
     base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int], layout: str, result: torch.Tensor
 ) -> None:
@@ -228,8 +257,7 @@ def is_built_for(device_type: str) -> bool:
     """
     load_library()
     key = getattr(torch._C.DispatchKey, device_type.upper(), None)
-    operator = torch.ops.matquant.cuda_linear if device_type == "cuda" else torch.ops.matquant.linear
-    return key is not None and bool(operator.default.has_kernel_for_dispatch_key(key))
+    return key is not None and bool(torch.ops.matquant.linear.default.has_kernel_for_dispatch_key(key))
 
 
 def cpu_isa() -> str:

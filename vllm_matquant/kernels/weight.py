@@ -439,11 +439,6 @@ def pack_segments(
     return PackedWeight(kernel, layout, kind, in_features, group_size, tuple(packed), activation_bits)
 
 
-def embedding_fake(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """An empty result of a look-up: what ``torch.compile`` is to know of every operator that does one."""
-    return rows.new_empty(*rows.shape, columns, dtype=dtype)
-
-
 Multiply = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
 LookUp = Callable[[torch.Tensor, PackedWeight, torch.dtype], torch.Tensor]
 
@@ -489,5 +484,5 @@ def define_embedding(name: str, look_up: LookUp) -> CustomOpDef:
         return look_up(rows, packed, dtype)
 
     defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
-    defined.register_fake(embedding_fake)
+    defined.register_fake(ops.embedding_fake)
     return defined

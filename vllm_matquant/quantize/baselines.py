@@ -58,6 +58,20 @@ class GPTQ(LayerMethod):
         return QuantizedLayer(codes, {width: decoder})
 
 
+def nearest_levels(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Numbers of the levels, ``offset + scale * number``, that are nearest to weights; 0 where the scale is 0.
+
+    Args:
+        weight: floating point [...].
+        scale: from 0 up, of a shape that broadcasts to that of ``weight``.
+        offset: of such a shape too.
+
+    Returns:
+        Whole numbers as floating point [...], not limited to those that a code can have.
+    """
+    return torch.where(scale > 0, (weight - offset) / scale, 0).round()
+
+
 @dataclass(frozen=True)
 class RoundToNearest(LayerMethod):
     """Each weight to the nearest parent on the min-max grid; slices decode to the centres of their cells."""
@@ -70,7 +84,5 @@ class RoundToNearest(LayerMethod):
     ) -> QuantizedLayer:
         grid = parent_grid(weight, group_size)
         scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
-        # A group of equal weights has scale 0: any code will do.
-        steps = torch.where(scale > 0, (weight - offset) / scale, 0)
-        codes = steps.round().clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
+        codes = nearest_levels(weight, scale, offset).clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
         return QuantizedLayer(codes, {width: kind.encode(cell_centres(grid, width), width) for width in self.widths})

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, served_width
+from vllm_matquant.measure.divergence import divergences, log_probabilities
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
 from vllm_matquant.quantize.block import weight_name
@@ -244,13 +245,12 @@ class EndToEnd:
         parts = zip(*(each.flatten(0, 1).split(HEAD_TOKENS) for each in (hidden, expected, slopes)), strict=True)
         for state, target, slope in parts:
             with fast_products(self._device):
-                wanted = self._head(target[None], self._source_head)[0].float().log_softmax(dim=-1)
+                wanted = log_probabilities(self._head(target[None], self._source_head)[0])
                 with torch.enable_grad():
                     leaf = state[None].requires_grad_()
                     logits = self._head(leaf, self._slice_head)
-            found = logits[0].detach().float().log_softmax(dim=-1)
-            probabilities = wanted.exp()
-            total += float(wanted.sub_(found).mul_(probabilities).sum())
-            gradient = found.exp_().sub_(probabilities).div_(tokens).to(logits.dtype)
+            found = log_probabilities(logits[0].detach())
+            total += float(divergences(wanted, found).sum())
+            gradient = found.exp_().sub_(wanted.exp_()).div_(tokens).to(logits.dtype)
             slope.copy_(torch.autograd.grad(logits, leaf, gradient[None])[0][0])
         return total / tokens, slopes

@@ -13,8 +13,8 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import is_copied
+from vllm_matquant.measure.windows import Windows
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.calibration import Calibration
 from vllm_matquant.quantize.machine import describe_machine
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.source import Source
@@ -34,9 +34,7 @@ def read_source(source: Source) -> dict[str, Any]:
     return described
 
 
-def describe_settings(
-    source: Source, method: Method, format_: Format, calibration: Calibration | None
-) -> dict[str, Any]:
+def describe_settings(source: Source, method: Method, format_: Format, calibration: Windows | None) -> dict[str, Any]:
     """What the checkpoint's bytes depend on besides the source's weights and the calibration text."""
     copied = [path for path in source.folder.iterdir() if path.is_file() and is_copied(path.name)]
     return {

@@ -16,8 +16,8 @@ from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import check_output
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.calibration import Calibration, load_calibration
 from vllm_matquant.quantize.choice import plan_format
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.origin import describe_settings, read_source
@@ -26,7 +26,7 @@ from vllm_matquant.quantize.probe import measure_speed
 from vllm_matquant.quantize.resume import ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.selection import Selection
-from vllm_matquant.quantize.source import Source, load_tokenizer
+from vllm_matquant.quantize.source import Source
 
 __all__ = ["CalibrationSettings", "Outcome", "dry_run", "plan_format", "quantize"]
 
@@ -35,7 +35,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What to calibrate on; see :func:`vllm_matquant.quantize.calibration.load_calibration`."""
+    """What to calibrate on; see :func:`vllm_matquant.measure.windows.draw_windows`."""
 
     source: str | None = None
     samples: int = 64
@@ -43,13 +43,13 @@ class CalibrationSettings:
     seed: int = 0
     text_column: str = "text"
 
-    def load(self, folder: Path) -> Calibration:
+    def load(self, folder: Path) -> Windows:
         """Tokenize the text for the model in ``folder``.
 
         Raises:
-            CalibrationError: the text cannot be used.
+            TextError: the text cannot be used.
         """
-        return load_calibration(
+        return draw_windows(
             self.source,
             load_tokenizer(folder),
             samples=self.samples,
@@ -66,9 +66,9 @@ class Outcome:
     Attributes:
         errors: relative output error of each layer at each width, see
             :func:`vllm_matquant.quantize.layer.relative_error`; empty for a method without Hessians.
-        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty
+        quality: of each width on the held-out text, as rows of :func:`vllm_matquant.measure.evaluate.evaluate`; empty
             without one.
-        calibration: :attr:`Calibration.source`, None for a method without Hessians.
+        calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
         seconds: wall time of each step.
     """
 
@@ -107,7 +107,7 @@ def dry_run(
             :func:`quantize`.
 
     Raises:
-        CheckpointError, ResumeError, CalibrationError: as :func:`quantize`.
+        CheckpointError, ResumeError, TextError: as :func:`quantize`.
     """
     _check_output(WorkFolder(output), source, overwrite=overwrite, resume=resume)
     windows = (0, 0)
@@ -160,7 +160,7 @@ def quantize(
             :class:`CheckpointWriter`.
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
-        CalibrationError: the calibration text cannot be used.
+        TextError: the calibration text cannot be used.
         ValueError: a text has fewer windows than there are ranks, or the ranks were given different work.
         LostRankError: another rank has ended.
         OSError: the disk is full, or the folder cannot be written to.

@@ -2,7 +2,7 @@
 
 When all is quantized, a held-out text goes through the source and every slice. It could not go along with the
 calibration text: a slice begins with its embedding, and a quantized one is known only after the last block. Thus the
-figures of :func:`vllm_matquant.quantize.evaluate.evaluate` are there at the end without a whole model in memory.
+figures of :func:`vllm_matquant.measure.evaluate.evaluate` are there at the end without a whole model in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.measure.divergence import divergences, log_probabilities
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
@@ -65,7 +66,7 @@ class HeldOut:
 
     @torch.no_grad()
     def rows(self, quantized_head: QuantizedLayer | None = None) -> list[dict[str, Any]]:
-        """The figures of each width, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`.
+        """The figures of each width, as rows of :func:`vllm_matquant.measure.evaluate.evaluate`.
 
         Args:
             quantized_head: the output head, or the embedding that it is tied to; None if it is not quantized.
@@ -86,7 +87,7 @@ class HeldOut:
                     self._decode(quantized_head, width, weight)
                 found = _log_probabilities(head, hidden[window], weight)
                 losses[width] -= float(found.gather(1, following).double().sum())
-                divergence[width] += float((expected.exp() * (expected - found)).sum(dim=1).double().sum())
+                divergence[width] += float(divergences(expected, found).double().sum())
         losses = dict(zip(losses, ranks.totals(list(losses.values())), strict=True))
         divergence = dict(zip(divergence, ranks.totals(list(divergence.values())), strict=True))
         shapes = self._source.skeleton.quantized_layers(self._format)
@@ -117,4 +118,4 @@ class HeldOut:
 
 def _log_probabilities(head: Head, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """What the model says of each following token of a window: float32 [length - 1, vocabulary]."""
-    return head(hidden[None], weight)[0, :-1].float().log_softmax(dim=-1)
+    return log_probabilities(head(hidden[None], weight)[0, :-1])

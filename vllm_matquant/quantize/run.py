@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
+from vllm_matquant.measure.windows import Windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.calibration import Calibration
 from vllm_matquant.quantize.embeddings import head_hessian, layer_method, quantize_rows
 from vllm_matquant.quantize.end_to_end import EndToEnd
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -46,7 +46,7 @@ class Run:
     source: Source
     method: Method
     format: Format
-    calibration: Calibration | None
+    calibration: Windows | None
     work: WorkFolder
     folder: Path | None = None
 
@@ -139,7 +139,7 @@ class Run:
 
     @torch.no_grad()
     def measure(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
-        """The quality of every width, as rows of :func:`vllm_matquant.quantize.evaluate.evaluate`.
+        """The quality of every width, as rows of :func:`vllm_matquant.measure.evaluate.evaluate`.
 
         Args:
             tokens: int64 [windows, length], a text that calibration did not see.

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError
@@ -201,16 +200,3 @@ def locate(model: str) -> Path:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"
         raise MissingFileError(model, "model", found, "one of them") from cause
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model in ``folder``.
-
-    Raises:
-        MissingFileError: transformers finds none there.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as cause:
-        reason = str(cause).strip().split("\n")[0]
-        raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_matquant.search.sliced import REFERENCE, SlicedModel, batches
+from vllm_matquant.measure.divergence import Reference, log_probabilities
+from vllm_matquant.measure.model import batches
+from vllm_matquant.measure.sliced import REFERENCE, SlicedModel
 
 
 class Divergence:
@@ -22,7 +24,7 @@ class Divergence:
     def __init__(self, model: SlicedModel, tokens: torch.Tensor) -> None:
         self._model = model
         self._batches = batches(tokens)
-        self._expected: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each batch: probabilities, minus entropy
+        self._expected: list[Reference] = []  # of each batch
 
     def of(self, widths: Mapping[str, int], share: float = 1.0) -> float:
         """The divergence with these widths, on the first ``share`` of the text."""
@@ -66,17 +68,12 @@ class Divergence:
         self._model.set(dict.fromkeys(self._model.layers, REFERENCE))
         passes = self._model.passes  # once for all candidates: none of them pays for it
         for batch in self._batches[len(self._expected) : count]:
-            logs = self._model.logits(batch).log_softmax(-1)
-            probabilities = logs.exp()
-            self._expected.append((probabilities, (probabilities * logs).sum(-1)))
+            self._expected.append(Reference(self._model.logits(batch)))
         self._model.passes = passes
 
     def _sum(self, index: int) -> torch.Tensor:
         """The divergence of one batch, summed over its tokens."""
-        # sum p (log p - log q) with log q = logit - logsumexp: no logarithm of the whole vocabulary is made.
-        probabilities, negative_entropy = self._expected[index]
-        logits = self._model.logits(self._batches[index])
-        return (negative_entropy - (probabilities * logits).sum(-1) + logits.logsumexp(-1)).sum()
+        return self._expected[index].divergences(self._model.logits(self._batches[index])).sum()
 
 
 def fisher_samples(model: SlicedModel, tokens: torch.Tensor, seeds: Sequence[int]) -> dict[str, dict[int, list[float]]]:
@@ -99,7 +96,7 @@ def fisher_samples(model: SlicedModel, tokens: torch.Tensor, seeds: Sequence[int
     gradients: dict[str, list[torch.Tensor]] = {layer: [] for layer in model.layers}
     with model.differentiable():
         for window, seed in zip(tokens.split(1), seeds, strict=True):
-            logs = model.logits(window)[0].log_softmax(-1)
+            logs = log_probabilities(model.logits(window)[0])
             generator = torch.Generator().manual_seed(seed)
             labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
             loss = -logs.gather(1, labels).sum() / len(logs) ** 0.5

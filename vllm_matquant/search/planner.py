@@ -4,8 +4,7 @@ The way that is used by default takes three steps. Samples of the Fisher informa
 of each layer at each width to second order, and an integer program the best widths by these losses. Then, around the
 widths found so far, the derivative of the measured divergence replaces what the layers do to each other, which the
 samples leave out, and the program is solved again within a region that shrinks when the divergence did not fall: a
-sequence of integer programs. All losses come from one parent in memory; the evolutionary search of EvoPress is there
-to compare with, or to go on from the program's result.
+sequence of integer programs. All losses come from one parent in memory.
 """
 
 from __future__ import annotations
@@ -17,20 +16,17 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.measure.sliced import SlicedModel
 from vllm_matquant.search.budget import Costs, spent
 from vllm_matquant.search.divergence import Divergence, fisher_samples
-from vllm_matquant.search.evolution import evolve, fill
 from vllm_matquant.search.journal import Journal
 from vllm_matquant.search.program import Limit, cheapest_widths
-from vllm_matquant.search.sliced import SlicedModel
 
-METHODS = ("program", "evolution", "both")
 _FIRST_REGION = 0.1  # bits per weight that may change at once
 _SHRINK, _GROW = 0.4, 1.5
 _GOOD_STEP = 0.5  # of the predicted fall: the region grows
 _GRADIENT_BYTES = 4 * 2**30  # of the windows that are sampled at once, for which each slice is decoded once
 _MOST_AT_ONCE = 32
-_STAGES = ((8, 0.25), (2, 0.5), (1, 1.0))  # of evolution: how many candidates pass, after which share of the text
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Step:
 
 @dataclass
 class Planner:
-    """All measurements on one model and text, and the searches that use them.
+    """All measurements on one model and text, and the search that uses them.
 
     Attributes:
         model: whose layers take the candidates' widths.
@@ -131,26 +127,6 @@ class Planner:
             else:
                 region *= _SHRINK
             yield Step(widths, kl, self.journal.passes, f"program {step + 1}/{steps}")
-
-    def evolution(
-        self, costs: Costs, limit: float, generations: int, offspring: int, start: Mapping[str, int] | None = None
-    ) -> Iterator[Step]:
-        """EvoPress, see :func:`vllm_matquant.search.evolution.evolve`.
-
-        Args:
-            costs: of each layer and width.
-            limit: what the widths may cost together.
-            generations: how many.
-            offspring: mutations in each.
-            start: where to begin; by default all as wide as the budget allows.
-        """
-        stages = [(partial(self.kl, share=share), survivors) for survivors, share in _STAGES]
-        found = evolve(
-            start or fill(costs, limit), stages, costs, limit,
-            generations=generations, offspring=offspring, seed=self.seed,
-        )  # fmt: skip
-        for generation, (widths, kl) in enumerate(found, start=1):
-            yield Step(widths, kl, self.journal.passes, f"generation {generation}/{generations}")
 
     def _sampled(self) -> dict[str, dict[int, torch.Tensor]]:
         """Samples of how the predictions change: for each layer and width float64 [windows]."""

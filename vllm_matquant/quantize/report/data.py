@@ -62,9 +62,10 @@ class Report:
         settings: the method's fields, as JSON has them.
         format: of the checkpoint.
         layers: the quantized layers, in the model's order.
-        quality: rows of :func:`vllm_matquant.quantize.evaluate.evaluate`; empty if it was not run.
-        quality_text: what they were measured on: ``name``, ``sha256``, ``samples``, ``sequence_length``.
-        calibration: :attr:`vllm_matquant.quantize.calibration.Calibration.source`, None for a method without Hessians.
+        quality: rows of :func:`vllm_matquant.measure.evaluate.evaluate`; empty if it was not run.
+        quality_text: what they were measured on: ``name``, ``sha256``, ``samples``, ``sequence_length``,
+            ``beginning_of_text``.
+        calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
         bytes: size of the files needed to serve each width.
         seconds: wall time of each step, and of all as ``total``.
         peak_memory_bytes: largest resident set of the process.

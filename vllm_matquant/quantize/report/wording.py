@@ -42,12 +42,14 @@ def duration(seconds: float) -> str:
 
 
 def text_source(source: dict[str, Any] | None) -> str:
-    """A text that was measured on: its name and, where known, windows, seed and SHA-256."""
+    """A text that was measured on: its name and, where known, windows, how they begin, seed and SHA-256."""
     if source is None:
         return "none: the method needs no text"
     parts = [str(source["name"])]
     if "samples" in source:
         parts.append(f"{source['samples']} × {source['sequence_length']} tokens")
+    if source.get("beginning_of_text"):
+        parts.append("each window begun with the beginning-of-text token")
     parts += [f"{label} {source[key]}" for key, label in (("seed", "seed"), ("sha256", "SHA-256")) if key in source]
     return ", ".join(parts)
 

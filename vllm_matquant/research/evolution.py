@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from vllm_matquant.search.budget import Costs, spent
+from vllm_matquant.search.planner import Planner, Step
 
 _MOST_SWITCHES = 3
+_STAGES = ((8, 0.25), (2, 0.5), (1, 1.0))  # how many candidates pass, after which share of the text
 
 Widths = dict[str, int]
 Fitness = Callable[[Widths], float]
+
+
+def evolution(
+    planner: Planner,
+    costs: Costs,
+    limit: float,
+    generations: int,
+    offspring: int,
+    start: Mapping[str, int] | None = None,
+) -> Iterator[Step]:
+    """The search on a planner's measurements.
+
+    Args:
+        planner: what measures divergence.
+        costs: of each layer and width.
+        limit: what the widths may cost together.
+        generations: how many.
+        offspring: mutations in each.
+        start: where to begin; by default all as wide as the budget allows.
+
+    Yields:
+        The survivor of each generation.
+    """
+    stages = [(partial(planner.kl, share=share), survivors) for survivors, share in _STAGES]
+    found = evolve(
+        start or fill(costs, limit), stages, costs, limit,
+        generations=generations, offspring=offspring, seed=planner.seed,
+    )  # fmt: skip
+    for generation, (widths, kl) in enumerate(found, start=1):
+        yield Step(widths, kl, planner.journal.passes, f"generation {generation}/{generations}")
 
 
 def evolve(

@@ -10,36 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.kernels.reference import round_activations
-
-_BATCH_TOKENS = 2048
-
-LayerWeights = Iterator[tuple[str, torch.Tensor]]
-"""Names of layers, each with its weight [out_features, in_features]."""
-
-
-def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int) -> torch.Tensor:
-    """``samples`` windows spread evenly over a text: int64 [samples, sequence_length].
-
-    Raises:
-        ValueError: the text is shorter than one window for each sample, or windows hold nothing to predict.
-    """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length: found {sequence_length}, expected at least 2: the first token is given")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) < samples * sequence_length:
-        raise ValueError(
-            f"text: found {len(ids):,} tokens, expected at least {samples * sequence_length:,} "
-            f"({samples} samples of {sequence_length})"
-        )
-    starts = torch.linspace(0, len(ids) - sequence_length, samples).long().tolist()
-    return torch.stack([ids[start : start + sequence_length] for start in starts])
+from vllm_matquant.measure.divergence import divergences, log_probabilities
+from vllm_matquant.measure.model import LayerModel, LayerWeights, batches
 
 
 def evaluate(
@@ -100,33 +78,33 @@ def compare(
     Raises:
         ValueError: the reference does not have the layers, or a candidate has others.
     """
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
     for layer, shape in layers.items():
         found = shapes.get(f"{layer}.weight", "no such layer")
         if found != shape:
             raise ValueError(f"{reference}: {layer}: found {found}, expected {shape} as in the quantized model")
-    batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+    model, parts = LayerModel(loaded, layers), batches(tokens)
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     with tempfile.TemporaryDirectory() as folder:
         # Log-probabilities of a whole vocabulary for each token: more than memory should hold.
-        size = predicted * model.config.vocab_size
+        size = predicted * loaded.config.vocab_size
         stored = torch.from_file(f"{folder}/reference", shared=True, size=size, dtype=torch.float32)
         reference_logs = stored.view(predicted, -1)
         reference_loss, start = 0.0, 0
-        for batch in tqdm(batches, desc="reference", unit="batch"):
-            logs, loss = _log_probabilities(model, batch)
+        for batch in tqdm(parts, desc="reference", unit="batch"):
+            logs, loss = _predictions(model, batch)
             reference_logs[start : start + len(logs)] = logs
             reference_loss, start = reference_loss + loss, start + len(logs)
         if prepare:
-            prepare(model)
+            prepare(loaded)
         for name, weights in candidates:
-            load_weights(model, _checked(name, weights, layers))
+            model.load(_checked(name, weights, layers))
             divergence, total, start = 0.0, 0.0, 0
-            for batch in tqdm(batches, desc=name, unit="batch"):
-                logs, loss = _log_probabilities(model, batch)
+            for batch in tqdm(parts, desc=name, unit="batch"):
+                logs, loss = _predictions(model, batch)
                 expected = reference_logs[start : start + len(logs)]
-                divergence += float((expected.exp() * (expected - logs)).sum(dim=1).double().sum())
+                divergence += float(divergences(expected, logs).double().sum())
                 total, start = total + loss, start + len(logs)
             yield {
                 "perplexity": math.exp(total / predicted),
@@ -147,22 +125,9 @@ def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: P
             module.register_forward_pre_hook(rounding(group_sizes[name]))
 
 
-def stored_weights(path: Path) -> LayerWeights:
-    """The weights of a safetensors file whose tensors bear the names of layers."""
-    with safe_open(path, framework="pt") as file:
-        for layer in sorted(file.keys()):
-            yield layer, file.get_tensor(layer)
-
-
-@torch.no_grad()
-def load_weights(model: PreTrainedModel, weights: LayerWeights) -> None:
-    """Put the weights of layers into a transformers model that has these layers."""
-    parameters = dict(model.named_parameters())
-    for layer, weight in weights:
-        parameters[f"{layer}.weight"].copy_(weight)
-
-
-def _checked(name: str, weights: LayerWeights, layers: Mapping[str, tuple[int, int]]) -> LayerWeights:
+def _checked(
+    name: str, weights: LayerWeights, layers: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights, which must be of all ``layers`` and no other: one left out would keep another candidate's weight."""
     absent = set(layers)
     for layer, weight in weights:
@@ -175,8 +140,8 @@ def _checked(name: str, weights: LayerWeights, layers: Mapping[str, tuple[int, i
         raise ValueError(f"{name}: {min(absent)}: found no such layer, expected {layers[min(absent)]}")
 
 
-def _log_probabilities(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _predictions(model: LayerModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Log-probabilities [predicted tokens, vocabulary] of a batch of windows, and the sum of the true tokens' loss."""
-    logs = model(tokens).logits[:, :-1].float().log_softmax(dim=-1).flatten(0, 1)
+    logs = log_probabilities(model.logits(tokens)).flatten(0, 1)
     loss = -logs.gather(1, tokens[:, 1:].reshape(-1, 1)).double().sum()
     return logs, float(loss)

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from vllm_matquant.search.law import UNQUANTIZED_BITS, Observation
-from vllm_matquant.search.sliced import batches
+from vllm_matquant.measure.model import LayerModel, batches
+from vllm_matquant.quantize.baselines import nearest_levels
+from vllm_matquant.research.law import UNQUANTIZED_BITS, Observation
 
 
 def round_to_nearest(weight: torch.Tensor, bits: float, block: int) -> torch.Tensor:
@@ -31,8 +32,7 @@ def round_to_nearest(weight: torch.Tensor, bits: float, block: int) -> torch.Ten
     groups = padded.unflatten(1, (-1, block))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (high - low) / (2**bits - 1)
-    steps = torch.where(scale > 0, (groups - low) / scale, 0).round()
-    return (steps * scale + low).flatten(1)[:, :columns]
+    return (nearest_levels(groups, scale, low) * scale + low).flatten(1)[:, :columns]
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -64,12 +64,10 @@ class MixedModel:
         low_bits: float,
         high_bits: float = UNQUANTIZED_BITS,
     ) -> None:
-        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.name, self._model = name, LayerModel(model.requires_grad_(False), layers)
         self._tokens, self._bits = tokens, (low_bits, high_bits)
-        parameters = dict(model.named_parameters())
-        self._weights = {layer: parameters[f"{layer}.weight"] for layer in layers}
-        self._source = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
-        self.weights = sum(weight.numel() for weight in self._weights.values())
+        self._source = {layer: model.get_parameter(f"{layer}.weight").detach().clone() for layer in layers}
+        self.weights = self._model.weights
         self._base: dict[int, float] = {}
         self._current = dict.fromkeys(layers, (UNQUANTIZED_BITS, 0))  # bits and block of what each layer has
 
@@ -82,24 +80,24 @@ class MixedModel:
             trials: choices for each; where all layers are chosen there is but one.
             seed: of the choices.
         """
-        layers = set(self._weights)
+        layers = set(self._source)
         draw = random.Random(seed)
         for block in blocks:
             for ratio in ratios:
                 choices = [self._choose(ratio, draw) for _ in range(trials)]
                 if all(chosen == layers for chosen in choices):
                     choices = choices[:1]
-                shares = [sum(self._weights[layer].numel() for layer in chosen) / self.weights for chosen in choices]
+                shares = [sum(self._source[layer].numel() for layer in chosen) / self.weights for chosen in choices]
                 mixes = tuple(math.expm1(self._loss(chosen, block) - self._base_loss(block)) for chosen in choices)
                 yield Observation(self.name, self.weights, sum(shares) / len(shares), block, mixes)
 
     def _choose(self, ratio: float, draw: random.Random) -> set[str]:
         """Layers drawn at random until their share of the weights is nearest to ``ratio``."""
-        order = draw.sample(list(self._weights), len(self._weights))
+        order = draw.sample(list(self._source), len(self._source))
         chosen: set[str] = set()
         share = 0.0
         for layer in order:
-            added = self._weights[layer].numel() / self.weights
+            added = self._source[layer].numel() / self.weights
             if chosen and abs(share + added - ratio) > abs(share - ratio):
                 break
             chosen.add(layer)
@@ -115,14 +113,14 @@ class MixedModel:
     @torch.no_grad()
     def _loss(self, low: set[str], block: int) -> float:
         """Nats per token with the layers ``low`` in low precision."""
-        for layer, weight in self._weights.items():
+        for layer, weight in self._source.items():
             bits = self._bits[0] if layer in low else self._bits[1]
             if self._current[layer] != (bits, block):
-                weight.copy_(round_to_nearest(self._source[layer], bits, block))
+                self._model.load([(layer, round_to_nearest(weight, bits, block))])
                 self._current[layer] = bits, block
         total = 0.0
         for batch in batches(self._tokens):
-            logits = self.model(batch, use_cache=False).logits[:, :-1].float()
+            logits = self._model.logits(batch)
             total += float(
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
             )

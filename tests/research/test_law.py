@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from tests.random_models import randomized
-from vllm_matquant.search.degeneration import MixedModel, round_to_nearest
-from vllm_matquant.search.law import Law, LawError, Observation, fit_law, read_law
+from vllm_matquant.research.degeneration import MixedModel, round_to_nearest
+from vllm_matquant.research.law import Law, LawError, Observation, fit_law, read_law
 
 SIZES = {"small": 10**6, "middle": 10**7, "large": 10**8}
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.quantize.tiny_sources import VOCABULARY, byte_tokenizer, write_source
+from tests.quantize.tiny_sources import VOCABULARY, write_source
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
-from vllm_matquant.quantize import evaluate as module
+from vllm_matquant.measure import model as model_module
+from vllm_matquant.measure.evaluate import compare, evaluate
+from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.quantize.baselines import RoundToNearest
-from vllm_matquant.quantize.evaluate import compare, evaluate, load_weights, slice_weights, text_windows
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.source import SourceModel
 
@@ -32,7 +33,8 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
 
 def test_activations_are_rounded_for_the_slices_alone(llama: Path, checkpoint: Checkpoint) -> None:
     exact, near, coarse = (
-        next(evaluate(checkpoint, llama, TOKENS, (8,), activation_bits)) for activation_bits in (None, 16, 8)
+        next(evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(8)], activation_bits))
+        for activation_bits in (None, 16, 8)
     )
     assert exact["reference_perplexity"] == near["reference_perplexity"] == coarse["reference_perplexity"]
     assert 0 < abs(near["perplexity"] - exact["perplexity"]) < abs(coarse["perplexity"] - exact["perplexity"])
@@ -41,15 +43,16 @@ def test_activations_are_rounded_for_the_slices_alone(llama: Path, checkpoint: C
 
 @torch.no_grad()
 def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 50)  # two windows at a time
-    rows = list(evaluate(checkpoint, llama, TOKENS, (8, 2)))
+    monkeypatch.setattr(model_module, "_BATCH_TOKENS", 50)  # two windows at a time
+    rows = list(evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(width) for width in (8, 2)]))
     assert [row["bits"] for row in rows] == [8, 2]
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
     expected = model(TOKENS).logits[:, :-1].log_softmax(-1)
     for row in rows:
         changed = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
         for layer in checkpoint.layers:
-            scale, offset = (values.double() for values in checkpoint.decoder(layer, row["bits"]))
+            values = checkpoint.decoder(layer, row["bits"]).affine
+            scale, offset = values.scale.double(), values.offset.double()
             codes = checkpoint.codes(layer, row["bits"]).double().unflatten(1, (-1, 32))
             weight = (scale[..., None] * codes + offset[..., None]).flatten(1)
             changed.get_parameter(f"{layer}.weight").copy_(weight)
@@ -71,7 +74,7 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
 def test_weights_of_a_slice_change_the_quantized_layers_alone(llama: Path, checkpoint: Checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    load_weights(model, slice_weights(checkpoint, 3))
+    LayerModel(model, checkpoint.layers).load(checkpoint.weights(checkpoint.slice(3)))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {f"{layer}.weight" for layer in checkpoint.layers}
 
@@ -80,7 +83,7 @@ def test_the_temporary_file_is_removed(
     llama: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rows = evaluate(checkpoint, llama, TOKENS, (8, 3))
+    rows = evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(width) for width in (8, 3)])
     next(rows)
     assert [path.stat().st_size for path in tmp_path.glob("*/*")] == [5 * 23 * VOCABULARY * 4]
     rows.close()  # as an error in between would
@@ -93,14 +96,14 @@ def test_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
         r"other: model\.layers\.0\.mlp\.gate_proj: found \(96, 64\), expected \(128, 64\) as in the quantized model"
     )
     with pytest.raises(ValueError, match=message):
-        next(evaluate(checkpoint, other, TOKENS, (8,)))
+        next(evaluate(checkpoint, other, TOKENS, [checkpoint.slice(8)]))
     deeper = write_source(tmp_path / "shallower", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: found no such layer"):
-        next(evaluate(checkpoint, deeper, TOKENS, (8,)))
+        next(evaluate(checkpoint, deeper, TOKENS, [checkpoint.slice(8)]))
 
 
 def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> None:
-    own = dict(slice_weights(checkpoint, 2))
+    own = dict(checkpoint.weights(checkpoint.slice(2)))
     source = SourceModel(llama)
     candidates = [
         ("two bits", iter(own.items())),
@@ -108,7 +111,7 @@ def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> Non
         ("two bits in another order", reversed(own.items())),
     ]
     first, unchanged, again = compare(llama, TOKENS, checkpoint.layers, candidates)
-    (row,) = evaluate(checkpoint, llama, TOKENS, (2,))
+    (row,) = evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(2)])
     assert first == again == {name: row[name] for name in first}
     assert first["kl"] > 0.01
     assert unchanged["kl"] == 0
@@ -135,31 +138,7 @@ def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> Non
 def test_weights_of_other_layers(
     llama: Path, checkpoint: Checkpoint, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
-    weights = dict(slice_weights(checkpoint, 2))
+    weights = dict(checkpoint.weights(checkpoint.slice(2)))
     change(weights)
     with pytest.raises(ValueError, match=message):
         next(compare(llama, TOKENS, checkpoint.layers, [("rival", iter(weights.items()))]))
-
-
-def test_windows() -> None:
-    tokenizer = byte_tokenizer()
-    text = "the cat sat on the mat and thought of 12345 other mats " * 3
-    ids = tokenizer(text)["input_ids"]
-    windows = text_windows(text, tokenizer, samples=3, sequence_length=10)
-    assert windows.shape == (3, 10)
-    assert windows.dtype == torch.int64
-    assert windows[0].tolist() == ids[:10]
-    assert windows[2].tolist() == ids[-10:]
-    middle = (len(ids) - 10) // 2
-    assert windows[1].tolist() == ids[middle : middle + 10]
-
-
-def test_windows_of_a_short_text() -> None:
-    tokenizer = byte_tokenizer()
-    count = len(tokenizer("xyz xyz")["input_ids"])
-    with pytest.raises(ValueError, match=rf"text: found {count} tokens, expected at least 40 \(4 samples of 10\)"):
-        text_windows("xyz xyz", tokenizer, samples=4, sequence_length=10)
-    with pytest.raises(ValueError, match="text: found 0 tokens"):
-        text_windows("", tokenizer, samples=1, sequence_length=2)
-    with pytest.raises(ValueError, match="sequence_length: found 1, expected at least 2"):
-        text_windows("xyz xyz", tokenizer, samples=1, sequence_length=1)

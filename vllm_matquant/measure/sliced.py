@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS
+from vllm_matquant.measure.model import LayerModel, slice_model
 
 REFERENCE = 0  # what stands for a width where a layer has the weights of the model to compare with
-_BATCH_TOKENS = 2048
 
 
-class SlicedModel:
+class SlicedModel(LayerModel):
     """transformers' model of a checkpoint, with the codes of all its layers beside it.
 
     To change a layer's width takes the time that it takes to decode it; nothing is read from the disk.
 
     Attributes:
-        layers: names of the quantized layers, in the model's order.
         passes: tokens that went through the model so far, those of a backward pass counted twice more.
 
     Args:
@@ -39,9 +38,10 @@ class SlicedModel:
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
     ) -> None:
+        model = (slice_model(checkpoint) if source is None else source).to(dtype).to(device)
+        super().__init__(model.requires_grad_(False), checkpoint.layers)
         self._format = checkpoint.format
         self._device = torch.device(device)
-        self.layers = list(checkpoint.layers)
         self.passes = 0
         self._codes, self._decoders = {}, {}
         for layer in self.layers:
@@ -52,23 +52,11 @@ class SlicedModel:
             for width in widths:
                 plain = checkpoint.decoder(layer, width).affine
                 self._decoders[layer, width] = plain.scale.to(self._device), plain.offset.to(self._device)
-        self.model = _build(checkpoint, source).to(dtype).to(self._device).eval().requires_grad_(False)
-        parameters = dict(self.model.named_parameters())
-        self._weights = {layer: parameters[f"{layer}.weight"] for layer in self.layers}
         self._reference = None
         if source is not None:
             self._reference = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
         self._current = dict.fromkeys(self.layers, REFERENCE)
         self.set(dict.fromkeys(self.layers, REFERENCE))
-
-    @property
-    def weights(self) -> int:
-        """How many weights all layers have."""
-        return sum(map(self.weights_of, self.layers))
-
-    def weights_of(self, layer: str) -> int:
-        """How many weights a layer has."""
-        return self._weights[layer].numel()
 
     def widths_of(self, layer: str) -> tuple[int, ...]:
         """The widths that a layer can have, ascending."""
@@ -86,12 +74,11 @@ class SlicedModel:
         groups = codes.unflatten(1, (scale.shape[1], -1)).float()
         return groups.mul_(scale.unsqueeze(-1)).add_(offset.unsqueeze(-1)).flatten(1)
 
-    @torch.no_grad()
     def set(self, widths: Mapping[str, int]) -> None:
         """Give layers their widths, each one that the layer has or ``REFERENCE``; those not named keep theirs."""
         for layer, width in widths.items():
             if self._current[layer] != width or self._current[layer] == REFERENCE:
-                self._weights[layer].copy_(self.decode(layer, width))
+                self.load([(layer, self.decode(layer, width))])
                 self._current[layer] = width
 
     @contextlib.contextmanager
@@ -111,10 +98,16 @@ class SlicedModel:
             self._current |= dict.fromkeys(widths, REFERENCE)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the model says of each following token: float32 [windows, length - 1, vocabulary]."""
+        """What the model says of each following token; counted in ``passes``.
+
+        Args:
+            tokens: int64 [windows, length].
+
+        Returns:
+            float32 [windows, length - 1, vocabulary].
+        """
         self.passes += tokens.numel()
-        logits: torch.Tensor = self.model(tokens.to(self._device), use_cache=False).logits
-        return logits[:, :-1].float()
+        return super().logits(tokens)
 
     def gradients(self, loss: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """The derivative of ``loss``, computed from :meth:`logits` of ``tokens``, by each layer's weight."""
@@ -148,19 +141,3 @@ class SlicedModel:
         return {
             width: directions @ self.decode(layer, width).sub_(reference).flatten() for width in self.widths_of(layer)
         }
-
-
-def batches(tokens: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Windows [windows, length], as many at a time as go through a model at once."""
-    return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-
-
-def _build(checkpoint: Checkpoint, source: PreTrainedModel | None) -> PreTrainedModel:
-    if source is not None:
-        return source
-    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
-    model.tie_weights()
-    return model

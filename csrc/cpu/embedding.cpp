@@ -1,0 +1,157 @@
+// matquant::embedding on the CPU: rows of a weight, decoded at the width that is active now.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "cpu/layout.h"
+#include "cpu/prepared_weight.h"
+
+namespace matquant::cpu {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kColumnsOfThread = 1 << 14;  // the fewest that are worth a thread
+
+// A weight of one partition at a width.
+struct Rows {
+    const uint8_t* planes;
+    const uint8_t* decoders;  // of the width
+    int64_t columns, group_size;
+    int64_t tiles, tile_rows;
+    DecoderKind kind;
+    int width;
+    int pairs;  // of planes, the others are single
+
+    int64_t groups() const { return ceil_div(columns, group_size); }
+
+    // The codes of a row in the four columns of a step, one in each byte.
+    uint32_t codes(int64_t tile_row, int64_t lane, int64_t tile, int step) const {
+        const auto word = [&](int64_t plane, int64_t blocks, int64_t block) {
+            const int64_t first = (plane * tile_rows + blocks * tile_row) * tiles + blocks * tile + block;
+            uint32_t result;
+            std::memcpy(&result, planes + first * kPlaneBytes + lane * kStepColumns, sizeof(result));
+            return result;
+        };
+        uint32_t result = 0;
+        for (int pair = 0; pair < pairs; ++pair) {
+            result = result << 2 | (word(2 * pair, 2, step / 4) >> step % 4 * 2 & 0x03030303);
+        }
+        for (int plane = 2 * pairs; plane < width; ++plane) {
+            result = result << 1 | (word(plane, 1, 0) >> step & 0x01010101);
+        }
+        return result;
+    }
+
+    struct Decoder {
+        float scale, offset;
+    };
+    Decoder decoder(int64_t tile_row, int64_t lane, int64_t group) const {
+        const uint8_t* row = decoders + tile_row * decoder_bytes(kind, groups());
+        if (kind == DecoderKind::kAffineFloat16) {
+            const Half* halves = reinterpret_cast<const Half*>(row) + group * 2 * kTileRows + lane;
+            return {halves[0], halves[kTileRows]};
+        }
+        const BFloat16* steps = reinterpret_cast<const BFloat16*>(row) + lane;
+        const uint8_t* codes = row + (2 + group) * 2 * kTileRows + lane;
+        const float scale = static_cast<float>(codes[0]) * steps[0];
+        const float centre = static_cast<float>(static_cast<int8_t>(codes[kTileRows])) * steps[kTileRows];
+        return {scale, std::fma(-0.5f * static_cast<float>((1 << width) - 1), scale, centre)};
+    }
+
+    template <class T>
+    void decode(int64_t row, T* target) const {
+        const int64_t tile_row = row / kTileRows, lane = row % kTileRows;
+        Decoder current = {};
+        for (int64_t column = 0; column < columns; column += kStepColumns) {
+            const uint32_t four =
+                codes(tile_row, lane, column / kTileColumns, static_cast<int>(column % kTileColumns / kStepColumns));
+            for (int64_t index = column; index < std::min(column + kStepColumns, columns); ++index) {
+                if (index % group_size == 0) {
+                    current = decoder(tile_row, lane, index / group_size);
+                }
+                const float code = static_cast<float>(four >> 8 * (index - column) & 0xff);
+                target[index] = static_cast<T>(current.scale * code + current.offset);
+            }
+        }
+    }
+};
+
+template <class T>
+void decode_rows(const Rows& weight, const int64_t* rows, int64_t count, Tensor& output) {
+    T* target = static_cast<T*>(output.mutable_data_ptr());
+    const int64_t grain = ceil_div(kColumnsOfThread, std::max<int64_t>(weight.columns, 1));
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+            weight.decode(rows[index], target + index * weight.columns);
+        }
+    });
+}
+
+Tensor embedding(const Tensor& rows, const Tensor& handle, int64_t columns, ScalarType dtype) {
+    const std::shared_ptr<const Weight> weight = find_weight(handle);
+    const PreparedWeight& prepared = prepared_for_cpu(*weight);
+    const Segment& segment = weight->segments.front();
+    STD_TORCH_CHECK(weight->segments.size() == 1 && segment.output_sizes.size() == 1,
+                    "weight: found more than one partition, expected one");
+    STD_TORCH_CHECK(columns == weight->columns, "columns: found ", columns, ", expected the weight's ",
+                    weight->columns);
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long, "rows: found dtype ",
+                    torch::headeronly::toString(rows.scalar_type()), ", expected Long");
+    const Tensor wanted = torch::stable::contiguous(rows);
+    const int64_t* indices = wanted.const_data_ptr<int64_t>();
+    for (int64_t index = 0; index < wanted.numel(); ++index) {
+        STD_TORCH_CHECK(0 <= indices[index] && indices[index] < weight->out_features, "rows: found ", indices[index],
+                        ", expected 0 to ", weight->out_features - 1);
+    }
+    const int width = *segment.active_width.const_data_ptr<int32_t>();
+    const int64_t tile_rows = segment.planes.size(1);
+    const int64_t decoder = segment.find_decoder(width) * tile_rows;
+    const Rows source = {
+        .planes = segment.planes.const_data_ptr<uint8_t>(),
+        .decoders = static_cast<const uint8_t*>(segment.decoders.const_data_ptr()) +
+                    decoder * decoder_bytes(weight->decoder_kind, weight->groups()),
+        .columns = columns,
+        .group_size = weight->group_size,
+        .tiles = segment.planes.size(2),
+        .tile_rows = tile_rows,
+        .kind = weight->decoder_kind,
+        .width = width,
+        .pairs = prepared.paired() ? width / 2 : 1,
+    };
+    std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
+    sizes.push_back(columns);
+    Tensor output = torch::stable::empty(sizes, dtype);
+    switch (dtype) {
+        case ScalarType::BFloat16:
+            decode_rows<BFloat16>(source, indices, wanted.numel(), output);
+            break;
+        case ScalarType::Half:
+            decode_rows<Half>(source, indices, wanted.numel(), output);
+            break;
+        case ScalarType::Float:
+            decode_rows<float>(source, indices, wanted.numel(), output);
+            break;
+        default:
+            STD_TORCH_CHECK(false, "dtype: found ", torch::headeronly::toString(dtype),
+                            ", expected BFloat16, Half or Float");
+    }
+    return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) { m.impl("embedding", TORCH_BOX(&embedding)); }
+
+}  // namespace matquant::cpu
