@@ -27,9 +27,9 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DLIBRARY_FOLDER={library.parent}",
         ]
-        architectures = os.environ.get("MATQUANT_CUDA_ARCHITECTURES")
-        if architectures:  # such as "80;90", or "native"
-            configure.append(f"-DMATQUANT_CUDA_ARCHITECTURES={architectures}")
+        for option in ("MATQUANT_CUDA", "MATQUANT_CUDA_ARCHITECTURES"):  # OFF; such as "80;90", or "native"
+            if value := os.environ.get(option):
+                configure.append(f"-D{option}={value}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
 

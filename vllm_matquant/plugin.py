@@ -27,8 +27,9 @@ _MEMORY_HELP = (
     "come on top. The best of the checkpoint's recipes and widths that fits is served."
 )
 _RECIPE_HELP = (
-    "A file that gives each layer of a matquant checkpoint its width, see docs/recipes.md. Recipes of the checkpoint "
-    "itself are chosen by --bits 2.5 and --memory."
+    "A file that gives each layer of a matquant checkpoint its width, an object such as "
+    '{"recipe_version": 1, "name": "mine", "widths": {"model.layers.0.mlp.down_proj": 8}, "default": 4}. '
+    "Recipes of the checkpoint itself are chosen by --bits 2.5 and --memory."
 )
 _ACTIVATION_BITS_HELP = (
     "Bits to which the CPU's kernels round the activations of a matquant layer: 16 loses next to nothing; 8 is up to "
@@ -53,11 +54,11 @@ def register() -> None:
         # Not through register_model_loader: it warns of each format that it replaces, in every process.
         model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = MatquantModelLoader
     EngineArgs.add_cli_args = staticmethod(_with_arguments(EngineArgs.add_cli_args))
-    EngineArgs.create_engine_config = _with_settled_precision(EngineArgs.create_engine_config)
+    EngineArgs.create_engine_config = _settling(EngineArgs.create_engine_config)
 
 
 def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_matquant.serve.precision import ACTIVATION_BITS
+    from vllm_matquant.serve.request import ACTIVATION_BITS
 
     @functools.wraps(add_cli_args)
     def wrapper(parser: Any) -> Any:
@@ -114,13 +115,13 @@ def _file(text: str) -> str:
     return str(path.absolute())
 
 
-def _with_settled_precision(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_matquant.serve.config import settle_precision
+def _settling(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_matquant.serve.config import settle
 
     @functools.wraps(create_engine_config)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = create_engine_config(self, *args, **kwargs)
-        settle_precision(vllm_config)
+        settle(vllm_config)
         return vllm_config
 
     return wrapper
@@ -137,7 +138,7 @@ class _StoreAdditionalConfig(argparse._StoreAction):
 
 
 class _StoreSetting(argparse.Action):
-    """Stores a setting where vLLM hands it on to every process and counts it in the key of its compile cache."""
+    """Stores a setting where the settling of the engine's configuration finds it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         config = namespace.additional_config

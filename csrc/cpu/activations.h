@@ -1,7 +1,7 @@
 // Activations in fixed point, as gemm.h says, for one instruction set.
 //
-// A token's segment has integers of 16 bits, |q| <= 32639, so that their halves are bytes: q = 256 high + low with both
-// in -128..127. Their scale is a power of two: bfloat16 and float16 within a factor 2^7 or 2^4 of the segment's largest
+// A token's span has integers of 16 bits, |q| <= 32639, so that their halves are bytes: q = 256 high + low with both
+// in -128..127. Their scale is a power of two: bfloat16 and float16 within a factor 2^7 or 2^4 of the span's largest
 // lose nothing, and no value more than 2^-15 of that largest. With 24 bits, for float32, 8 bits of the remainder
 // follow; with 8 bits |q| <= 127, and the scale takes the largest value to 127.
 #pragma once
@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kBFloat16Shift = 16;  // a bfloat16 is the upper half of a float32
 
-// The activations of a segment as floats, zeros after them.
+// The activations of a span as floats, zeros after them.
 template <class Lanes>
-void load_segment(const Product& product, int64_t token, int64_t begin, int64_t count, float* values) {
+void load_span(const Product& product, int64_t token, int64_t begin, int64_t count, float* values) {
     const int64_t first = token * product.columns + begin;
     int64_t index = 0;
     switch (product.element) {
@@ -52,7 +52,7 @@ void load_segment(const Product& product, int64_t token, int64_t begin, int64_t 
             break;
         }
     }
-    std::fill(values + index, values + kSegmentColumns, 0.0f);
+    std::fill(values + index, values + kSpanColumns, 0.0f);
 }
 
 // The integer nearest to a value below 2^22, ties to even: adding this number leaves no bits of the fraction.
@@ -74,23 +74,23 @@ float choose_scale(float largest) {
     return std::max(std::bit_cast<float>((scale + kFraction) & ~kFraction), kSmallest);
 }
 
-// Packs one segment of one token.
+// Packs one span of one token.
 template <class Lanes, int bits>
-Factor pack_segment(const float* values, uint8_t* target) {
+Factor pack_span(const float* values, uint8_t* target) {
     constexpr uint32_t kMagnitude = 0x7fffffff;
     constexpr uint32_t kInfinity = 0x7f800000;
     uint32_t largest = 0;
-    for (int64_t index = 0; index < kSegmentColumns; ++index) {
+    for (int64_t index = 0; index < kSpanColumns; ++index) {
         largest = std::max(largest, std::bit_cast<uint32_t>(values[index]) & kMagnitude);
     }
     const bool finite = largest < kInfinity;
     const float scale = finite ? choose_scale<bits>(std::bit_cast<float>(largest)) : 1.0f;
     const float factor = finite ? 1.0f / scale : 0.0f;
 
-    alignas(64) int16_t high[kSegmentColumns];  // the integer itself, for 24 bits its leading 16
-    alignas(64) int8_t rest[kSegmentColumns];
+    alignas(64) int16_t high[kSpanColumns];  // the integer itself, for 24 bits its leading 16
+    alignas(64) int8_t rest[kSpanColumns];
     int32_t high_sum = 0, rest_sum = 0;
-    for (int64_t index = 0; index < kSegmentColumns; ++index) {
+    for (int64_t index = 0; index < kSpanColumns; ++index) {
         const float value = finite ? values[index] * factor : 0.0f;
         const int32_t integer = round_to_integer(value);
         high[index] = static_cast<int16_t>(integer);
@@ -113,14 +113,14 @@ Factor pack_segment(const float* values, uint8_t* target) {
 
 template <class Lanes, int bits>
 void pack_tokens(const Product& product, int64_t begin, int64_t end) {
-    constexpr int64_t kBytes = kSegmentSteps * Lanes::template kStepBytes<bits>;
+    constexpr int64_t kBytes = kSpanSteps * Lanes::template kStepBytes<bits>;
     for (int64_t token = begin; token < end; ++token) {
         int64_t index = token;
         for (int64_t column = 0; column < product.columns; index += product.tokens) {
-            const int64_t next = segment_end(product.columns, product.group_size, column);
-            alignas(64) float values[kSegmentColumns];
-            load_segment<Lanes>(product, token, column, next - column, values);
-            product.factors[index] = pack_segment<Lanes, bits>(values, product.activations + index * kBytes);
+            const int64_t next = span_end(product.columns, product.group_size, column);
+            alignas(64) float values[kSpanColumns];
+            load_span<Lanes>(product, token, column, next - column, values);
+            product.factors[index] = pack_span<Lanes, bits>(values, product.activations + index * kBytes);
             column = next;
         }
     }

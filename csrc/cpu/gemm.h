@@ -1,12 +1,12 @@
 // The product on the CPU, as its parts see it: linear.cpp finds the weight and divides the work; a kernel per
 // instruction set, chosen once at run time, packs the activations, multiplies and writes the output.
 //
-// Activations are rounded to fixed point, a scale for each token and segment of at most 128 columns of one group, so
-// that a segment's products are sums of integers:
+// Activations are rounded to fixed point, a scale for each token and span of at most 128 columns of one group, so
+// that a span's products are sums of integers:
 //
 //     sum_k x_k (scale c_k + offset)  =  s (scale sum_k q_k c_k + offset sum_k q_k),     x_k = s q_k
 //
-// These sums are exact, and segments are added in order in float32: a result's bytes depend neither on the instruction
+// These sums are exact, and spans are added in order in float32: a result's bytes depend neither on the instruction
 // set nor on the number of threads, nor on what else is multiplied with it.
 //
 // This header is compiled with the flags of several instruction sets: whatever it defines is in an anonymous namespace,
@@ -21,8 +21,8 @@
 namespace matquant::cpu {
 
 // The most columns whose products are summed as integers: codes of 8 bits and activations of 16 stay below 2^31.
-constexpr int64_t kSegmentColumns = 128;
-constexpr int64_t kSegmentSteps = kSegmentColumns / kStepColumns;
+constexpr int64_t kSpanColumns = 128;
+constexpr int64_t kSpanSteps = kSpanColumns / kStepColumns;
 
 // Tokens that are multiplied at once: bounds the scratch memory, and makes the time to unpack small beside the
 // products.
@@ -30,7 +30,7 @@ constexpr int64_t kBlockTokens = 512;
 
 enum class Element { kBFloat16, kHalf, kFloat };
 
-// What a token's segment is multiplied with: its activations are `scale` times their integers, and these add up to
+// What a token's span is multiplied with: its activations are `scale` times their integers, and these add up to
 // `sum` after scaling.
 struct Factor {
     float scale;
@@ -48,8 +48,8 @@ struct Product {
     Element element;      // of input, output and bias
     int64_t tokens;
     const void* input;     // [tokens, columns]
-    uint8_t* activations;  // packed by the kernel: [segments, tokens, kSegmentSteps, bytes of a step]
-    Factor* factors;       // [segments, tokens]
+    uint8_t* activations;  // packed by the kernel: [spans, tokens, kSpanSteps, bytes of a step]
+    Factor* factors;       // [spans, tokens]
     const void* bias;      // [rows of all tiles] or nullptr
     void* output;          // [tokens, output_stride]
     int64_t output_stride;
@@ -67,18 +67,18 @@ struct TileRow {
 
 namespace {
 
-// Segments are what is left of the groups when they are cut every kSegmentColumns columns: [begin, segment_end) has one
+// Spans are what is left of the groups when they are cut every kSpanColumns columns: [begin, span_end) has one
 // decoder.
-inline int64_t segment_end(int64_t columns, int64_t group_size, int64_t begin) {
+inline int64_t span_end(int64_t columns, int64_t group_size, int64_t begin) {
     const int64_t group_end = (begin / group_size + 1) * group_size;
-    const int64_t cut = (begin / kSegmentColumns + 1) * kSegmentColumns;
+    const int64_t cut = (begin / kSpanColumns + 1) * kSpanColumns;
     const int64_t end = group_end < cut ? group_end : cut;
     return end < columns ? end : columns;
 }
 
-inline int64_t count_segments(int64_t columns, int64_t group_size) {
+inline int64_t count_spans(int64_t columns, int64_t group_size) {
     int64_t count = 0;
-    for (int64_t begin = 0; begin < columns; begin = segment_end(columns, group_size, begin)) {
+    for (int64_t begin = 0; begin < columns; begin = span_end(columns, group_size, begin)) {
         ++count;
     }
     return count;

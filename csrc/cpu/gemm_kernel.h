@@ -2,7 +2,7 @@
 //
 // Two loops share their parts. While there are few tokens the product waits for memory: `multiply_few` unpacks a tile
 // into registers and multiplies it with every token at once, so that each byte of weights is touched once. With more
-// tokens it waits for the dot products: `multiply_many` unpacks a segment of a few rows of tiles into the first cache
+// tokens it waits for the dot products: `multiply_many` unpacks a span of a few rows of tiles into the first cache
 // and runs blocks of tokens over it with their sums in registers. Both add the same integers and the same floats in the
 // same order.
 //
@@ -106,9 +106,9 @@ template <class Lanes>
 struct Decoder {
     typename Lanes::Floats scale, offset;
 
-    // What a segment adds to the result of a token: s (scale sum_k q_k c_k + offset sum_k q_k).
-    typename Lanes::Floats add_segment(typename Lanes::Floats total, const Factor& factor,
-                                       typename Lanes::Floats result) const {
+    // What a span adds to the result of a token: s (scale sum_k q_k c_k + offset sum_k q_k).
+    typename Lanes::Floats add_span(typename Lanes::Floats total, const Factor& factor,
+                                    typename Lanes::Floats result) const {
         total = Lanes::multiply(total, Lanes::broadcast(factor.scale));
         result = Lanes::multiply_add(scale, total, result);
         return Lanes::multiply_add(offset, Lanes::broadcast(factor.sum), result);
@@ -171,8 +171,8 @@ class Writer {
         Product as_input = product;
         as_input.input = product.bias;
         as_input.columns = 0;  // one row of it
-        alignas(64) float values[kSegmentColumns];
-        load_segment<Lanes>(as_input, 0, row.first, row.count, values);
+        alignas(64) float values[kSpanColumns];
+        load_span<Lanes>(as_input, 0, row.first, row.count, values);
         std::copy_n(values, kTileRows, bias_);
     }
 
@@ -221,9 +221,9 @@ class Writer {
 };
 
 template <class Lanes, int bits>
-constexpr int64_t kSegmentBytes = kSegmentSteps * Lanes::template kStepBytes<bits>;  // of one token
+constexpr int64_t kSpanBytes = kSpanSteps * Lanes::template kStepBytes<bits>;  // of one token
 
-// All of a row of tiles with all tokens; segments are whole tiles.
+// All of a row of tiles with all tokens; spans are whole tiles.
 template <class Lanes, int bits, int width, int pairs, int tokens>
 void multiply_few(const Product& product, const TileRow& row) {
     using Sums = typename Lanes::Sums;
@@ -236,8 +236,8 @@ void multiply_few(const Product& product, const TileRow& row) {
     repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });
     int64_t index = 0;
     for (int64_t begin = 0; begin < product.columns; index += tokens) {
-        const int64_t end = segment_end(product.columns, product.group_size, begin);
-        const uint8_t* activations = product.activations + index * kSegmentBytes<Lanes, bits>;
+        const int64_t end = span_end(product.columns, product.group_size, begin);
+        const uint8_t* activations = product.activations + index * kSpanBytes<Lanes, bits>;
         Sums sums[kChains * tokens * kSums];
         repeat<kChains * tokens * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
         for (int64_t tile = begin / kTileColumns; tile < ceil_div(end, kTileColumns); ++tile) {
@@ -247,7 +247,7 @@ void multiply_few(const Product& product, const TileRow& row) {
                 const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
                 repeat<tokens>([&](auto token) MATQUANT_INLINE {
                     Lanes::template dot<bits>(&sums[(step % kChains * tokens + token) * kSums], operand,
-                                              activations + token * kSegmentBytes<Lanes, bits> + step * kStepBytes);
+                                              activations + token * kSpanBytes<Lanes, bits> + step * kStepBytes);
                 });
             });
             activations += kTileSteps * kStepBytes;
@@ -258,8 +258,8 @@ void multiply_few(const Product& product, const TileRow& row) {
         });
         const Decoder<Lanes> decoder = decoders.of_group(begin / product.group_size);
         repeat<tokens>([&](auto token) MATQUANT_INLINE {
-            results[token] = decoder.add_segment(Lanes::template total<Lanes, bits>(&sums[token * kSums]),
-                                                 product.factors[index + token], results[token]);
+            results[token] = decoder.add_span(Lanes::template total<Lanes, bits>(&sums[token * kSums]),
+                                              product.factors[index + token], results[token]);
         });
         begin = end;
     }
@@ -281,24 +281,23 @@ void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t
     }
 }
 
-// A segment of codes [steps, rows, 64], and what a block of tokens needs of it.
+// A span of codes [steps, rows, 64], and what a block of tokens needs of it.
 template <class Lanes, int rows>
-struct Segment {
+struct Span {
     const uint8_t* codes;
     int64_t steps;
     Decoder<Lanes> decoders[rows];
 };
 
-// Adds the product of a segment and a block of tokens to their results [tokens, rows, 16].
+// Adds the product of a span and a block of tokens to their results [tokens, rows, 16].
 template <class Lanes, int bits, int rows, int tokens>
-void multiply_block(const Segment<Lanes, rows>& segment, const uint8_t* activations, const Factor* factors,
-                    float* results) {
+void multiply_block(const Span<Lanes, rows>& span, const uint8_t* activations, const Factor* factors, float* results) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
     Sums sums[tokens * rows * kSums];
     repeat<tokens * rows * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
-    const uint8_t* codes = segment.codes;
-    for (int64_t step = 0; step < segment.steps; ++step) {
+    const uint8_t* codes = span.codes;
+    for (int64_t step = 0; step < span.steps; ++step) {
         typename Lanes::Operand operands[rows];
         repeat<rows>([&](auto row) MATQUANT_INLINE {
             operands[row] = Lanes::prepare(Lanes::load_bytes(codes + row * kPlaneBytes));
@@ -306,7 +305,7 @@ void multiply_block(const Segment<Lanes, rows>& segment, const uint8_t* activati
         repeat<tokens>([&](auto token) MATQUANT_INLINE {
             repeat<rows>([&](auto row) MATQUANT_INLINE {
                 Lanes::template dot<bits>(&sums[(token * rows + row) * kSums], operands[row],
-                                          activations + token * kSegmentBytes<Lanes, bits>);
+                                          activations + token * kSpanBytes<Lanes, bits>);
             });
         });
         codes += rows * kPlaneBytes;
@@ -315,7 +314,7 @@ void multiply_block(const Segment<Lanes, rows>& segment, const uint8_t* activati
     repeat<tokens>([&](auto token) MATQUANT_INLINE {
         repeat<rows>([&](auto row) MATQUANT_INLINE {
             float* result = results + (token * rows + row) * kTileRows;
-            Lanes::store(result, segment.decoders[row].add_segment(
+            Lanes::store(result, span.decoders[row].add_span(
                                      Lanes::template total<Lanes, bits>(&sums[(token * rows + row) * kSums]),
                                      factors[token], Lanes::load(result)));
         });
@@ -329,15 +328,15 @@ constexpr auto blocks_by_tokens(std::integer_sequence<int, tokens...>) {
 
 // All tokens, in blocks of nearly the same size.
 template <class Lanes, int bits, int rows>
-void multiply_tokens(const Segment<Lanes, rows>& segment, int64_t tokens, const uint8_t* activations,
-                     const Factor* factors, float* results) {
+void multiply_tokens(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t* activations, const Factor* factors,
+                     float* results) {
     constexpr int kMost = Lanes::template kManyTokens<bits>;
     static constexpr auto kBlocks = blocks_by_tokens<Lanes, bits, rows>(std::make_integer_sequence<int, kMost>());
     for (int64_t blocks = ceil_div(tokens, kMost); blocks > 0; --blocks) {
         const int64_t count = ceil_div(tokens, blocks);
-        kBlocks[count - 1](segment, activations, factors, results);
+        kBlocks[count - 1](span, activations, factors, results);
         tokens -= count;
-        activations += count * kSegmentBytes<Lanes, bits>;
+        activations += count * kSpanBytes<Lanes, bits>;
         factors += count;
         results += count * rows * kTileRows;
     }
@@ -363,28 +362,28 @@ auto decoders_of(const Product& product, const TileRow* row, std::integer_sequen
 template <class Lanes, int bits, int rows>
 void multiply_many(const Product& product, const TileRow* row) {
     static constexpr auto kUnpack = unpackers_by_form<Lanes, rows>(std::make_integer_sequence<int, kForms>());
-    alignas(64) uint8_t codes[kSegmentSteps * rows * kPlaneBytes];
+    alignas(64) uint8_t codes[kSpanSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
     const auto decoders = decoders_of<Lanes>(product, row, std::make_integer_sequence<int, rows>());
     int64_t index = 0;
-    for (int64_t first = 0; first < product.columns; first += kSegmentColumns) {
-        const int64_t last = std::min(first + kSegmentColumns, product.columns);
+    for (int64_t first = 0; first < product.columns; first += kSpanColumns) {
+        const int64_t last = std::min(first + kSpanColumns, product.columns);
         for (int part = 0; part < rows; ++part) {
             kUnpack[form_of(row[part].width, product.paired)](row[part], first / kTileColumns,
                                                               ceil_div(last - first, kTileColumns),
                                                               product.plane_stride, codes + part * kPlaneBytes);
         }
         for (int64_t begin = first; begin < last; index += product.tokens) {
-            const int64_t end = segment_end(product.columns, product.group_size, begin);
-            Segment<Lanes, rows> segment;
-            segment.codes = codes + (begin - first) / kStepColumns * rows * kPlaneBytes;
-            segment.steps = ceil_div(end - begin, kStepColumns);
+            const int64_t end = span_end(product.columns, product.group_size, begin);
+            Span<Lanes, rows> span;
+            span.codes = codes + (begin - first) / kStepColumns * rows * kPlaneBytes;
+            span.steps = ceil_div(end - begin, kStepColumns);
             for (int part = 0; part < rows; ++part) {
-                segment.decoders[part] = decoders[part].of_group(begin / product.group_size);
+                span.decoders[part] = decoders[part].of_group(begin / product.group_size);
             }
-            multiply_tokens<Lanes, bits, rows>(segment, product.tokens,
-                                               product.activations + index * kSegmentBytes<Lanes, bits>,
+            multiply_tokens<Lanes, bits, rows>(span, product.tokens,
+                                               product.activations + index * kSpanBytes<Lanes, bits>,
                                                product.factors + index, results);
             begin = end;
         }

@@ -88,7 +88,7 @@ std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepar
                               const Product& common, int64_t tokens) {
     thread_local PackedActivations scratch[3];
     const Kernel& kernel = *isa_in_use().kernel;
-    const int64_t spans = count_segments(weight.columns, weight.group_size);
+    const int64_t spans = count_spans(weight.columns, weight.group_size);
     std::vector<Product> products;
     for (size_t index = 0; index < weight.segments.size(); ++index) {
         Product& product = products.emplace_back(common);
@@ -96,7 +96,7 @@ std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepar
         product.activation_bits = activation_bits_of(weight, plan.narrow[index], common.element);
         PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
         product.activations =
-            activations.steps.take(spans * tokens * kSegmentSteps * kernel.step_bytes(product.activation_bits));
+            activations.steps.take(spans * tokens * kSpanSteps * kernel.step_bytes(product.activation_bits));
         product.factors = activations.factors.take(spans * tokens);
     }
     return products;

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cuda/plan.h"
 
 namespace matquant::cpu {
 namespace {
@@ -37,8 +38,11 @@ void check_layout(const Weight& weight, const Segment& segment) {
 
 void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
                  const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes) {
-    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
     const std::shared_ptr<const Weight> before = weight_of(id);
+    if (before->layout == cuda::kLayout) {  // for an emulator, which has no memory of its own
+        return cuda::add_segment(id, planes, decoders, active_width, decoder_widths, output_sizes);
+    }
+    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
     const std::shared_ptr<Weight> weight =
         with_segment(*before, {planes, decoders, active_width, decoder_widths, output_sizes, planes.size(0)});
     check_layout(*weight, weight->segments.back());

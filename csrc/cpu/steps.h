@@ -40,17 +40,17 @@ struct ByteSteps {
     template <int bits>
     static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
         if constexpr (bits == 8) {
-            std::copy_n(high, kSegmentColumns, reinterpret_cast<int8_t*>(target));
+            std::copy_n(high, kSpanColumns, reinterpret_cast<int8_t*>(target));
             return;
         }
-        alignas(64) int8_t parts[3][kSegmentColumns];
-        for (int64_t column = 0; column < kSegmentColumns; ++column) {
+        alignas(64) int8_t parts[3][kSpanColumns];
+        for (int64_t column = 0; column < kSpanColumns; ++column) {
             const int upper = (high[column] + 128) >> 8;
             parts[0][column] = static_cast<int8_t>(upper);
             parts[1][column] = static_cast<int8_t>(high[column] - 256 * upper);
             parts[2][column] = bits == 24 ? rest[column] : int8_t{0};
         }
-        for (int64_t step = 0; step < kSegmentSteps; ++step) {
+        for (int64_t step = 0; step < kSpanSteps; ++step) {
             for (int part = 0; part < kSums<bits>; ++part) {
                 std::memcpy(target + (step * kSums<bits> + part) * kStepColumns, parts[part] + step * kStepColumns,
                             kStepColumns);
@@ -81,7 +81,7 @@ struct WordSteps {
 
     template <int bits>
     static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
-        for (int64_t step = 0; step < kSegmentSteps; ++step) {
+        for (int64_t step = 0; step < kSpanSteps; ++step) {
             const int64_t first = step * kStepColumns;
             const int16_t words[8] = {high[first], high[first + 2], high[first + 1], high[first + 3]};
             std::memcpy(target + step * kStepBytes<bits>, words, 8);

@@ -1,7 +1,7 @@
 // Asynchronous copies from global to shared memory, 16 bytes a lane.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/tile.h"
 
 namespace matquant::cuda {
 

@@ -12,7 +12,7 @@
 
 namespace matquant::cuda {
 
-template <class Element, int token_tiles, int groups>
+template <class Element, DecoderKind kind, int token_tiles, int groups>
 __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, uint8_t* memory) {
     const int tile_row = blockIdx.x, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const Partition partition(shape, tile_row);
@@ -27,10 +27,10 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
                          static_cast<int>(static_cast<long long>(worker + 1) * steps / workers)};
 
     Sums results[token_tiles][kRowTiles] = {};
-#define MATQUANT_WIDTH(bits)                                                                              \
-    case bits:                                                                                            \
-        multiply_steps<Element, bits, token_tiles, groups>(                                               \
-            arguments, shape, share, memory + warp * kStages<bits> * kStageBytes<bits, groups>, results); \
+#define MATQUANT_WIDTH(bits)                                                                                   \
+    case bits:                                                                                                 \
+        multiply_steps<Element, kind, bits, token_tiles, groups>(                                              \
+            arguments, shape, share, memory + warp * stages(bits) * stage_bytes(kind, bits, groups), results); \
         break;
     switch (decoder == kNone ? 0 : width) {
         MATQUANT_WIDTH(2)
@@ -90,7 +90,8 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
             if (arguments.bias != nullptr) {
                 sum += Element::to_float(arguments.bias[partition.first_row + row]);
             }
-            arguments.output[static_cast<size_t>(first_token + token) * shape.rows + partition.first_row + row] =
+            arguments
+                .output[static_cast<size_t>(first_token + token) * shape.output_stride + partition.first_row + row] =
                 Element::from_float(sum);
         }
     }

@@ -13,14 +13,31 @@ __device__ float2 without_magic(uint32_t word, int exponent) {
     return {Element::to_float(values[0]) - magic, Element::to_float(values[1]) - magic};
 }
 
+// Scale and offset of rows g + 8 half of a row tile; `steps` and `memory` are where those of affine-int8 and a group's
+// decoders begin.
+template <DecoderKind kind, int width>
+__device__ float2 scale_and_offset(const uint8_t* steps, const uint8_t* memory, int g, int row_tile, int half) {
+    GroupDecoders<kind> decoders;
+    decoders.load(memory + g * group_bytes(kind) / 8);
+    const float2 scales = decoders.scale(row_tile), addends = decoders.addend(row_tile);
+    const float scale = half == 0 ? scales.x : scales.y, addend = half == 0 ? addends.x : addends.y;
+    if constexpr (kind == DecoderKind::kAffineFloat16) {
+        return {scale, addend};
+    } else {
+        const RowSteps step(steps, g, row_tile);
+        const float scaled = scale * (half == 0 ? step.scale.x : step.scale.y);
+        return {scaled, fmaf(-kMiddle<width>, scaled, addend * (half == 0 ? step.centre.x : step.centre.y))};
+    }
+}
+
 // One warp's tile to `output` [rows, columns], columns of whole steps.
-template <class Element, int width, int groups>
+template <class Element, DecoderKind kind, int width, int groups>
 __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, typename Element::Type* output,
                                 const Shape& shape, int tile, int first_row, int rows, int lane) {
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
     using Upper = Part<Element, kUpperBits, kLowerBits>;
     using Lower = Part<Element, larger(kLowerBits, 1), 0>;
-    const Stage<width> stage(planes, lane);
+    const Stage<kind, width> stage(planes, lane);
     TileWords words = {};
     stage.load_base(0, words.base);
 #pragma unroll
@@ -44,9 +61,8 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
                 const int group = groups == 1   ? (tile / kStepTiles) >> shape.group_shift
                                   : groups == 2 ? tile
                                                 : min(2 * tile + run, shape.groups - 1);
-                const auto* decoder = reinterpret_cast<const __half*>(decoders + group * kDecoderBytes) + lane / 4 * 16;
-                const float scale = __half2float(decoder[row_tile * 2 + half]);
-                const float offset = __half2float(decoder[8 + row_tile * 2 + half]);
+                const uint8_t* memory = decoders + step_bytes(kind) + group * group_bytes(kind);
+                const float2 decoder = scale_and_offset<kind, width>(decoders, memory, lane / 4, row_tile, half);
                 uint4 packed;
                 auto* values = reinterpret_cast<typename Element::Type*>(&packed);
 #pragma unroll
@@ -57,8 +73,8 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
                         const float2 rest = without_magic<Element>(lower[half][q], Lower::exponent_of(q));
                         codes = {codes.x + rest.x, codes.y + rest.y};
                     }
-                    values[2 * pair] = Element::from_float(scale * codes.x + offset);
-                    values[2 * pair + 1] = Element::from_float(scale * codes.y + offset);
+                    values[2 * pair] = Element::from_float(decoder.x * codes.x + decoder.y);
+                    values[2 * pair + 1] = Element::from_float(decoder.x * codes.y + decoder.y);
                 }
                 if (row < rows) {
                     const size_t column = static_cast<size_t>(tile) * kTileColumns + run * 32 + lane % 4 * 8;
@@ -71,7 +87,7 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
 
 // Each warp of a block takes a tile of the row blockIdx.x. Columns past the last tile become zeros; those of the last
 // tile that the layer has not meet activations that are zero.
-template <class Element, int groups>
+template <class Element, DecoderKind kind, int groups>
 __device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const int32_t* active_width,
                            typename Element::Type* output, const Shape& shape) {
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -96,11 +112,11 @@ __device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const
     }
     const size_t index = static_cast<size_t>(blockIdx.x) * shape.tile_columns + tile;
     planes += index * shape.resident_width * kPlaneBytes;
-    decoders += (static_cast<size_t>(decoder) * shape.tile_rows + blockIdx.x) * shape.groups * kDecoderBytes;
-#define MATQUANT_WIDTH(bits)                                                                                     \
-    case bits:                                                                                                   \
-        dequantize_tile<Element, bits, groups>(planes, decoders, output, shape, tile, partition.first_row, rows, \
-                                               lane);                                                            \
+    decoders += (static_cast<size_t>(decoder) * shape.tile_rows + blockIdx.x) * row_bytes<kind>(shape);
+#define MATQUANT_WIDTH(bits)                                                                                           \
+    case bits:                                                                                                         \
+        dequantize_tile<Element, kind, bits, groups>(planes, decoders, output, shape, tile, partition.first_row, rows, \
+                                                     lane);                                                            \
         break;
     switch (width) {
         MATQUANT_WIDTH(2)

@@ -1,9 +1,8 @@
-// Declarations of the kernels.
+// The kernels' entry points: their parameters, and what defines one.
 #pragma once
 
 #include "cuda/decode.cuh"
 #include "cuda/dequantize_layer.cuh"
-#include "cuda/instances.h"
 
 #define MATQUANT_DECODE_PARAMETERS(element)                                                                            \
     const matquant::cuda::element::Type *input, const uint8_t *planes, const uint8_t *decoders,                        \
@@ -14,18 +13,18 @@
     const uint8_t *planes, const uint8_t *decoders, const int32_t *active_width, \
         matquant::cuda::element::Type *output, const matquant::cuda::Shape shape
 
-namespace matquant::cuda {
-constexpr int kThreads = kWarps * kLanes;
-}  // namespace matquant::cuda
+// A program that is compiled at run time has one of these lines; plan.cpp hands them out.
+#define MATQUANT_DECODE_KERNEL(name, element, kind, token_tiles, groups, blocks)                           \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads, blocks)                         \
+        name(MATQUANT_DECODE_PARAMETERS(element)) {                                                        \
+        extern __shared__ __align__(16) uint8_t memory[];                                                  \
+        matquant::cuda::decode<matquant::cuda::element, matquant::DecoderKind::kind, token_tiles, groups>( \
+            {input, planes, decoders, active_width, bias, output, partial_sums, arrivals}, shape, memory); \
+    }
 
-#define MATQUANT_DECLARE(name, element, token_tiles, groups, blocks) \
-    extern "C" __global__ void name(MATQUANT_DECODE_PARAMETERS(element));
-
-#define MATQUANT_DECLARE_DEQUANTIZER(name, element, groups) \
-    extern "C" __global__ void name(MATQUANT_DEQUANTIZE_PARAMETERS(element));
-
-MATQUANT_CUDA_INSTANCES(MATQUANT_DECLARE)
-MATQUANT_CUDA_DEQUANTIZERS(MATQUANT_DECLARE_DEQUANTIZER)
-
-#undef MATQUANT_DECLARE
-#undef MATQUANT_DECLARE_DEQUANTIZER
+#define MATQUANT_DEQUANTIZE_KERNEL(name, element, kind, groups)                                   \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads)                        \
+        name(MATQUANT_DEQUANTIZE_PARAMETERS(element)) {                                           \
+        matquant::cuda::dequantize<matquant::cuda::element, matquant::DecoderKind::kind, groups>( \
+            planes, decoders, active_width, output, shape);                                       \
+    }

@@ -2,7 +2,10 @@
 //
 // Within a group, with the weight scale * c + offset, the magic value m of dequantize.cuh and A = m + c,
 //     sum_k x_k (scale c_k + offset)  =  scale (sum_k x_k A_k - sum_k x_k m_k) + offset sum_k x_k.
-// The two sums without codes are one product with constants, its upper rows -m and its lower rows 1.
+// The two sums without codes are one product with constants, its upper rows -m and its lower rows 1. With affine-int8's
+// scale * (c - middle) + centre they are -(m + middle) and 1. Its scales and centres are multiples of the rows' steps.
+// Where there are registers for two sums of each result, they are summed as such, and multiplied by the steps at the
+// end.
 #pragma once
 
 #include "cuda/dequantize.cuh"
@@ -58,12 +61,14 @@ struct TileWords {
 };
 
 // A warp's sums over its steps, those of each token tile: [row tiles, 16 x 8].
-template <class Element, int width, int token_tiles, int groups>
+template <class Element, DecoderKind kind, int width, int token_tiles, int groups>
 __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape& shape, const Share& share,
                                uint8_t* memory, Sums (&results)[token_tiles][kRowTiles]) {
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
-    constexpr int kStageCount = kStages<width>;
-    constexpr int kBytes = kStageBytes<width, groups>;
+    constexpr bool kHasSteps = kind == DecoderKind::kAffineInt8;
+    constexpr bool kStepsAtEnd = kHasSteps && token_tiles == 1;
+    constexpr int kStageCount = stages(width);
+    constexpr int kBytes = stage_bytes(kind, width, groups);
     // Sums are scaled once for a step where that is one group and there are registers for two tiles.
     constexpr int kTilesAtOnce = groups == 1 && width <= 4 && token_tiles <= 2 ? 2 : 1;
     constexpr int kInputTiles = token_tiles <= 2 ? kStepTiles : 1;  // whose activations are in registers at once
@@ -71,11 +76,15 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
     constexpr int kProducts = 4 * kTilesAtOnce / kParts;            // of a part
 
     const int lane = threadIdx.x % kLanes;
-    Copier<Element, width, groups> copier(arguments, shape, share, lane);
+    Copier<Element, kind, width, groups> copier(arguments, shape, share, lane);
 #pragma unroll
     for (int index = 0; index < kStageCount - 1; ++index) {
         copier.copy_next(memory + index * kBytes);
     }
+    const uint8_t* row_decoders =
+        arguments.decoders +
+        static_cast<size_t>(share.decoder * shape.tile_rows + share.tile_row) * row_bytes<kind>(shape);
+    Sums centres[token_tiles][kRowTiles] = {};
     Input<Element, token_tiles> input_of_steps(arguments, shape, share, lane);
     int current = 0, free = (kStageCount - 1) * kBytes;
     for (int step = share.begin; step < share.end; ++step) {
@@ -86,7 +95,7 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
         wait_for_copies<kStageCount - 2>();
         __syncwarp();  // all lanes' copies have come, and all lanes are done with the stage that is copied to next
         copier.copy_next(memory + free);
-        const Stage<width> stage(memory + current, lane);
+        const Stage<kind, width> stage(memory + current, lane);
         free = current;
         current = current == (kStageCount - 1) * kBytes ? 0 : current + kBytes;
 
@@ -111,12 +120,17 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                 for (int part = 0; part < kParts; ++part) {
                     constants[token_tile][part] = multiply_constants<Element, width, kProducts>(
                         &input[token_tile][4 * (first % kInputTiles) + part * kProducts], part * kProducts);
+                    if constexpr (kHasSteps) {
+                        float (&sums)[4] = constants[token_tile][part].value;
+                        sums[0] = fmaf(-kMiddle<width>, sums[2], sums[0]);
+                        sums[1] = fmaf(-kMiddle<width>, sums[3], sums[1]);
+                    }
                 }
             }
-            __half2 scales[kParts][kRowTiles], offsets[kParts][kRowTiles];
+            GroupDecoders<kind> decoders[kParts];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                stage.load_decoders(groups == 1 ? 0 : first * kParts + part, scales[part], offsets[part]);
+                stage.load_decoders(groups == 1 ? 0 : first * kParts + part, decoders[part]);
             }
 
 #pragma unroll
@@ -156,8 +170,13 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                 }
 #pragma unroll
                 for (int part = 0; part < kParts; ++part) {
-                    const float2 scale = __half22float2(scales[part][row_tile]);
-                    const float2 offset = __half22float2(offsets[part][row_tile]);
+                    float2 scale = decoders[part].scale(row_tile);
+                    float2 addend = decoders[part].addend(row_tile);
+                    if constexpr (kHasSteps && !kStepsAtEnd) {
+                        const RowSteps steps(row_decoders, lane / 4, row_tile);
+                        scale = matquant::cuda::multiply(scale, steps.scale);
+                        addend = matquant::cuda::multiply(addend, steps.centre);
+                    }
 #pragma unroll
                     for (int token_tile = 0; token_tile < token_tiles; ++token_tile) {
                         const Sums& constant = constants[token_tile][part];
@@ -165,13 +184,29 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                         for (int index = 0; index < 4; ++index) {
                             float& result = results[token_tile][row_tile].value[index];
                             result += (index < 2 ? scale.x : scale.y) * sums[token_tile][part].value[index];
-                            result += (index < 2 ? offset.x : offset.y) * constant.value[2 + index % 2];
+                            float& added = kStepsAtEnd ? centres[token_tile][row_tile].value[index] : result;
+                            added += (index < 2 ? addend.x : addend.y) * constant.value[2 + index % 2];
                         }
                     }
                 }
             }
         }
         input_of_steps.advance();
+    }
+    if constexpr (kStepsAtEnd) {
+#pragma unroll
+        for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+            const auto [scale, centre] = RowSteps(row_decoders, lane / 4, row_tile);
+#pragma unroll
+            for (int token_tile = 0; token_tile < token_tiles; ++token_tile) {
+#pragma unroll
+                for (int index = 0; index < 4; ++index) {
+                    float& result = results[token_tile][row_tile].value[index];
+                    const float added = (index < 2 ? centre.x : centre.y) * centres[token_tile][row_tile].value[index];
+                    result = fmaf(index < 2 ? scale.x : scale.y, result, added);
+                }
+            }
+        }
     }
 }
 

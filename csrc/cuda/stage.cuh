@@ -2,13 +2,13 @@
 #pragma once
 
 #include "cuda/copy.cuh"
-#include "cuda/shape.cuh"
+#include "cuda/decoders.cuh"
 
 namespace matquant::cuda {
 
 // What one lane copies for each step of a warp's share, one after the other. Offsets have 32 bits: to compute them is
 // most of what is to be done besides the products.
-template <class Element, int width, int groups>
+template <class Element, DecoderKind kind, int width, int groups>
 class Copier {
   public:
     __device__ Copier(const Arguments<Element>& arguments, const Shape& shape, const Share& share, int lane)
@@ -16,7 +16,8 @@ class Copier {
         tile_bytes_ = shape.resident_width * kPlaneBytes;
         const int first_tile = share.tile_row * shape.tile_columns + share.begin * kStepTiles;
         weights_ = static_cast<uint32_t>(first_tile) * tile_bytes_ + lane * 16;
-        decoders_ = static_cast<uint32_t>(share.decoder * shape.tile_rows + share.tile_row) * shape.groups;
+        decoders_ = static_cast<uint32_t>(share.decoder * shape.tile_rows + share.tile_row) * row_bytes<kind>(shape) +
+                    step_bytes(kind) + lane % kGroupLanes * 16;
         single_ = shape.tile_columns % kStepTiles == 0 ? -1 : shape.tile_columns / kStepTiles;
     }
 
@@ -42,19 +43,21 @@ class Copier {
             }
         }
         weights_ += kStepTiles * tile_bytes_;
-        // 16 lanes copy a group's decoders.
         uint8_t* target = stage + kStepTiles * width * kPlaneBytes + lane_ * 16;
         const int first = groups == 1 ? step_ >> shape_.group_shift : groups * step_;
 #pragma unroll
-        for (int pair = 0; pair < (groups + 1) / 2; ++pair) {
-            if (groups > 1 || lane_ < 16) {
+        for (int copied = 0; copied < groups; copied += kGroupsAtOnce) {
+            if (groups >= kGroupsAtOnce || lane_ < groups * kGroupLanes) {
                 // The last step may have fewer groups.
-                const int group = groups == 1 ? first : min(first + 2 * pair + lane_ / 16, shape_.groups - 1);
-                copy_async(target + pair * 2 * kDecoderBytes,
-                           arguments_.decoders + (decoders_ + group) * kDecoderBytes + lane_ % 16 * 16);
+                const int group = groups == 1 ? first : min(first + copied + lane_ / kGroupLanes, shape_.groups - 1);
+                copy_async(target + copied * group_bytes(kind),
+                           arguments_.decoders + (decoders_ + static_cast<uint32_t>(group) * group_bytes(kind)));
             }
         }
     }
+
+    static constexpr int kGroupLanes = group_bytes(kind) / 16;  // lanes that copy a group's decoders
+    static constexpr int kGroupsAtOnce = kLanes / kGroupLanes;
 
     const Arguments<Element>& arguments_;
     const Shape& shape_;
@@ -107,11 +110,12 @@ class Input {
 };
 
 // One lane's view of a step in shared memory.
-template <int width>
+template <DecoderKind kind, int width>
 class Stage {
   public:
     __device__ Stage(const uint8_t* memory, int lane)
-        : weights_(memory + lane * 16), decoders_(memory + kStepTiles * width * kPlaneBytes + lane / 4 * 32) {}
+        : weights_(memory + lane * 16),
+          decoders_(memory + kStepTiles * width * kPlaneBytes + lane / 4 * group_bytes(kind) / 8) {}
 
     // The lane's words: two for each row tile of the base field, one of a plane.
     __device__ void load_base(int tile, uint32_t (&words)[kRowTiles][2]) const {
@@ -132,21 +136,12 @@ class Stage {
         words[3] = run.w;
     }
 
-    // Scales and offsets of the lane's rows, in pairs of rows g and g + 8.
-    __device__ void load_decoders(int group, __half2 (&scales)[kRowTiles], __half2 (&offsets)[kRowTiles]) const {
-        unpack(load(decoders_ + group * kDecoderBytes), scales);
-        unpack(load(decoders_ + group * kDecoderBytes + 16), offsets);
+    __device__ void load_decoders(int group, GroupDecoders<kind>& decoders) const {
+        decoders.load(decoders_ + group * group_bytes(kind));
     }
 
   private:
     __device__ static uint4 load(const uint8_t* source) { return *reinterpret_cast<const uint4*>(source); }
-    __device__ static void unpack(const uint4& run, __half2 (&values)[kRowTiles]) {
-        const uint32_t words[4] = {run.x, run.y, run.z, run.w};
-#pragma unroll
-        for (int index = 0; index < kRowTiles; ++index) {
-            values[index] = *reinterpret_cast<const __half2*>(&words[index]);
-        }
-    }
 
     const uint8_t *weights_, *decoders_;
 };

@@ -1,25 +1,28 @@
 """CUDA kernels without a GPU: compiled to PTX and executed by an emulator, with checks of memory, races and copies.
 
-The emulator is a package ``ptxemu`` in the folder that the environment variable MATQUANT_PTX_EMULATOR names.
+What starts them is the code that starts them on a GPU where they are compiled at run time; what it asks the library's
+plan for is what the library's own launch asks it for. emulator_protocol.py says what an emulator must be.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from tests.cuda.emulator_protocol import EmulatorModule
 from tests.cuda.random_layers import Layer
-from vllm_matquant.kernels import cuda_launch
-from vllm_matquant.kernels.cuda_launch import STEP_COLUMNS, THREADS, Instance
+from vllm_matquant.kernels import cuda_jit, cuda_launch
+from vllm_matquant.kernels.cuda_launch import Plan
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -33,11 +36,20 @@ def skip_without_tools() -> None:
         pytest.skip(f"{VARIABLE} does not name the folder of a PTX emulator")
 
 
-def compile_ptx(folder: Path, architecture: str, sources: Path = SOURCES) -> str:
-    """The PTX of csrc/cuda/kernels.cu."""
-    target = folder / f"kernels.{architecture}.ptx"
+def emulator_module() -> EmulatorModule:
+    folder = os.environ[VARIABLE]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return cast(EmulatorModule, importlib.import_module("ptxemu"))
+
+
+def compile_ptx(folder: Path, architecture: str, kernels: Collection[str], sources: Path = SOURCES) -> str:
+    """The PTX of some kernels."""
+    definitions = cuda_launch.kernel_definitions()
+    source, target = folder / "program.cu", folder / f"program.{architecture}.ptx"
+    source.write_text(cuda_jit.source_of([definitions[name] for name in kernels]))
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch={architecture}", f"-I{sources}"]
-    subprocess.run(["nvcc", "-ptx", *flags, sources / "cuda" / "kernels.cu", "-o", target], check=True)
+    subprocess.run(["nvcc", "-ptx", *flags, source, "-o", target], check=True)
     return target.read_text()
 
 
@@ -46,26 +58,17 @@ class Emulated:
 
     processors = 1
 
-    def __init__(self, ptx: str, sources: Path = SOURCES) -> None:
-        sys.path.insert(0, os.environ[VARIABLE])
-        from ptxemu import Emulator, Out
-
-        self.emulator, self.out = Emulator(ptx), Out
-        self.instances: Sequence[Instance] = cuda_launch.read_instances(sources)
+    def __init__(self, ptx: str) -> None:
+        module = emulator_module()
+        self.emulator, self.out = module.Emulator(ptx), module.Out
         self.options: dict[str, Any] = {}
 
-    def launch(
-        self,
-        instance: Instance,
-        grid: tuple[int, ...],
-        shared_bytes: int,
-        arguments: Sequence[torch.Tensor | bytes | None],
-    ) -> None:
-        written = range(5, 7) if instance.tokens else range(3, 4)
+    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
+        written = range(3, 4) if plan.dequantizes else range(5, 7)
         arrays = [value if value is None or isinstance(value, bytes) else as_array(value) for value in arguments]
         passed = [self.out(value) if index in written else value for index, value in enumerate(arrays)]
-        self.emulator.launch(instance.name, grid, THREADS, passed, shared=shared_bytes, **self.options)
-        if instance.tokens:
+        self.emulator.launch(plan.kernel, plan.grid, plan.threads, passed, shared=plan.shared_bytes, **self.options)
+        if not plan.dequantizes:
             arrivals = arguments[7]
             assert isinstance(arrivals, torch.Tensor)
             assert not arrivals.any()
@@ -77,26 +80,20 @@ class Emulated:
         widths: Sequence[int],
         bias: torch.Tensor | None = None,
         splits: int | None = 1,
-        planes: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """``x`` [tokens, in_features] times the layer at ``widths``."""
         self.options = options
-        active = torch.tensor(widths, dtype=torch.int32)
-        planes = layer.planes if planes is None else planes
-        rest = (active, layer.decoder_widths, layer.output_sizes, layer.group_size, bias, splits)
-        return cuda_launch.multiply(self, x, planes, layer.decoders, *rest)
+        layer.activate(widths)
+        return cuda_launch.multiply(self, x, layer.weight, bias, splits)
 
     def dequantize(self, layer: Layer, widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The weights at ``widths``, columns padded to whole steps."""
         self.options = {}
-        active, columns = torch.tensor(widths, dtype=torch.int32), layer.codes.shape[1]
-        groups, shift = cuda_launch.grouping_of(layer.group_size, columns)
-        parts = (layer.decoder_widths, layer.output_sizes)
-        shape = cuda_launch.describe(layer.planes, layer.decoders, *parts, 0, shift)
-        padded = torch.empty(0, columns + -columns % STEP_COLUMNS, dtype=dtype)
-        rows = sum(layer.output_sizes)
-        return cuda_launch.dequantize(self, layer.planes, layer.decoders, active, shape, groups, rows, padded)
+        layer.activate(widths)
+        x = torch.zeros(100, layer.codes.shape[1], dtype=dtype)
+        plans = list(cuda_launch.plans_of(x, layer.weight, None, self.processors))
+        return cuda_launch.dequantize(self, layer.weight, plans, x)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -3,7 +3,7 @@
 
 using namespace matquant::cuda;
 
-template <class Element, int width, int token_tiles, int groups>
+template <class Element, matquant::DecoderKind kind, int width, int token_tiles, int groups>
 __global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
     one_width(const Arguments<Element> arguments, const Shape shape) {
     extern __shared__ __align__(16) uint8_t memory[];
@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
     const int steps = shape.steps();
     const Share share = {static_cast<int>(blockIdx.x), 0, 0, warp * steps / kWarps, (warp + 1) * steps / kWarps};
     Sums results[token_tiles][kRowTiles] = {};
-    multiply_steps<Element, width, token_tiles, groups>(
-        arguments, shape, share, memory + warp * kStages<width> * kStageBytes<width, groups>, results);
+    multiply_steps<Element, kind, width, token_tiles, groups>(
+        arguments, shape, share, memory + warp * stages(width) * stage_bytes(kind, width, groups), results);
     __syncthreads();
     const BlockSums<token_tiles> sums(memory);
     sums.store(warp, threadIdx.x % kLanes, results);
@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
     }
 }
 
-// ELEMENT and TOKEN_TILES come from the command line.
-#define MATQUANT_ONE(width) \
-    template __global__ void one_width<ELEMENT, width, TOKEN_TILES, 1>(const Arguments<ELEMENT>, const Shape);
+// ELEMENT, KIND and TOKEN_TILES come from the command line.
+#define MATQUANT_ONE(width)                                                                          \
+    template __global__ void one_width<ELEMENT, matquant::DecoderKind::KIND, width, TOKEN_TILES, 1>( \
+        const Arguments<ELEMENT>, const Shape);
 
 MATQUANT_ONE(2)
 MATQUANT_ONE(3)

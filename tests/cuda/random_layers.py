@@ -3,45 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from tests.kernels.random_layers import ROUNDING, make_input
+from tests.kernels.random_layers import KINDS, ROUNDING, affine_of, make_decoder, make_input, stored_segment
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
-from vllm_matquant.kernels import cuda_layout
+from vllm_matquant.kernels.support import CUDA, KERNELS
+from vllm_matquant.kernels.weight import Kernel, PackedWeight
 
-__all__ = ["ROUNDING", "Layer", "make_input", "make_layer"]
+__all__ = ["CUDA", "KINDS", "ROUNDING", "TRITON", "Layer", "make_input", "make_layer", "make_segments"]
+
+[TRITON] = [kernel for kernel in KERNELS if kernel.name == "triton"]
 
 
 @dataclass
 class Layer:
-    """Codes uint8 [N, K] of the widest decoder's width, decoders float16 [widths, N, groups], and both as kernels read
-    them."""
+    """Parent codes uint8 [N, K], decoders of all widths, and both as kernels read them."""
 
     codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor
+    decoders: dict[int, Decoder]
     output_sizes: list[int]
     group_size: int
-    decoder_widths: list[int]
-    planes: torch.Tensor
-    decoders: torch.Tensor
+    weight: PackedWeight
+
+    def activate(self, widths: Sequence[int]) -> None:
+        """Set the active widths, whether or not they are resident."""
+        remaining = list(widths)
+        for segment in self.weight.segments:
+            count = len(segment.active_width)
+            segment.active_width.copy_(torch.tensor(remaining[:count], dtype=torch.int32))
+            remaining = remaining[count:]
+        assert not remaining
 
     @property
-    def kernel_group_size(self) -> int:
-        """One group is as good as groups of any size to the kernel."""
-        return 128 if self.group_size >= self.codes.shape[1] else self.group_size
+    def planes(self) -> torch.Tensor:
+        [segment] = self.weight.segments
+        return segment.resident.planes
+
+    def with_planes(self, planes: torch.Tensor) -> Layer:
+        """The same layer, of one segment, with other planes."""
+        [segment] = self.weight.segments
+        self.activate([min(segment.resident.usable_widths)] * len(self.output_sizes))
+        resident = replace(segment.resident, planes=planes, width=planes.shape[2])
+        return replace(self, weight=replace(self.weight, segments=(replace(segment, resident=resident),)))
 
     def weights(self, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [N, K], and the same of |scale| * code + |offset|, what rounding errors are relative to."""
         parts, first = [], 0
         for size, width in zip(self.output_sizes, widths, strict=True):
-            rows, index = slice(first, first + size), self.decoder_widths.index(width)
-            codes = (self.codes[rows] >> (max(self.decoder_widths) - width)).double()
+            rows = slice(first, first + size)
+            codes = (self.codes[rows] >> (8 - width)).double()
             scale, offset = (
-                values[index, rows].double().repeat_interleave(self.group_size, 1)[:, : codes.shape[1]]
-                for values in (self.scales, self.offsets)
+                torch.from_numpy(values[rows]).repeat_interleave(self.group_size, 1)[:, : codes.shape[1]]
+                for values in affine_of(self.decoders[width])
             )
             parts.append((scale * codes + offset, scale.abs() * codes + offset.abs()))
             first += size
@@ -54,9 +70,10 @@ class Layer:
         widths: Sequence[int],
         bias: torch.Tensor | None = None,
         rounded_weights: bool = False,
+        truncates: bool = False,
     ) -> None:
         """Compare with the product in float64, to within the rounding of sums in float32 and of the result, and of
-        weights where these were rounded too."""
+        weights where these were rounded too; rounding to the nearest, unless it is said that it ``truncates``."""
         weights, absolute = self.weights(widths)
         added = torch.zeros(len(weights)).double() if bias is None else bias.double()
         expected = x.double() @ weights.T + added
@@ -64,9 +81,11 @@ class Layer:
         assert result.shape == expected.shape
         # Within a group the sums of code + magic value, up to 2^7 times the codes themselves, are rounded by the tensor
         # core, which cuts off.
-        tolerance = expected.abs() * ROUNDING[x.dtype] + (x.double().abs() @ absolute.T + added.abs()) * 2**-17
+        unit = ROUNDING[x.dtype] * (2 if truncates else 1)
+        tolerance = expected.abs() * unit + (x.double().abs() @ absolute.T + added.abs()) * 2**-17
         if rounded_weights:
-            tolerance += x.double().abs() @ weights.abs().T * ROUNDING[x.dtype]
+            smallest = torch.finfo(x.dtype).smallest_normal  # rounding errors shrink no further
+            tolerance += x.double().abs() @ weights.abs().clamp(min=smallest).T * unit
         error = (result.double() - expected).abs()
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
 
@@ -77,12 +96,33 @@ def make_layer(
     group_size: int,
     decoder_widths: Sequence[int] = WIDTHS,
     seed: int = 0,
+    kind: DecoderKind = AFFINE_FLOAT16,
+    kernel: Kernel = CUDA,
 ) -> Layer:
+    """A layer whose partitions are one segment, with planes in memory up to the largest of ``decoder_widths``."""
+    return make_segments([(output_sizes, decoder_widths)], columns, group_size, seed, kind, kernel)
+
+
+def make_segments(
+    segments: Sequence[tuple[Sequence[int], Sequence[int]]],
+    columns: int,
+    group_size: int,
+    seed: int = 0,
+    kind: DecoderKind = AFFINE_FLOAT16,
+    kernel: Kernel = CUDA,
+    device: str = "cpu",
+) -> Layer:
+    """A layer of segments with these output sizes and decoder widths."""
     generator = torch.Generator().manual_seed(seed)
-    rows, groups, width = sum(output_sizes), -(-columns // group_size), max(decoder_widths)
-    codes = torch.randint(0, 2**width, (rows, columns), dtype=torch.uint8, generator=generator)
-    scales = torch.stack([torch.rand(rows, groups, generator=generator) / 2**bits for bits in decoder_widths]).half()
-    offsets = torch.randn(len(decoder_widths), rows, groups, generator=generator).half()
-    planes = cuda_layout.pack_codes(codes, width, output_sizes)
-    decoders = cuda_layout.pack_decoders(list(scales), list(offsets), output_sizes)
-    return Layer(codes, scales, offsets, list(output_sizes), group_size, list(decoder_widths), planes, decoders)
+    output_sizes = [size for sizes, _ in segments for size in sizes]
+    rows, groups = sum(output_sizes), -(-columns // group_size)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+    decoders = {width: make_decoder(kind, width, rows, groups, generator) for width in WIDTHS}
+    stored, first = [], 0
+    for sizes, widths in segments:
+        own = slice(first, first + sum(sizes))
+        stored.append(stored_segment(codes[own], {w: decoders[w][own] for w in WIDTHS}, list(sizes), widths))
+        first = own.stop
+    # One group is as good as groups of any size to a kernel.
+    weight = kernel.pack(stored, columns, min(group_size, max(columns, 128)), device)
+    return Layer(codes, decoders, output_sizes, group_size, weight)

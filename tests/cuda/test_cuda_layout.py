@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from tests.cuda.random_layers import make_layer
+from tests.cuda.random_layers import CUDA, KINDS, make_layer
+from tests.kernels.random_layers import make_decoder
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout
@@ -37,11 +41,11 @@ def bit_of_plane(planes: torch.Tensor, plane: int, row: int, column: int) -> int
 def test_every_bit_has_its_place(width: int, columns: int, output_sizes: list[int]) -> None:
     rows = sum(output_sizes)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(columns))
-    planes = cuda_layout.repack_codes(*pack_codes(codes, width), output_sizes, [width])
+    planes = cuda_layout.pack_planes(*pack_codes(codes, width), output_sizes)
     assert planes.shape == cuda_layout.planes_shape(width, output_sizes, columns)
     assert torch.equal(planes, cuda_layout.pack_codes(codes >> (8 - width), width, output_sizes))
     for row in range(0, rows, 7):
-        padded = row if row < output_sizes[0] else row - output_sizes[0] + -(-output_sizes[0] // 64) * 64
+        padded = padded_row(row, output_sizes)
         for column in range(columns):
             for plane in range(width):
                 expected = int(codes[row, column]) >> (7 - plane) & 1
@@ -50,28 +54,59 @@ def test_every_bit_has_its_place(width: int, columns: int, output_sizes: list[in
 
 def test_rows_are_repacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 256, (300, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = cuda_layout.repack_codes(*pack_codes(codes), [200, 100], WIDTHS)
+    expected = cuda_layout.pack_planes(*pack_codes(codes), [200, 100])
     monkeypatch.setattr(cuda_layout, "REPACKED_ROWS", 64)
-    assert torch.equal(cuda_layout.repack_codes(*pack_codes(codes), [200, 100], WIDTHS), expected)
+    assert torch.equal(cuda_layout.pack_planes(*pack_codes(codes), [200, 100]), expected)
 
 
+def padded_row(row: int, output_sizes: list[int]) -> int:
+    """A row, counted with the padding of the partition before its own."""
+    return row if row < output_sizes[0] else row - output_sizes[0] + -(-output_sizes[0] // 64) * 64
+
+
+@pytest.mark.parametrize("output_sizes", [[1], [64], [70, 3]])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_value_of_a_decoder_has_its_place(groups: int, output_sizes: list[int]) -> None:
+    generator, rows = torch.Generator().manual_seed(groups), sum(output_sizes)
+    for kind in KINDS:
+        decoders = [make_decoder(kind, width, rows, groups, generator) for width in (2, 5)]
+        packed = cuda_layout.pack_decoders(decoders, output_sizes)
+        for slot, row, group in itertools.product((0, 1), range(0, rows, 5), range(groups)):
+            parts, padded = decoders[slot].parts, padded_row(row, output_sizes)
+            of_tile, g, place = packed[slot, padded // 64], padded % 8, padded % 64 // 8
+            if kind is AFFINE_FLOAT16:
+                expected = [parts["scale"][row, group], parts["offset"][row, group]]
+                assert of_tile[group, g, :, place].tolist() == expected
+                continue
+            at = 256 + 128 * group + 16 * g + place
+            assert of_tile[at] == parts["scale"][row, group]
+            assert of_tile[at + 8].view(torch.int8) == parts["centre"][row, group]
+            steps = of_tile[32 * g + 4 * place : 32 * g + 4 * place + 4]
+            assert steps.view(torch.bfloat16).tolist() == parts["step"][row].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("group_size", [32, 64, 10**6])
 @pytest.mark.parametrize("decoder_widths", [WIDTHS, (3, 6)])
-def test_rows_of_an_embedding(decoder_widths: tuple[int, ...], group_size: int) -> None:
-    layer = make_layer([150], 200, group_size, decoder_widths)
+def test_rows_of_an_embedding(decoder_widths: tuple[int, ...], group_size: int, kind: DecoderKind) -> None:
+    layer = make_layer([150], 200, group_size, decoder_widths, kind=kind)
     rows = torch.tensor([[0, 149, 7], [64, 63, 72]])
     for width in decoder_widths:
-        active = torch.tensor([width], dtype=torch.int32)
-        result = cuda_layout.embedding(
-            rows, layer.planes, layer.decoders, active, decoder_widths, 200, min(group_size, 200), torch.float32
-        )
+        layer.activate([width])
+        result = CUDA.embedding(rows, layer.weight.handle, 200, torch.float32)
         weights, absolute = layer.weights([width])
         assert result.shape == (2, 3, 200)
         assert ((result.double() - weights[rows]).abs() <= absolute[rows] * 2**-23).all()
+        assert torch.equal(CUDA.embedding(rows[1, 2], layer.weight.handle, 200, torch.float32), result[1, 2])
+        poisoned = layer.planes.clone()
+        poisoned[:, :, width:] = 255
+        other = layer.with_planes(poisoned)
+        other.activate([width])
+        assert torch.equal(CUDA.embedding(rows, other.weight.handle, 200, torch.float32), result)
 
 
 def test_an_embedding_refuses_a_width_without_a_decoder() -> None:
     layer = make_layer([20], 64, 32, [2, 8])
-    active = torch.tensor([5], dtype=torch.int32)
+    layer.activate([5])
     with pytest.raises(RuntimeError, match=r"active_width: expected one of \[2, 8\]"):
-        cuda_layout.embedding(torch.tensor([3]), layer.planes, layer.decoders, active, [2, 8], 64, 32, torch.float32)
+        CUDA.embedding(torch.tensor([3]), layer.weight.handle, 64, torch.float32)

@@ -1,4 +1,4 @@
-"""The CUDA kernels for few tokens, executed by an emulator."""
+"""The CUDA kernels, executed by an emulator."""
 
 from __future__ import annotations
 
@@ -9,84 +9,125 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.emulation import SOURCES, Emulated, compile_ptx, skip_without_tools
-from tests.cuda.random_layers import ROUNDING, Layer, make_input, make_layer
+from tests.cuda.emulation import SOURCES, Emulated, compile_ptx, emulator_module, skip_without_tools
+from tests.cuda.random_layers import KINDS, ROUNDING, Layer, make_input, make_layer, make_segments
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels.cuda_launch import kernel_definitions
 
 DTYPES = (torch.float16, torch.bfloat16)
+SMALLEST = {dtype: torch.finfo(dtype).smallest_normal * ROUNDING[dtype] for dtype in DTYPES}  # that is not rounded away
 GROUP_SIZES = (32, 64, 128, 256, 10**6)
 REAL_COLUMNS = (576, 640, 1536, 2048)
 
 
-@pytest.fixture(scope="session", params=["sm_80", "sm_90"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+@pytest.fixture(scope="session", params=KINDS, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest) -> DecoderKind:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels(kind: DecoderKind, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    """All kernels for decoders of a kind."""
     skip_without_tools()
-    return Emulated(compile_ptx(tmp_path_factory.mktemp("ptx"), request.param))
+    names = [name for name in kernel_definitions() if kind.name.replace("-", "_") in name]
+    return Emulated(compile_ptx(tmp_path_factory.mktemp("ptx"), "sm_80", names))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_every_width_and_group_size(kernels: Emulated, width: int, group_size: int, dtype: torch.dtype) -> None:
+def test_every_width_and_group_size(
+    kernels: Emulated, kind: DecoderKind, width: int, group_size: int, dtype: torch.dtype
+) -> None:
     for columns, rows in ((320, 70), (8, 3), (1100, 64)):
-        layer = make_layer([rows], columns, group_size, seed=width)
+        layer = make_layer([rows], columns, group_size, seed=width, kind=kind)
         for tokens in (1, 7, 13):
             x, bias = make_input(tokens, columns, dtype, seed=tokens), make_input(1, rows, dtype, seed=1)[0]
             layer.check(kernels.multiply(layer, x, [width], bias), x, [width], bias)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_another_architecture(kind: DecoderKind, group_size: int, tmp_path: Path) -> None:
+    skip_without_tools()
+    name = f"matquant_decode_{kind.name.replace('-', '_')}_float16_8_{128 // group_size}"
+    kernels = Emulated(compile_ptx(tmp_path, "sm_90", [name]))
+    x = make_input(5, 1100, torch.float16)
+    for width in WIDTHS:
+        layer = make_layer([70], 1100, group_size, seed=width, kind=kind)
+        layer.check(kernels.multiply(layer, x, [width], splits=2), x, [width])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [*range(1, 18), 23, 24, 25, 31, 33, 64])
-def test_tokens(kernels: Emulated, tokens: int, dtype: torch.dtype) -> None:
+def test_tokens(kernels: Emulated, kind: DecoderKind, tokens: int, dtype: torch.dtype) -> None:
     for group_size, width in ((128, 3), (64, 6), (32, 4)):
-        layer = make_layer([40], 192, group_size, [width], seed=tokens)
+        layer = make_layer([40], 192, group_size, [width], seed=tokens, kind=kind)
         x = make_input(tokens, 192, dtype, seed=tokens)
         layer.check(kernels.multiply(layer, x, [width], splits=2), x, [width])
 
 
 @pytest.mark.parametrize("columns", REAL_COLUMNS)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_columns_of_models(kernels: Emulated, splits: int, columns: int) -> None:
+def test_columns_of_models(kernels: Emulated, kind: DecoderKind, splits: int, columns: int) -> None:
     for width in (2, 5, 8):
-        layer = make_layer([192], columns, 64, [width], seed=width)
+        layer = make_layer([192], columns, 64, [width], seed=width, kind=kind)
         x = make_input(4, columns, torch.float16)
         layer.check(kernels.multiply(layer, x, [width], splits=splits), x, [width])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
-def test_many_columns(kernels: Emulated, width: int) -> None:
-    layer = make_layer([64], 11008, 128, [width], seed=width)
+def test_many_columns(kernels: Emulated, kind: DecoderKind, width: int) -> None:
+    layer = make_layer([64], 11008, 128, [width], seed=width, kind=kind)
     x = make_input(8, 11008, torch.float16)
     layer.check(kernels.multiply(layer, x, [width], splits=4), x, [width])
 
 
 @pytest.mark.parametrize("widths", [(2, 8, 5), (3, 3, 7), (4, 6, 2)])
-def test_each_partition_has_its_own_width(kernels: Emulated, widths: tuple[int, ...]) -> None:
-    layer = make_layer([100, 30, 64], 320, 64)
+def test_each_partition_has_its_own_width(kernels: Emulated, kind: DecoderKind, widths: tuple[int, ...]) -> None:
+    layer = make_layer([100, 30, 64], 320, 64, kind=kind)
     x, bias = make_input(5, 320, torch.bfloat16), make_input(1, 194, torch.bfloat16, seed=1)[0]
     layer.check(kernels.multiply(layer, x, widths, bias, splits=2), x, widths, bias)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 65])
+def test_segments_write_columns_of_one_output(kernels: Emulated, kind: DecoderKind, tokens: int) -> None:
+    layer = make_segments([([100, 30], WIDTHS), ([20], (2, 3)), ([65], (6,))], 200, 64, kind=kind)
+    widths = [4, 8, 3, 6]
+    x, bias = make_input(tokens, 200, torch.float16), make_input(1, 215, torch.float16, seed=1)[0]
+    result = kernels.multiply(layer, x.view(1, tokens, 200), widths, bias, splits=2)
+    layer.check(result[0], x, widths, bias, rounded_weights=tokens > 64)
+    layer.check(kernels.multiply(layer, x, widths, splits=2), x, widths, rounded_weights=tokens > 64)
+
+
+def test_no_tokens(kernels: Emulated, kind: DecoderKind) -> None:
+    layer = make_layer([70], 320, 64, kind=kind)
+    assert kernels.multiply(layer, torch.empty(2, 0, 320, dtype=torch.float16), [4]).shape == (2, 0, 70)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-def test_planes_past_the_active_width_do_not_matter(kernels: Emulated, width: int) -> None:
-    layer = make_layer([70], 320, 64)
+def test_planes_past_the_active_width_do_not_matter(kernels: Emulated, kind: DecoderKind, width: int) -> None:
+    layer = make_layer([70], 320, 64, kind=kind)
     x = make_input(3, 320, torch.float16)
-    expected = kernels.multiply(layer, x, [width])
+    expected, weights = kernels.multiply(layer, x, [width]), kernels.dequantize(layer, [width], torch.float16)
     poisoned = layer.planes.clone()
     poisoned[:, :, width:] = 255
-    assert torch.equal(kernels.multiply(layer, x, [width], planes=poisoned), expected)
-    assert torch.equal(kernels.multiply(layer, x, [width], planes=layer.planes[:, :, :width].contiguous()), expected)
+    for planes in (poisoned, layer.planes[:, :, :width].contiguous()):
+        other = layer.with_planes(planes)
+        assert torch.equal(kernels.multiply(other, x, [width]), expected)
+        assert torch.equal(kernels.dequantize(other, [width], torch.float16), weights)
 
 
 @pytest.mark.parametrize("width", [0, 1, 5, 9])
-def test_a_width_without_decoders_gives_no_number(kernels: Emulated, width: int) -> None:
-    layer = make_layer([20], 128, 64, [2, 4, 8])
+def test_a_width_without_decoders_gives_no_number(kernels: Emulated, kind: DecoderKind, width: int) -> None:
+    layer = make_layer([20], 128, 64, [2, 4, 8], kind=kind)
     assert kernels.multiply(layer, make_input(3, 128, torch.float16), [width])[:, 0].isnan().all()
 
 
-def test_a_token_with_nan_leaves_the_others_alone(kernels: Emulated) -> None:
-    layer = make_layer([40], 192, 64)
+def test_a_token_with_nan_leaves_the_others_alone(kernels: Emulated, kind: DecoderKind) -> None:
+    layer = make_layer([40], 192, 64, kind=kind)
     x = make_input(9, 192, torch.float16)
     expected = kernels.multiply(layer, x, [4])
     x[5] = float("nan")
@@ -99,18 +140,20 @@ def test_a_token_with_nan_leaves_the_others_alone(kernels: Emulated) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_dequantized_weights(kernels: Emulated, width: int, group_size: int, dtype: torch.dtype) -> None:
+def test_dequantized_weights(
+    kernels: Emulated, kind: DecoderKind, width: int, group_size: int, dtype: torch.dtype
+) -> None:
     for columns in (40, 320, 1088):
-        layer = make_layer([70, 30], columns, group_size, seed=width)
+        layer = make_layer([70, 30], columns, group_size, seed=width, kind=kind)
         result = kernels.dequantize(layer, [width, 3], dtype).double()
         expected, absolute = layer.weights([width, 3])
-        tolerance = expected.abs() * ROUNDING[dtype] + absolute * 2**-22
+        tolerance = expected.abs() * ROUNDING[dtype] + absolute * 2**-22 + SMALLEST[dtype]
         assert ((result[:, :columns] - expected).abs() <= tolerance).all()
         assert result.isfinite().all()  # what is past the columns meets zeros
 
 
-def test_dequantized_weights_of_a_width_without_decoders(kernels: Emulated) -> None:
-    layer = make_layer([70], 128, 64, [2, 8])
+def test_dequantized_weights_of_a_width_without_decoders(kernels: Emulated, kind: DecoderKind) -> None:
+    layer = make_layer([70], 128, 64, [2, 8], kind=kind)
     assert kernels.dequantize(layer, [5], torch.float16).isnan().all()
 
 
@@ -121,9 +164,11 @@ CHECKS = [
 
 @pytest.mark.parametrize("options", CHECKS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_order_of_warps_and_copies_does_not_matter(kernels: Emulated, width: int, options: dict) -> None:
+def test_order_of_warps_and_copies_does_not_matter(
+    kernels: Emulated, kind: DecoderKind, width: int, options: dict
+) -> None:
     for group_size, dtype, tokens in ((64, torch.float16, 9), (128, torch.bfloat16, 3)):
-        layer = make_layer([70, 30], 1400, group_size, seed=width)
+        layer = make_layer([70, 30], 1400, group_size, seed=width, kind=kind)
         x = make_input(tokens, 1400, dtype)
         expected = kernels.multiply(layer, x, [width, 4], splits=2)
         assert torch.equal(kernels.multiply(layer, x, [width, 4], splits=2, **options), expected)
@@ -153,6 +198,31 @@ MUTATIONS = {
     "wrong turn": ("dequantize.cuh", "upper, kUpper), 31)", "upper, kUpper), 1)"),
     "constants without the lower part": ("multiply.cuh", "magic |= 1u", "magic |= 0u"),
 }
+# Of what only decoders in int8 have.
+INT8_MUTATIONS = {
+    "no middle": ("multiply.cuh", "fmaf(-kMiddle<width>, sums[3], sums[1])", "sums[1]"),
+    "wrong middle": ("decoders.cuh", "((1 << width) - 1) / 2.0f", "(1 << width) / 2.0f"),
+    "centre without its sign": ("decoders.cuh", "static_cast<int8_t>(word >> 8)", "static_cast<uint8_t>(word >> 8)"),
+    "steps exchanged": ("decoders.cuh", "centre = {__uint_as_float(words[0] &", "centre = {__uint_as_float(words[1] &"),
+    "steps of another row": ("decoders.cuh", "g * kRowTiles + row_tile", "g * kRowTiles + row_tile % 2"),
+    "groups where the steps are": (
+        "stage.cuh",
+        "                    step_bytes(kind) + lane",
+        "                    lane",
+    ),
+    "lanes of float16": ("stage.cuh", "lane % kGroupLanes * 16", "lane % 16 * 16"),
+    "no steps at 16 tokens": (
+        "multiply.cuh",
+        "addend = matquant::cuda::multiply(addend, steps.centre)",
+        "addend = addend",
+    ),
+    "no middle in a weight": ("dequantize_layer.cuh", "fmaf(-kMiddle<width>, scaled,", "fmaf(0.0f, scaled,"),
+    "steps of another row of tiles": (
+        "multiply.cuh",
+        "static_cast<size_t>(share.decoder * shape.tile_rows + share.tile_row)",
+        "static_cast<size_t>(share.decoder * shape.tile_rows)",
+    ),
+}
 
 
 def run_checks(kernels: Emulated) -> None:
@@ -168,40 +238,62 @@ def run_checks(kernels: Emulated) -> None:
         check(make_layer([70, 30], 1600, 64, [4, 5]), 5, [4, 5], splits=2, racecheck="warp", schedule=seed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
-def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
+def run_int8_checks(kernels: Emulated) -> None:
+    for group_size in (64, 128):
+        layer = make_layer([150], 300, group_size, [3, 6], kind=AFFINE_INT8)
+        for tokens in (7, 16):
+            x = make_input(tokens, 300, torch.float16)
+            layer.check(kernels.multiply(layer, x, [6]), x, [6])
+    weights, absolute = layer.weights([6])
+    error = (kernels.dequantize(layer, [6], torch.float16)[:, :300].double() - weights).abs()
+    tolerance = weights.abs() * ROUNDING[torch.float16] + absolute * 2**-22 + SMALLEST[torch.float16]
+    assert (error <= tolerance).all()
+
+
+def broken_kernels(mutation: tuple[str, str, str] | None, kernels: list[str], folder: Path) -> Emulated:
+    """Kernels of sources in which one text is replaced."""
     skip_without_tools()
-    sources = tmp_path / "csrc"
+    sources = folder / "csrc"
     shutil.copytree(SOURCES / "cuda", sources / "cuda")
-    instances = sources / "cuda" / "instances.h"
-    lines = instances.read_text().splitlines()
-    kept = [line.rstrip("\\ ") for line in lines if "float16_8_1" in line or "_float16_8_2" in line]
-    kept = [line for line in kept if "bfloat16" not in line]
-    instances.write_text(
-        "#pragma once\n#define MATQUANT_CUDA_INSTANCES(INSTANCE) "
-        + " ".join(kept)
-        + "\n#define MATQUANT_CUDA_DEQUANTIZERS(INSTANCE)\n"
-    )
-    if mutation != "none":
-        name, before, after = MUTATIONS[mutation]
+    shutil.copy(SOURCES / "decoder.h", sources)
+    if mutation is not None:
+        name, before, after = mutation
         file = sources / "cuda" / name
         text = file.read_text()
         assert before in text, f"{name} has no longer what is to be changed"
         file.write_text(text.replace(before, after))
-    kernels = Emulated(compile_ptx(tmp_path, "sm_80", sources))
+    return Emulated(compile_ptx(folder, "sm_80", kernels, sources))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
+def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
+    names = [f"matquant_decode_affine_float16_float16_8_{groups}" for groups in (1, 2)]
+    kernels = broken_kernels(MUTATIONS.get(mutation), names, tmp_path)
     if mutation == "none":
         run_checks(kernels)
         return
     expect_failure(lambda: run_checks(kernels))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", ["none", *INT8_MUTATIONS])
+def test_broken_kernels_for_int8_decoders_are_noticed(mutation: str, tmp_path: Path) -> None:
+    kinds = ("decode_affine_int8_float16_8_1", "decode_affine_int8_float16_8_2", "decode_affine_int8_float16_16_1")
+    names = [
+        f"matquant_{kind}" for kind in (*kinds, "decode_affine_int8_float16_16_2", "dequantize_affine_int8_float16_1")
+    ]
+    kernels = broken_kernels(INT8_MUTATIONS.get(mutation), names, tmp_path)
+    if mutation == "none":
+        run_int8_checks(kernels)
+        return
+    expect_failure(lambda: run_int8_checks(kernels))
+
+
 def expect_failure(check: Callable[[], None]) -> None:
     """A wrong result, or what the emulator finds: races, memory that is not there or not written."""
     try:
         check()
-    except Exception as error:
-        if not isinstance(error, AssertionError) and type(error).__name__ != "EmuError":
-            raise
-    else:
-        pytest.fail("the broken kernel passed")
+    except (AssertionError, emulator_module().EmuError):
+        return
+    pytest.fail("the broken kernel passed")

@@ -24,6 +24,8 @@ MAX_REGISTERS = 255
 ARCHITECTURES = {"A100-80": "sm_80", "RTX4090": "sm_89", "H100": "sm_90"}
 PRODUCTS = {(2, 3, 4): 20, (5, 6, 7, 8): 36}  # of a tile and 8 tokens; it has 16 operands of weights
 
+SCALE_BITS = {"kAffineFloat16": 32 / 128, "kAffineInt8": 16 / 128}  # of decoders, for each weight
+
 # The least ratio at each width: with 8 tokens at once 2, at 2 bits 1.7, for bfloat16 15 % less, with 16 tokens 1.6 -
 # except where docs/cuda-kernels.md says why not.
 FLOORS = {
@@ -49,9 +51,10 @@ def compile_cubin(source: Path, architecture: str, folder: Path, *flags: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["affine_float16", "affine_int8"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-def test_no_kernel_spills_registers(architecture: str, tmp_path: Path) -> None:
-    _, report = compile_cubin(SOURCES / "cuda" / "kernels.cu", architecture, tmp_path, "-Xptxas", "-v")
+def test_no_kernel_spills_registers(architecture: str, kind: str, tmp_path: Path) -> None:
+    _, report = compile_cubin(SOURCES / "cuda" / f"kernels_{kind}.cu", architecture, tmp_path, "-Xptxas", "-v")
     names = re.findall(r"Compiling entry function '(\w+)'", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
@@ -61,20 +64,22 @@ def test_no_kernel_spills_registers(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", SCALE_BITS)
 @pytest.mark.parametrize(("element", "token_tiles", "gpu"), FLOORS)
-def test_memory_is_the_limit(element: str, token_tiles: int, gpu: str, tmp_path: Path) -> None:
+def test_memory_is_the_limit(element: str, token_tiles: int, gpu: str, kind: str, tmp_path: Path) -> None:
     if not os.environ.get(VARIABLE):
         pytest.skip(f"{VARIABLE} does not name a program that reads SASS")
     source = Path(__file__).with_name("one_width.cu")
-    defined = [f"-DELEMENT={element}", f"-DTOKEN_TILES={token_tiles}"]
+    defined = [f"-DELEMENT={element}", f"-DKIND={kind}", f"-DTOKEN_TILES={token_tiles}"]
     cubin, _ = compile_cubin(source, ARCHITECTURES[gpu], tmp_path, *defined)
     ratios = {}
     for widths, products in PRODUCTS.items():
         report = tmp_path / "report.json"
-        width = r"one_width<[^,]*, (?:\(int\))?(\d)"
+        width = r"one_width<[^,]*, [^,]*, (?:\(int\))?(\d)"
         # A block of copies counts as it is.
         command = [sys.executable, os.environ[VARIABLE], cubin, "--bits-re", width, "--copy-bonus", "100"]
         command += ["--kernel", width.replace(r"\d", "|".join(map(str, widths)))]
+        command += ["--scale-bits", str(SCALE_BITS[kind])]
         command += ["--reuse", str(token_tiles * products / 16), "--threads", "128", "--gpus", gpu, "--json", report]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -83,6 +88,6 @@ def test_memory_is_the_limit(element: str, token_tiles: int, gpu: str, tmp_path:
             assert row["local"] == row["spill_in_loop"] == 0
             ratios[int(row["bits"])] = row["gpu"][gpu]["ratio"]
     assert sorted(ratios) == list(WIDTHS)
-    print(element, token_tiles, gpu, {width: round(ratio, 2) for width, ratio in sorted(ratios.items())})
+    print(kind, element, token_tiles, gpu, {width: round(ratio, 2) for width, ratio in sorted(ratios.items())})
     low = {width: ratio for width, ratio in ratios.items() if ratio < FLOORS[element, token_tiles, gpu][width]}
     assert low == {}

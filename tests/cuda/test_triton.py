@@ -12,31 +12,39 @@ import pytest
 
 PROGRAM = """
 import torch
-from tests.cuda.random_layers import make_input, make_layer
-from vllm_matquant.kernels.triton_linear import linear
+from tests.cuda.random_layers import KINDS, TRITON, make_input, make_layer, make_segments
+from vllm_matquant.checkpoint.spec import WIDTHS
 
-def run(layer, x, widths, bias=None, planes=None):
-    active = torch.tensor(widths, dtype=torch.int32)
-    planes = layer.planes if planes is None else planes
-    return linear(x, planes, layer.decoders, active, layer.decoder_widths, layer.output_sizes, layer.group_size, bias)
+LAYERS = ((32, 136, [70, 30]), (64, 320, [64]), (96, 200, [20]), (10**6, 100, [40]))
 
-for dtype in (torch.float16, torch.bfloat16):
-    for width in range(2, 9):
-        for group_size, columns, sizes in ((32, 136, [70, 30]), (64, 320, [64]), (96, 200, [20]), (10**6, 100, [40])):
-            layer = make_layer(sizes, columns, group_size, seed=width)
-            widths = [width, 3][: len(sizes)]
-            for tokens in (1, 17):
-                x, bias = make_input(tokens, columns, dtype), make_input(1, sum(sizes), dtype)[0]
-                result = run(layer, x, widths, bias)
-                layer.check(result, x, widths, bias, rounded_weights=True)
-            poisoned = layer.planes.clone()
-            poisoned[:, :, max(widths):] = 255
-            assert torch.equal(run(layer, x, widths, bias, poisoned), result)
+def run(layer, x, widths, bias=None):
+    layer.activate(widths)
+    return TRITON.linear(x, layer.weight.handle, layer.weight.out_features, bias)
 
-layer, x = make_layer([20], 64, 32, [2, 4]), make_input(2, 64, torch.float16)
-for width in (0, 1, 3, 8, 9, 100):
-    assert run(layer, x, [width]).isnan().all()
-assert run(layer, x.view(1, 2, 64), [4]).shape == (1, 2, 20)
+for kind in KINDS:
+    for dtype in (torch.float16, torch.bfloat16):
+        for width in WIDTHS:
+            for group_size, columns, sizes in LAYERS:
+                layer = make_layer(sizes, columns, group_size, seed=width, kind=kind, kernel=TRITON)
+                widths = [width, 3][: len(sizes)]
+                for tokens in (1, 17):
+                    x, bias = make_input(tokens, columns, dtype), make_input(1, sum(sizes), dtype)[0]
+                    result = run(layer, x, widths, bias)
+                    # The interpreter truncates to bfloat16.
+                    layer.check(result, x, widths, bias, rounded_weights=True, truncates=dtype == torch.bfloat16)
+                poisoned = layer.planes.clone()
+                poisoned[:, :, max(widths):] = 255
+                assert torch.equal(run(layer.with_planes(poisoned), x, widths, bias), result)
+
+    layer, x = make_layer([20], 64, 32, [2, 4], kind=kind, kernel=TRITON), make_input(2, 64, torch.float16)
+    for width in (0, 1, 3, 8, 9, 100):
+        assert run(layer, x, [width]).isnan().all()
+    assert run(layer, x.view(1, 2, 64), [4]).shape == (1, 2, 20)
+    assert run(layer, x[:0], [4]).shape == (0, 20)
+
+    layer = make_segments([([100, 30], WIDTHS), ([20], (2, 3))], 200, 64, kind=kind, kernel=TRITON)
+    x, bias = make_input(3, 200, torch.float16), make_input(1, 150, torch.float16)[0]
+    layer.check(run(layer, x, [4, 8, 3], bias), x, [4, 8, 3], bias, rounded_weights=True)
 print("checked")
 """
 

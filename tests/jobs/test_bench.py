@@ -15,6 +15,7 @@ from vllm_matquant import cli
 from vllm_matquant.bench import kernel
 from vllm_matquant.bench import serve as serving
 from vllm_matquant.bench.serve import COLUMNS, Load
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.jobs import bench as bench_job
 from vllm_matquant.jobs.bench import BenchKernel
 from vllm_matquant.kernels import ops
@@ -28,8 +29,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
     asked: list[tuple[Path, tuple[int, ...], dict[str, Any]]] = []
 
     def measure(
-        folder: Path, widths: Sequence[int], load: Load, reference: Path | None = None
+        folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None
     ) -> Iterator[dict[str, Any]]:
+        widths = [each.width for each in slices]
         asked.append((folder, tuple(widths), dataclasses.asdict(load) | {"reference": reference}))
         for bits in widths if reference is None else (16, *widths):
             yield {
@@ -157,7 +159,7 @@ def test_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             "backend": "cpu",
             "isa": ops.cpu_isa(),
             "group_size": 32,
-            "bytes": 3 * (2 * 2 * 64) + 3 * 2 * 2 * 16 * 2,  # rows of tiles, columns of tiles, planes; groups, decoders
+            "bytes": 3 * (2 * 2 * 64) + 3 * (64 + 32 * 2),  # rows of tiles times planes and their columns, and decoders
         }
         == rows[0]
     )

@@ -86,7 +86,7 @@ def test_width_that_is_not_in_the_folder(
     shutil.copytree(nested, partial, ignore=shutil.ignore_patterns("model-width[5-8]-*"))
     status, said = refusal(capsys, partial, "--reference", source, "--text", text_file, "--bits", "8")
     assert status == 1
-    assert "files of 8 bits: found no model-width5-00001-of-00001.safetensors" in said
+    assert "files of uniform-8: found no model-width5-00001-of-00001.safetensors" in said
     assert "The folder serves 2, 4 bits" in said
     status, said = refusal(capsys, nested, "--reference", source, "--text", text_file, "--bits", "3")
     assert status == 1

@@ -243,7 +243,7 @@ def test_overwrite(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run_quantize(arguments) == 0
     status, message = refusal(capsys, *arguments, "--bits", 4)
     assert status == 1
-    assert "expected no files of a checkpoint, or leave to overwrite" in message
+    assert "expected no files of a checkpoint. Use --overwrite to replace it" in message
     assert open_checkpoint(tmp_path / "nested").format.widths == WIDTHS
     assert run_quantize([*arguments, "--bits", "4", "--overwrite"]) == 0
     assert open_checkpoint(tmp_path / "nested").format.widths == (4,)

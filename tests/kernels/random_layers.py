@@ -31,6 +31,8 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
 KINDS = tuple(decoder.KINDS.values())
 
+SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 2**-25, torch.float32: 1e-30}  # half of the smallest number
+
 
 @dataclass
 class Layer:
@@ -69,12 +71,11 @@ class Layer:
         """float64 [N, K]; ``absolute`` for |scale| * code + |offset|, what rounding errors are relative to."""
         width_of_row = np.repeat(widths, self.output_sizes)
         group = np.arange(self.codes.shape[1]) // self.group_size
-        row = np.arange(len(self.codes))
-        affine = {width: affine_of(self.decoders[width]) for width in set(widths)}
-        scale, offset = (
-            np.stack([affine[width][part][index] for index, width in zip(row, width_of_row, strict=True)])[:, group]
-            for part in (0, 1)
-        )
+        scale, offset = np.empty((2, *self.codes.shape))
+        for width in set(widths):
+            rows = width_of_row == width
+            for target, values in zip((scale, offset), affine_of(self.decoders[width]), strict=True):
+                target[rows] = values[rows][:, group]
         if absolute:
             scale, offset = np.abs(scale), np.abs(offset)
         return scale * (self.codes.numpy().astype(np.int64) >> (8 - width_of_row)[:, None]) + offset
@@ -102,7 +103,7 @@ class Layer:
         assert result.shape == expected.shape
         # Errors of float32 sums grow as the square root of their length; 8 standard deviations.
         magnitude = np.abs(rounded) @ absolute.T + np.abs(added)
-        tolerance = magnitude * 2**-24 * 8 + np.abs(expected) * ROUNDING[x.dtype] + 1e-30
+        tolerance = magnitude * 2**-24 * 8 + np.abs(expected) * ROUNDING[x.dtype] + SMALLEST[x.dtype]
         error = np.abs(result.double().numpy() - expected)
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
 

@@ -269,7 +269,7 @@ def test_resume_without_unfinished_work_begins(deep: Path, text_file: Path, tmp_
     run(deep, tmp_path / "out", text_file, resume=True)
     run(deep, tmp_path / "whole", text_file)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    with pytest.raises(OutputError, match="expected no files of a checkpoint, or leave to overwrite"):
+    with pytest.raises(OutputError, match=r"expected no files of a checkpoint\. Use --overwrite to replace it"):
         run(deep, tmp_path / "out", text_file, resume=True)
 
 

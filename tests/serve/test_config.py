@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,26 +8,32 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 
-from tests.serve.tiny_models import write_checkpoint
+from tests.serve.tiny_models import served_at, write_checkpoint
+from vllm_matquant.checkpoint import reader, validate
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
-from vllm_matquant.serve.config import MatquantConfig, settle_precision
+from vllm_matquant.serve import files
+from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
+from vllm_matquant.serve.loader import MatquantModelLoader
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 def config_of(*ignored: str, bits: int = 4, embeddings: tuple[str, ...] = ()) -> MatquantConfig:
     checkpoint_format = Format(ignored_layers=ignored, quantized_embeddings=embeddings)
-    config = MatquantConfig.from_config(checkpoint_format.to_dict())
+    config = MatquantConfig.from_config(format_to_config(checkpoint_format))
     config.packed_modules_mapping = FUSED
-    config.resolve_precision({"matquant": {"bits": bits}})
+    config.served = served_at(bits)
     return config
 
 
@@ -107,9 +114,9 @@ def test_mixtures_of_experts_are_refused() -> None:
 
 def test_config_json_is_checked() -> None:
     with pytest.raises(VersionError):
-        MatquantConfig.from_config(Format().to_dict() | {"format_version": 2})
+        MatquantConfig.from_config(format_to_config(Format()) | {"format_version": 3})
     with pytest.raises(ConfigError, match="group_size"):
-        MatquantConfig.from_config(Format().to_dict() | {"group_size": 12})
+        MatquantConfig.from_config(format_to_config(Format()) | {"group_size": 12})
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def engine_config(quant_config: Any, load_format: str = "auto", draft: str | Non
     return SimpleNamespace(
         additional_config=additional,
         quant_config=quant_config,
-        load_config=SimpleNamespace(load_format=load_format),
+        load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         model_config=SimpleNamespace(quantization=None if quant_config is None else quant_config.get_name()),
         speculative_config=draft and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=draft)),
     )
@@ -135,34 +142,54 @@ def opened(folder: Path) -> MatquantConfig:
     return config
 
 
-def test_the_width_becomes_part_of_the_key_of_the_compile_cache(folder: Path) -> None:
-    config = engine_config(opened(folder), other=1)
-    settle_precision(config)
-    assert config.additional_config == {"other": 1, "matquant": {"bits": 8}}
-    config = engine_config(opened(folder), matquant={"bits": 3})
-    settle_precision(config)
+def test_what_is_served_is_settled_and_no_part_of_the_key_of_the_compile_cache(folder: Path) -> None:
+    for bits, settings in [(8, {}), (3, {"matquant": {"bits": 3}}), (2, {"matquant": {"bits": 2.9}})]:
+        config = engine_config(opened(folder), other=1, **settings)
+        settle(config)
+        assert config.additional_config == {"other": 1}
+        assert set(config.quant_config.served.active.widths.values()) == {bits}
+
+
+def test_settings_stay_for_a_draft(folder: Path) -> None:
+    config = engine_config(opened(folder), draft="matquant", matquant={"bits": 3})
+    settle(config)
+    assert config.quant_config.served.active.width == 3
     assert config.additional_config == {"matquant": {"bits": 3}}
+
+
+def test_a_start_opens_and_checks_each_file_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(files, "_opened", functools.lru_cache(files._opened.__wrapped__))
+    monkeypatch.setattr(
+        reader, "check_shard", lambda path, *rest: checked.append(path.name) or validate.check_shard(path, *rest)
+    )
+    config = engine_config(opened(folder), matquant={"bits": 8.0})
+    settle(config)
+    config.model_config = SimpleNamespace(model=str(folder), revision=None, quantization="matquant")
+    monkeypatch.setattr(DefaultModelLoader, "load_model", lambda self, *arguments: torch.nn.Module())
+    MatquantModelLoader(LoadConfig()).load_model(config, config.model_config)
+    assert sorted(checked) == sorted(file.name for file in folder.glob("*.safetensors"))
 
 
 def test_a_width_that_cannot_be_served_is_refused_before_the_engine_starts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WidthError, match=r"\[2, 3, 8\]"):
-        settle_precision(engine_config(opened(folder), matquant={"bits": 4}))
+        settle(engine_config(opened(folder), matquant={"bits": 4}))
     for file in folder.iterdir():
         if "width8" not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    settle_precision(engine_config(opened(tmp_path), matquant={"bits": 3}))
+    settle(engine_config(opened(tmp_path), matquant={"bits": 3}))
     with pytest.raises(MissingFileError, match="model-width8"):
-        settle_precision(engine_config(opened(tmp_path), matquant={"bits": 8}))
+        settle(engine_config(opened(tmp_path), matquant={"bits": 8}))
 
 
 @pytest.mark.parametrize("load_format", ["dummy", "fastsafetensors", "pt", "sharded_state"])
 def test_load_formats_that_do_not_go_through_the_reader_are_refused(folder: Path, load_format: str) -> None:
     with pytest.raises(ConfigError, match=load_format):
-        settle_precision(engine_config(opened(folder), load_format))
+        settle(engine_config(opened(folder), load_format))
 
 
 def test_bits_for_another_kind_of_model_are_refused() -> None:
     with pytest.raises(CheckpointError, match="matquant checkpoint"):
-        settle_precision(engine_config(None, matquant={"bits": 3}))
-    settle_precision(engine_config(None))
-    settle_precision(engine_config(None, draft="matquant", matquant={"bits": 3}))
+        settle(engine_config(None, matquant={"bits": 3}))
+    settle(engine_config(None))
+    settle(engine_config(None, draft="matquant", matquant={"bits": 3}))

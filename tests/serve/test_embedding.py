@@ -10,12 +10,11 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from tests.serve.tiny_models import EMBEDDINGS, quantize
+from tests.serve.tiny_models import EMBEDDINGS, quantize, served_at
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
-from vllm_matquant.checkpoint.spec import Format, offset_name, scale_name
-from vllm_matquant.kernels import reference
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve.config import MatquantConfig
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, resident_bytes
@@ -32,18 +31,17 @@ class Source:
         weight = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(seed))
         group_size = checkpoint_format.group_size_of(COLUMNS, "embedding")
         self.format, self.tokens = checkpoint_format, tokens
-        self.codes, decoders = quantize(weight, group_size, checkpoint_format)
-        self.decoders = {width: (scale.half(), offset.half()) for width, (scale, offset) in decoders.items()}
+        self.codes, self.decoders = quantize(weight, group_size, checkpoint_format)
 
     def weight(self, width: int) -> torch.Tensor:
-        return reference.dequantize(slice_codes(self.codes, 8, width, self.format.slicing), *self.decoders[width])
+        return self.decoders[width].decode(slice_codes(self.codes, 8, width, self.format.slicing))
 
     def new_layer(
         self, width: int, *, rank: int = 0, ranks: int = 1, head: bool = False, dtype: torch.dtype = torch.float32
     ) -> torch.nn.Module:
         """The layer of one rank, before its weights are loaded."""
         config = MatquantConfig(self.format)
-        config.resolve_precision({"matquant": {"bits": width}})
+        config.served = served_at(width)
         with set_current_vllm_config(VllmConfig()):
             if head:
                 return ParallelLMHead(self.tokens, COLUMNS, params_dtype=dtype, quant_config=config, prefix="lm_head")
@@ -60,8 +58,8 @@ class Source:
     def load(self, layer: torch.nn.Module, without: str = "") -> torch.nn.Module:
         base, planes = pack_codes(self.codes)
         tensors = {"weight_base": base} | {plane_name(3 + index): plane for index, plane in enumerate(planes)}
-        for width, (scale, offset) in self.decoders.items():
-            tensors |= {scale_name(width): scale, offset_name(width): offset}
+        for decoder in self.decoders.values():
+            tensors |= {name.removeprefix("."): tensor for name, tensor in decoder.named("").items()}
         for name, param in list(layer.named_parameters()):
             if name != without:
                 param.weight_loader(param, tensors[name])
@@ -71,7 +69,11 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def _single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("vllm.model_executor.parameter", "vllm.model_executor.layers.vocab_parallel_embedding"):
+    for module in (
+        "vllm.model_executor.parameter",
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "vllm_matquant.serve.linear",
+    ):
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: 1)
 
@@ -109,8 +111,8 @@ def test_resident_bytes_are_those_of_the_padded_tokens(width: int, tokens: int, 
     source = Source(tokens, Format(group_size=32, **EMBEDDINGS))
     layer = source.load(source.new_layer(width, ranks=ranks))
     rows = -(-tokens // 64) * 64 // ranks
-    assert resident_bytes(layer) == predicted_bytes(layer) == rows * (96 * width // 8 + 2 * 2 * 3)
-    assert {name for name, _ in layer.named_parameters()} == {"planes", "decoders"}
+    assert resident_bytes(layer) == predicted_bytes(layer) == rows * (96 * width // 8 + 2 * 3 + 2 * 2)
+    assert not list(layer.named_parameters())
 
 
 def test_a_tied_head_is_the_embedding_itself() -> None:
@@ -124,7 +126,7 @@ def test_a_tied_head_is_the_embedding_itself() -> None:
 
 
 @pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("name", ["weight_base", "weight_plane3", "weight_scale3", "weight_offset3"])
+@pytest.mark.parametrize("name", ["weight_base", "weight_plane3", "weight_scale3", "weight_centre3", "weight_step3"])
 def test_a_tensor_that_did_not_come_is_named(name: str, head: bool) -> None:
     source = Source(100, Format(**EMBEDDINGS))
     with pytest.raises(MissingTensorError, match=f"{'lm_head' if head else 'model.embed_tokens'}: {name}: found"):

@@ -63,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             checkpoint = open_checkpoint(root / name)
             widths = {layer: width for layer in checkpoint.layers for part, width in RECIPE.items() if part in layer}
             recipe = Recipe("mixed", widths, kl=0.5, own_decoders=name in WITH_OWN_DECODERS)
-            decoders = {layer: own_decoder(*checkpoint.decoder(layer, width)) for layer, width in widths.items()}
+            decoders = {layer: own_decoder(checkpoint.decoder(layer, width)) for layer, width in widths.items()}
             add_recipes(checkpoint, [recipe], {"mixed": decoders} if recipe.own_decoders else None)
     return root
 
@@ -100,8 +100,9 @@ RECIPE = {"embed": 3, "q_proj": 2, "k_proj": 4, "v_proj": 5, "o_proj": 3, "gate_
           "lm_head": 4}  # fmt: skip
 EAGER = [("llama", 2), ("llama", 3), ("llama", 8), ("qwen3", 4), ("qwen3", None), ("qwen2", 5), ("rounded", 3)]
 FAULTY = [("garbage past 3", 3), ("no 4 to 8", None), ("no 4 to 8", 8)]
-THREE = {"embed": [3], "q_proj": [3, 3, 3], "o_proj": [3], "gate_proj": [3, 3], "down_proj": [3], "lm_head": [3]}
-MIXED = {"embed": [2], "q_proj": [8, 3, 2], "o_proj": [3], "gate_proj": [2, 8], "down_proj": [8], "lm_head": [3]}
+THREE = dict.fromkeys(RECIPE, 3)
+MIXED = {"embed": 2, "q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3, "gate_proj": 2, "up_proj": 8, "down_proj": 8,
+         "lm_head": 3}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,9 @@ def results(models: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory
     jobs: dict[Any, dict[str, Any]] = {(name, bits): at(bits) | {"model": str(models / name)} for name, bits in EAGER}
     jobs |= {(name, bits): at(bits) | {"model": str(faults / name)} for name, bits in FAULTY}
     llama = {"model": str(models / "llama")}
-    jobs["compiled"] = llama | at(8, enforce_eager=False) | {"decoders": [2, 3, 8], "switch": [THREE, MIXED]}
+    several = {"matquant": {"bits": 8, "resident": [2, 3, 8]}}
+    jobs["compiled"] = llama | {"llm": {"enforce_eager": False, "additional_config": several}, "switch": [THREE, MIXED]}
+    jobs["compiled", 5] = llama | at(5, enforce_eager=False)
     # bits = 4.5 is a budget: the checkpoints' one recipe is the best within it.
     for name in ("llama", "qwen3", "rounded"):
         jobs["recipe", name] = at(4.5) | {"model": str(models / name)}
@@ -145,7 +148,7 @@ def test_log_probabilities(models: Path, results: dict, name: str, bits: int | N
 
 @pytest.mark.parametrize(("name", "bits"), EAGER)
 def test_resident_bytes(models: Path, results: dict, name: str, bits: int | None) -> None:
-    expected = open_checkpoint(models / name).resident_bytes(bits or 8)
+    expected = open_checkpoint(models / name).slice(bits or 8).resident_bytes
     assert results[name, bits]["resident_bytes"] == results[name, bits]["predicted_bytes"] == [expected]
 
 
@@ -163,7 +166,7 @@ def test_a_folder_without_its_last_planes(models: Path, results: dict) -> None:
 
 def test_tensor_parallelism(models: Path, results: dict) -> None:
     assert_served(results["parallel"], models / "llama", 3)
-    half = open_checkpoint(models / "llama").resident_bytes(3) // 2
+    half = open_checkpoint(models / "llama").slice(3).resident_bytes // 2
     assert results["parallel"]["resident_bytes"] == results["parallel"]["predicted_bytes"] == [half, half]
 
 
@@ -171,8 +174,7 @@ def test_tensor_parallelism(models: Path, results: dict) -> None:
 def test_a_recipe_that_mixes_widths_inside_fused_layers(models: Path, results: dict, name: str) -> None:
     result, model = results["recipe", name], models / (name if name in MODELS else "llama")
     assert_served(result, model, RECIPE, own_decoders=model.name in WITH_OWN_DECODERS)
-    [recipe] = open_checkpoint(model).recipes
-    expected = open_checkpoint(model).resident_bytes(recipe.widths)
+    expected = open_checkpoint(model).slice("mixed").resident_bytes
     ranks = 2 if name == "parallel" else 1
     assert result["resident_bytes"] == result["predicted_bytes"] == [expected // ranks] * ranks
 
@@ -183,10 +185,21 @@ def test_a_budget_that_nothing_fits_is_refused(results: dict) -> None:
 
 
 def test_a_compiled_graph_serves_other_widths_without_a_reload(models: Path, results: dict) -> None:
-    attention, mlp = (
-        {"q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3},
-        {"gate_proj": 2, "up_proj": 8, "down_proj": 8},
-    )
-    by_layer = {"embed": 2, **attention, **mlp, "lm_head": 3}
-    for switch, widths in enumerate([8, 3, by_layer]):
+    for switch, widths in enumerate([8, THREE, MIXED]):
         assert_served(results["compiled"], models / "llama", widths, switch)
+
+
+def test_several_resident_widths_take_their_planes_once_and_their_decoders(models: Path, results: dict) -> None:
+    checkpoint = open_checkpoint(models / "llama")
+    kind, shapes = checkpoint.format.decoder_kind, checkpoint.layers.values()
+    decoders = sum(kind.nbytes(rows, columns // 32) for rows, columns in shapes)
+    expected = checkpoint.slice(8).resident_bytes + 2 * decoders
+    assert results["compiled"]["resident_bytes"] == results["compiled"]["predicted_bytes"] == [expected]
+
+
+@pytest.mark.parametrize("other", [("compiled", 5), ("recipe", "compiled")])
+def test_a_start_at_another_width_compiles_nothing(models: Path, results: dict, other: Any) -> None:
+    assert results["compiled"]["compiled"] > 0
+    assert results[other]["compiled"] == 0
+    if other == ("compiled", 5):
+        assert_served(results[other], models / "llama", 5)

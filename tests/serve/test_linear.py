@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from tests.serve.tiny_models import quantize
+from tests.serve.tiny_models import quantize, served_at, served_widths
+from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
-from vllm_matquant.checkpoint.spec import Format, offset_name, scale_name
+from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.kernels import cuda_layout, reference
 from vllm_matquant.kernels.support import KERNELS
-from vllm_matquant.serve.linear import MatquantLinearMethod, predicted_bytes, resident_bytes
-from vllm_matquant.serve.precision import LayerPrecision, Precision
+from vllm_matquant.serve.linear import MatquantLinearMethod, predicted_bytes, resident_bytes, set_active
+from vllm_matquant.serve.served import Served
 
 PARTS = ("a.q_proj", "a.k_proj", "a.v_proj")
 SIZES = (40, 16, 9)
@@ -26,13 +27,14 @@ COLUMNS = 96
 
 @pytest.fixture(autouse=True)
 def _single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
+    for module in ("vllm.model_executor.parameter", "vllm_matquant.serve.linear"):
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def mixed(*widths: int) -> Precision:
+def mixed(*widths: int) -> Served:
     """A recipe with a width for each of the parts."""
-    return Precision(max(widths), recipe=dict(zip(PARTS, widths, strict=True)))
+    return served_widths(dict(zip(PARTS, widths, strict=True)))
 
 
 def store(param: Any, loaded: torch.Tensor, shard_id: Any = None, sizes: Sequence[int] = SIZES) -> None:
@@ -46,13 +48,19 @@ def store(param: Any, loaded: torch.Tensor, shard_id: Any = None, sizes: Sequenc
 
 
 def new_layer(
-    checkpoint_format: Format, precision: Precision, parts: Sequence[str] = PARTS, sizes: Sequence[int] = SIZES,
+    checkpoint_format: Format, served: Served, parts: Sequence[str] = PARTS, sizes: Sequence[int] = SIZES,
     columns: int = COLUMNS, ranks: int = 1,
 ) -> torch.nn.Module:  # fmt: skip
     layer = torch.nn.Module()
-    layer.quant_method = MatquantLinearMethod(checkpoint_format, precision, list(parts))
+    layer.quant_method = MatquantLinearMethod(checkpoint_format, served, list(parts))
     layer.quant_method.create_weights(
-        layer, columns // ranks, list(sizes), columns, sum(sizes), torch.float32, weight_loader=store
+        layer,
+        columns // ranks,
+        list(sizes),
+        columns,
+        sum(sizes),
+        torch.float32,
+        weight_loader=functools.partial(store, sizes=sizes),
     )
     return layer
 
@@ -72,18 +80,17 @@ class Source:
         codes, decoders = self.parts[part]
         base, planes = pack_codes(codes)
         tensors = {"weight_base": base} | {plane_name(3 + i): plane for i, plane in enumerate(planes)}
-        for width, (scale, offset) in decoders.items():
-            tensors |= {scale_name(width): scale.half(), offset_name(width): offset.half()}
+        for decoder in decoders.values():
+            tensors |= {name.removeprefix("."): tensor for name, tensor in decoder.named("").items()}
         return tensors
 
     def weight(self, part: int, width: int) -> torch.Tensor:
         codes, decoders = self.parts[part]
-        scale, offset = (values.half() for values in decoders[width])
-        return reference.dequantize(slice_codes(codes, 8, width, self.format.slicing), scale, offset)
+        return decoders[width].decode(slice_codes(codes, 8, width, self.format.slicing))
 
     def load(self, layer: torch.nn.Module, without: tuple[str, int] | None = None) -> None:
         for name, param in list(layer.named_parameters()):
-            for part in layer.quant_method.owners[name]:
+            for part in layer.quant_method.stored.owners[name]:
                 if (name, part) != without:
                     param.weight_loader(param, self.tensors(part)[name], "qkv"[part])
 
@@ -92,11 +99,10 @@ class Source:
 def test_a_group_size_of_the_layers_own(group_size: Any) -> None:
     expected = Source(Format(group_size=group_size))
     own = Format(group_size=16, layer_group_sizes=dict.fromkeys(PARTS, group_size))
-    layers = [new_layer(checkpoint_format, Precision(4)) for checkpoint_format in (expected.format, own)]
+    layers = [new_layer(checkpoint_format, served_at(4)) for checkpoint_format in (expected.format, own)]
     for layer in layers:
         expected.load(layer)
         layer.quant_method.process_weights_after_loading(layer)
-    assert torch.equal(layers[0].decoders, layers[1].decoders)
     assert layers[0].quant_method.predicted_bytes() == layers[1].quant_method.predicted_bytes()
     x = torch.randn(3, COLUMNS)
     assert torch.equal(*(layer.quant_method.apply(layer, x) for layer in layers))
@@ -105,37 +111,23 @@ def test_a_group_size_of_the_layers_own(group_size: Any) -> None:
 def test_layers_that_are_computed_as_one_have_one_group_size() -> None:
     own = Format(group_size=16, layer_group_sizes={PARTS[1]: 32})
     with pytest.raises(ConfigError, match=r"layer_group_sizes: found .*: 32.*, expected the same for layers that vLLM"):
-        new_layer(own, Precision(4))
-
-
-@pytest.mark.parametrize("slicing", ["truncate", "round"])
-@pytest.mark.parametrize(("bits", "served"), [(2, 3), (3, 3), (4, 6), (6, 6), (8, 6)])
-def test_widths_of_the_layers_own(bits: int, served: int, slicing: Any) -> None:
-    expected = Source(Format(group_size=32, slicing=slicing))
-    own = Format(group_size=32, slicing=slicing, layer_widths=dict.fromkeys(PARTS, (3, 6)))
-    layers = [new_layer(expected.format, Precision(served)), new_layer(own, Precision(bits))]
-    for layer in layers:
-        expected.load(layer)
-        layer.quant_method.process_weights_after_loading(layer)
-    assert torch.equal(layers[0].planes, layers[1].planes)
-    assert layers[0].quant_method.predicted_bytes() == layers[1].quant_method.predicted_bytes()
-    x = torch.randn(3, COLUMNS)
-    assert torch.equal(*(layer.quant_method.apply(layer, x) for layer in layers))
+        new_layer(own, served_at(4))
 
 
 def test_layers_that_are_computed_as_one_have_the_same_widths() -> None:
     with pytest.raises(
         ConfigError, match=r"layer_widths: found .*: \(4, 8\).*, expected the same for layers that vLLM"
     ):
-        new_layer(Format(group_size=16, layer_widths={PARTS[2]: (4, 8)}), Precision(4))
+        new_layer(Format(group_size=16, layer_widths={PARTS[2]: (4, 8)}), served_at(4))
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("slicing", ["truncate", "round"])
 @pytest.mark.parametrize("group_size", [32, 48, "auto", "channel"])
 @pytest.mark.parametrize("width", range(2, 9))
-def test_product(width: int, group_size: Any, slicing: Any) -> None:
-    source = Source(Format(group_size=group_size, slicing=slicing), seed=width)
-    layer = new_layer(source.format, Precision(width))
+def test_product(width: int, group_size: Any, slicing: Any, kind: Any) -> None:
+    source = Source(Format(group_size=group_size, slicing=slicing, decoder_kind=kind), seed=width)
+    layer = new_layer(source.format, served_at(width))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
 
@@ -146,38 +138,46 @@ def test_product(width: int, group_size: Any, slicing: Any) -> None:
         torch.testing.assert_close(layer.quant_method.apply(layer, x, added), expected, rtol=1e-4, atol=1e-4)
 
 
+def decoder_names(checkpoint_format: Format, width: int) -> set[str]:
+    return {f"weight_{part}{width}" for part in checkpoint_format.decoder_kind.parts(1, 1)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("slicing", ["truncate", "round"])
 @pytest.mark.parametrize("width", range(2, 9))
-def test_nothing_past_the_resident_width_is_allocated(width: int, slicing: Any) -> None:
-    source = Source(Format(slicing=slicing, group_size=32))
-    layer = new_layer(source.format, Precision(width))
+def test_nothing_past_the_resident_width_is_allocated(width: int, slicing: Any, kind: Any) -> None:
+    source = Source(Format(slicing=slicing, group_size=32, decoder_kind=kind))
+    layer = new_layer(source.format, served_at(width))
     stored = width if slicing == "truncate" else min(width + 1, 8)
-    expected = {"weight_base", scale_name(width), offset_name(width)} | {plane_name(w) for w in range(3, stored + 1)}
+    expected = {"weight_base"} | decoder_names(source.format, width) | {plane_name(w) for w in range(3, stored + 1)}
     assert {name for name, _ in layer.named_parameters()} == expected
 
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
-    assert {name for name, _ in layer.named_parameters()} == {"planes", "decoders"}
-    assert layer.planes.shape[0] == width
-    assert layer.decoders.shape[0] == 1
+    assert not list(layer.named_parameters())
+    [segment] = layer.quant_method.weight.segments
+    assert (segment.resident.width, segment.resident.decoder_widths) == (width, (width,))
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("width", range(2, 9))
-def test_resident_bytes_are_those_of_the_format_where_rows_fill_the_tiles(width: int) -> None:
-    sizes, checkpoint_format = (64, 16, 32), Format(group_size=32)
-    layer = new_layer(checkpoint_format, Precision(width), sizes=sizes)
+def test_resident_bytes_are_those_of_the_format_where_rows_fill_the_tiles(width: int, kind: Any) -> None:
+    sizes, checkpoint_format = (64, 16, 32), Format(group_size=32, decoder_kind=kind)
+    layer = new_layer(checkpoint_format, served_at(width), sizes=sizes)
     for param in list(layer.parameters()):
         param.weight_loader(param, torch.zeros_like(param.data))
     layer.quant_method.process_weights_after_loading(layer)
-    by_hand = 112 * 96 * width // 8 + 2 * 2 * 112 * 3
-    assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
+    decoders = 2 * 2 * 112 * 3 if kind.name == "affine-float16" else 2 * 112 * 3 + 2 * 2 * 112
+    assert resident_bytes(layer) == predicted_bytes(layer) == 112 * 96 * width // 8 + decoders
 
 
 @pytest.mark.parametrize("part", range(3))
-@pytest.mark.parametrize("name", ["weight_base", "weight_plane3", "weight_plane4", "weight_scale4", "weight_offset4"])
+@pytest.mark.parametrize(
+    "name", ["weight_base", "weight_plane3", "weight_plane4", "weight_scale4", "weight_centre4", "weight_step4"]
+)
 def test_a_tensor_that_did_not_come_is_named(name: str, part: int) -> None:
     source = Source(Format(group_size=32))
-    layer = new_layer(source.format, Precision(4))
+    layer = new_layer(source.format, served_at(4))
     source.load(layer, without=(name, part))
     with pytest.raises(MissingTensorError) as error:
         layer.quant_method.process_weights_after_loading(layer)
@@ -188,7 +188,7 @@ def test_a_tensor_that_did_not_come_is_named(name: str, part: int) -> None:
 @pytest.mark.parametrize("shards", [[None], [0, 1, 2], [(0, 1), 2], [(0, 1, 2)]])
 def test_parts_come_whole_or_one_by_one(shards: list[Any]) -> None:
     layer = torch.nn.Module()
-    method = MatquantLinearMethod(Format(group_size=32), Precision(2), PARTS)
+    method = MatquantLinearMethod(Format(group_size=32), served_at(2), PARTS)
     method.create_weights(
         layer, COLUMNS, list(SIZES), COLUMNS, sum(SIZES), torch.float32, weight_loader=lambda *args: None
     )
@@ -199,7 +199,7 @@ def test_parts_come_whole_or_one_by_one(shards: list[Any]) -> None:
 
 
 def test_a_layer_that_is_fused_in_the_checkpoint_already() -> None:
-    layer = new_layer(Format(group_size=32), Precision(3), parts=["a.qkv_proj"])
+    layer = new_layer(Format(group_size=32), served_at(3), parts=["a.qkv_proj"])
     for name, param in layer.named_parameters():
         if name != "weight_plane3":
             param.weight_loader(param, torch.zeros_like(param.data))
@@ -215,7 +215,7 @@ def test_tensor_parallelism_must_not_cut_a_group_or_a_byte(
     group_size: Any, columns: int, ranks: int, expected: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        new_layer(Format(group_size=group_size), Precision(3), ["a.down_proj"], [16], columns, ranks)
+        new_layer(Format(group_size=group_size), served_at(3), ["a.down_proj"], [16], columns, ranks)
     found = (
         "a.down_proj",
         f"size {ranks}",
@@ -229,29 +229,32 @@ def test_tensor_parallelism_must_not_cut_a_group_or_a_byte(
 
 @pytest.mark.parametrize(("group_size", "columns", "groups"), [(32, 128, 2), ("auto", 256, 1), ("channel", 128, 1)])
 def test_shapes_of_a_ranks_cut(group_size: Any, columns: int, groups: int) -> None:
-    layer = new_layer(Format(group_size=group_size), Precision(3), ["a.down_proj"], [16], columns, ranks=2)
+    layer = new_layer(Format(group_size=group_size), served_at(3), ["a.down_proj"], [16], columns, ranks=2)
     shapes = {name: tuple(param.shape) for name, param in layer.named_parameters()}
     assert shapes == {
         "weight_base": (16, columns // 8),
         "weight_plane3": (16, columns // 16),
         "weight_scale3": (16, groups),
-        "weight_offset3": (16, groups),
+        "weight_centre3": (16, groups),
+        "weight_step3": (16, 2),
     }
 
 
-def test_each_partition_switches_to_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerPrecision, "decoder_widths", (2, 3, 8))
-    source = Source(Format(group_size=32))
-    layer = new_layer(source.format, Precision(8))
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_each_partition_switches_to_a_width_of_its_own(kind: Any) -> None:
+    source = Source(Format(group_size=32, decoder_kind=kind))
+    layer = new_layer(source.format, served_at(8, resident=(2, 3)))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, COLUMNS)
     compiled = torch.compile(layer.quant_method.apply, fullgraph=True, backend="eager")
+    addresses = [segment.active_width.data_ptr() for segment in layer.quant_method.weight.segments]
     for widths in [(8, 8, 8), (3, 8, 2), (2, 3, 8)]:
-        layer.active_width.copy_(torch.tensor(widths, dtype=torch.int32))
+        set_active(layer, dict(zip(PARTS, widths, strict=True)))
         weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
         expected = torch.nn.functional.linear(x, weight)
         torch.testing.assert_close(compiled(layer, x), expected, rtol=1e-4, atol=1e-4)
+    assert addresses == [segment.active_width.data_ptr() for segment in layer.quant_method.weight.segments]
 
 
 MIXES = [(3, 8, 2), (2, 2, 6), (5, 3, 3), (7, 4, 7), (4, 4, 4)]
@@ -287,12 +290,11 @@ def test_parts_of_a_fused_layer_pay_for_their_own_bits(widths: tuple[int, ...]) 
             plane = int(name.removeprefix("weight_plane"))
             assert len(param) == sum(size for size, width in zip(sizes, widths, strict=True) if width >= plane)
     for name, param in list(layer.named_parameters()):
-        for part in method.owners[name]:
+        for part in method.stored.owners[name]:
             own = torch.zeros(sizes[part], *param.shape[1:], dtype=param.dtype)
-            param.load_merged_column_weight(own, shard_offset=sum(sizes[:part]), shard_size=sizes[part])
-            method.arrived[name].add(part)
+            param.weight_loader(param, own, "qkv"[part])
     method.process_weights_after_loading(layer)
-    by_hand = sum(size * 96 * width // 8 for size, width in zip(sizes, widths, strict=True)) + 2 * 2 * 112 * 3
+    by_hand = sum(size * 96 * width // 8 for size, width in zip(sizes, widths, strict=True)) + 2 * 112 * (3 + 2)
     assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
 
 
@@ -308,20 +310,21 @@ def test_a_tensor_of_a_mixed_layer_that_did_not_come_is_named(part: int) -> None
     assert name in str(error.value)
 
 
-def test_a_width_without_a_decoder_in_memory_is_refused() -> None:
+def test_a_width_that_is_not_resident_is_refused() -> None:
     source = Source(Format(group_size=32))
-    layer = new_layer(source.format, Precision(4))
+    layer = new_layer(source.format, served_at(4, resident=(2,)))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
-    layer.active_width.fill_(3)
-    with pytest.raises(RuntimeError, match="active_width"):
-        layer.quant_method.apply(layer, torch.randn(1, COLUMNS))
+    before = layer.quant_method.apply(layer, torch.ones(1, COLUMNS))
+    with pytest.raises(ValueError, match=r"3.*2, 4"):
+        set_active(layer, dict(zip(PARTS, (2, 3, 4), strict=True)))
+    assert torch.equal(layer.quant_method.apply(layer, torch.ones(1, COLUMNS)), before)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16, None])
 def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int | None) -> None:
     source = Source(Format(group_size=32))
-    layer = new_layer(source.format, Precision(4, activation_bits))
+    layer = new_layer(source.format, served_at(4, activation_bits))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, COLUMNS)
@@ -331,41 +334,18 @@ def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int |
     torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def product_in_cuda_layout(
-    x: torch.Tensor, planes: torch.Tensor, decoders: torch.Tensor, active_width: torch.Tensor,
-    decoder_widths: Sequence[int], output_sizes: Sequence[int], group_size: int, *rest: Any,
-) -> torch.Tensor:  # fmt: skip
-    """What the CUDA kernels compute, in PyTorch."""
-    starts, _ = cuda_layout.partition_starts(output_sizes)
-    weight = torch.cat(
-        [
-            cuda_layout.embedding(
-                64 * start + torch.arange(size), planes, decoders, active_width[part : part + 1], decoder_widths,
-                x.shape[-1], group_size, x.dtype,
-            )
-            for part, (start, size) in enumerate(zip(starts, output_sizes, strict=True))
-        ]
-    )  # fmt: skip
-    return torch.nn.functional.linear(x, weight)
-
-
-@pytest.mark.parametrize(
-    ("widths", "slicing"),
-    [((4, 4, 4), "truncate"), ((3, 8, 2), "truncate"), ((7, 5, 5), "truncate"), ((4, 4, 4), "round")],
-)
-def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any, monkeypatch: Any) -> None:
-    [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda"]
-    kernel = dataclasses.replace(kernel, linear=product_in_cuda_layout)
-    monkeypatch.setattr("vllm_matquant.serve.linear.select_kernel", lambda *arguments: kernel)
-    source = Source(Format(group_size=32, slicing=slicing))
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize("widths", [(4, 4, 4), (3, 8, 2), (7, 5, 5)])
+def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any, kind: Any, monkeypatch: Any) -> None:
+    [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda-jit"]
+    monkeypatch.setattr("vllm_matquant.serve.linear.select_kernel", lambda request: kernel)
+    source = Source(Format(group_size=32, slicing=slicing, decoder_kind=kind))
     layer = new_layer(source.format, mixed(*widths))
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
-    for segment in layer.quant_method.segments:
-        sizes = [SIZES[part] for part in segment.partitions]
-        expected_shape = cuda_layout.planes_shape(segment.precision.resident_width, sizes, COLUMNS)
-        assert getattr(layer, segment.planes).shape == expected_shape
-    x = torch.randn(3, COLUMNS)
-    weight = torch.cat([source.weight(part, width) for part, width in enumerate(widths)])
-    expected = torch.nn.functional.linear(x, weight)
-    torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-4, atol=1e-4)
+    weight = layer.quant_method.weight
+    assert weight.layout.name == "cuda"
+    for segment in weight.segments:
+        resident = segment.resident
+        assert resident.planes.shape == cuda_layout.planes_shape(resident.width, resident.output_sizes, COLUMNS)

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from tests.serve.tiny_models import EMBEDDINGS, write_checkpoint
+from tests.serve.tiny_models import EMBEDDINGS, own_decoder, write_checkpoint
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -23,9 +23,10 @@ from vllm_matquant.checkpoint.recipe import Recipe, average_bits
 from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.plugin import register
-from vllm_matquant.serve import loader as loader_module
-from vllm_matquant.serve.config import MatquantConfig, settle_precision
+from vllm_matquant.serve import files
+from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.loader import LOAD_FORMATS, MatquantModelLoader
+from vllm_matquant.serve.request import Request
 
 register()
 
@@ -80,9 +81,7 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
     narrow = dict.fromkeys(checkpoint.layers, 2)
     mixes = {"some": narrow | {"model.layers.1.mlp.down_proj": 3}, "more": narrow | {"model.layers.1.mlp.up_proj": 4}}
     decoders = {
-        name: {
-            layer: tuple(values * 1.5 for values in checkpoint.decoder(layer, width)) for layer, width in widths.items()
-        }
+        name: {layer: own_decoder(checkpoint.decoder(layer, width)) for layer, width in widths.items()}
         for name, widths in mixes.items()
     }
     recipes = [
@@ -92,18 +91,20 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
     add_recipes(checkpoint, recipes, decoders)
 
     hub = Hub(model, cache)
-    monkeypatch.setattr(loader_module, "hf_api", lambda: hub)
+    monkeypatch.setattr(files, "hf_api", lambda: hub)
     quant_config = MatquantConfig(checkpoint.format)
     quant_config.maybe_update_config("someone/model")
     config = SimpleNamespace(
         quant_config=quant_config,
         additional_config={"matquant": {"bits": average_bits(mixes["some"], checkpoint.layers)}},
         load_config=LoadConfig(),
+        speculative_config=None,
         model_config=SimpleNamespace(model="someone/model", revision=None, quantization="matquant"),
     )
-    settle_precision(config)
-    assert config.additional_config == {"matquant": {"recipe": mixes["some"]}}
-    assert {shard_width(name) for name in hub.fetched} == {None, 2}
+    settle(config)
+    assert config.additional_config == {}
+    assert quant_config.served.active.widths == mixes["some"]
+    assert {shard_width(name) for name in hub.fetched} == {None}
     assert not [name for name in hub.fetched if name.startswith("recipes/") and name.endswith(".safetensors")]
 
     seen: dict[str, torch.Tensor] = {}
@@ -118,10 +119,9 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
     assert [name for name in hub.fetched if name.endswith(".safetensors") and shard_width(name) is None] == [
         "recipes/some.safetensors"
     ]
-    for layer, width in mixes["some"].items():
-        scale, offset = decoders["some"][layer]
-        assert torch.equal(seen[f"{layer}.weight_scale{width}"], scale)
-        assert torch.equal(seen[f"{layer}.weight_offset{width}"], offset)
+    for layer in mixes["some"]:
+        for name, tensor in decoders["some"][layer].named(layer).items():
+            assert torch.equal(seen[name], tensor)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 7, 8])
@@ -129,13 +129,19 @@ def test_only_files_of_the_width_are_fetched_from_a_hub(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
     hub = Hub(folder, tmp_path)
-    monkeypatch.setattr(loader_module, "hf_api", lambda: hub)
+    monkeypatch.setattr(files, "hf_api", lambda: hub)
     tensors = load(monkeypatch, "someone/model", Format(group_size=64), bits)
     shards = {width for name in hub.fetched if (width := shard_width(name)) is not None}
     assert shards == set(range(2, bits + 1))
     assert {"config.json", "model.safetensors.index.json"} <= set(hub.fetched)
     down = {name for name in tensors if name.startswith("model.layers.1.mlp.down_proj.")}
-    suffixes = ["base", *(f"plane{width}" for width in range(3, bits + 1)), f"scale{bits}", f"offset{bits}"]
+    suffixes = [
+        "base",
+        *(f"plane{width}" for width in range(3, bits + 1)),
+        f"scale{bits}",
+        f"centre{bits}",
+        f"step{bits}",
+    ]
     assert down == {f"model.layers.1.mlp.down_proj.weight_{suffix}" for suffix in suffixes}
     assert "model.embed_tokens.weight" in tensors
 
@@ -160,12 +166,13 @@ def test_a_faulty_download_is_refused_before_the_model_is_made(
     cache.mkdir()
     for file in folder.iterdir():
         (faulty / file.name).write_bytes(file.read_bytes()[: -1 if "width3" in file.name else None])
-    monkeypatch.setattr(loader_module, "hf_api", lambda: Hub(faulty, cache))
+    hub = Hub(faulty, cache)
+    monkeypatch.setattr(files, "hf_api", lambda: hub)
     made: list[Any] = []
     monkeypatch.setattr(DefaultModelLoader, "load_model", lambda *args: made.append(args))
-    config = SimpleNamespace(
-        quant_config=MatquantConfig(Format(group_size=64)), additional_config={"matquant": {"bits": 3}}
-    )
+    quant_config = MatquantConfig(Format(group_size=64))
+    quant_config.maybe_update_config("someone/model")
+    config = SimpleNamespace(quant_config=quant_config, additional_config={"matquant": {"bits": 3}})
     with pytest.raises(CheckpointError, match="model-width3"):
         MatquantModelLoader(LoadConfig()).load_model(
             config, SimpleNamespace(model="someone/model", revision=None, quantization="matquant")
@@ -195,7 +202,8 @@ def test_a_model_that_keeps_a_quantized_embedding_unquantized_is_refused_before_
     torch.nn.Module.__init__(model.model.embed_tokens)
     model.model.embed_tokens.quant_method = UnquantizedEmbeddingMethod()
     loader = MatquantModelLoader(LoadConfig())
-    loader._opened = open_checkpoint(folder, 3), 3
+    checkpoint = open_checkpoint(folder)
+    loader._opened = checkpoint, Request(3).served(checkpoint, print)
     with pytest.raises(ConfigError, match=r"^model\.embed_tokens: quantized embedding: found vLLM's Module"):
         next(loader.get_all_weights(SimpleNamespace(quantization="matquant"), model))
 

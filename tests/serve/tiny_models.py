@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.random_models import randomized
+from vllm_matquant.checkpoint.decoder import Affine, Decoder
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
-from vllm_matquant.kernels import reference
+from vllm_matquant.serve.served import Served
 
 VOCABULARY = 128
 # Fields of a format that has the embedding and the output head quantized too.
@@ -38,7 +41,7 @@ def random_model(model_type: str, seed: int, **overrides: object) -> torch.nn.Mo
 
 def quantize(
     weight: torch.Tensor, group_size: int, checkpoint_format: Format, layer: str = ""
-) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, dict[int, Decoder]]:
     """Min-max codes [N, K], and for each width the decoder that decodes a slice to the middle of its interval."""
     groups = weight.unflatten(1, (-1, group_size))
     low, high = groups.amin(-1), groups.amax(-1)
@@ -48,7 +51,7 @@ def quantize(
     for width in checkpoint_format.widths_of(layer):
         merged = 2 ** (PARENT_BITS - width)
         middle = (merged - 1) / 2 if checkpoint_format.slicing == "truncate" else 0.0
-        decoders[width] = (step * merged, low + step * middle)
+        decoders[width] = checkpoint_format.decoder_kind.encode(Affine(step * merged, low + step * middle), width)
     return codes, decoders
 
 
@@ -76,9 +79,34 @@ def write_checkpoint(
     return folder
 
 
-def own_decoder(scale: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class _Everywhere(dict[str, int]):
+    """The same width for every layer, whatever its name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__({"any": width})
+
+    def get(self, layer: str, default: Any = None) -> Any:
+        return self["any"]
+
+
+def served_at(width: int, activation_bits: int | None = None, resident: Sequence[int] = ()) -> Served:
+    """What a server holds whose every layer is at one width, or can be switched to some."""
+    slices = [
+        Slice(f"uniform-{each}", _Everywhere(each), each, 0, (), width=each)
+        for each in dict.fromkeys((width, *resident))
+    ]
+    return Served(slices[0], tuple(slices), activation_bits)
+
+
+def served_widths(widths: dict[str, int]) -> Served:
+    """What a server holds that has a width for each layer."""
+    recipe = Slice("recipe", widths, 0.0, 0, ())
+    return Served(recipe, (recipe,))
+
+
+def own_decoder(plain: Decoder) -> Decoder:
     """What a recipe has in the place of a plain decoder."""
-    return scale * 1.25, offset * 0.75
+    return plain.kind.encode(Affine(plain.affine.scale * 1.25, plain.affine.offset * 0.75), plain.width)
 
 
 def reference_model(folder: Path, widths: int | dict[str, int], own_decoders: bool = False) -> torch.nn.Module:
@@ -99,7 +127,7 @@ def reference_model(folder: Path, widths: int | dict[str, int], own_decoders: bo
         width = widths if isinstance(widths, int) else next(w for part, w in widths.items() if part in layer)
         codes = checkpoint.codes(layer, width)
         decoder = checkpoint.decoder(layer, width)
-        weights[f"{layer}.weight"] = reference.dequantize(codes, *(own_decoder(*decoder) if own_decoders else decoder))
+        weights[f"{layer}.weight"] = (own_decoder(decoder) if own_decoders else decoder).decode(codes)
     loaded = model.load_state_dict(weights, strict=False)
     missing = set(loaded.missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if missing or loaded.unexpected_keys:

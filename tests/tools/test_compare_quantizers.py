@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.cli import main
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize.source import SourceModel
@@ -91,6 +92,8 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
     assert [(row["text"], row["method"], row["bits"]) for row in rows] == [
         (text, *case) for text in ("text.txt", "other.txt") for case in cases
     ]
+    shapes = open_checkpoint(compared / "rtn").layers.values()
+    steps = 2 * 16 * sum(rows for rows, _ in shapes) / sum(map(math.prod, shapes))
     for row in rows:
         assert row["gap"] == pytest.approx(math.log(row["perplexity"]) - math.log(row["reference_perplexity"]))
         assert row["tokens"] == 4 * 23
@@ -98,7 +101,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
             assert (row["seconds"], row["bits_per_weight"]) == (7.5, row["bits"] + 0.5)
         else:
             assert row["seconds"] > 0
-            assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 16 / 32)
+            assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 8 / 32 + steps)
     of_text = {(row["method"], row["bits"]): row for row in rows if row["text"] == "text.txt"}
     assert of_text["rtn", 2]["kl"] > of_text["rtn", 4]["kl"] > 0
     assert of_text["rtn", 2]["seconds"] == of_text["rtn", 4]["seconds"]

@@ -9,8 +9,9 @@ import random_model
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.serve.tiny_models import log_probabilities, reference_model
+from tests.serve.tiny_models import log_probabilities
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.jobs.models import load_model
 
 SHAPE = {
     "vocab_size": 96,
@@ -38,7 +39,7 @@ def test_both_models_have_the_shape(tmp_path: Path) -> None:
     assert checkpoint.layers.items() <= shapes.items()
     assert len(checkpoint.layers) == 2 * 7
     for width in (2, 8):
-        logs = log_probabilities(reference_model(tmp_path / "nested", width), [1, 2, 3])
+        logs = log_probabilities(load_model(tmp_path / "nested", width), [1, 2, 3])
         assert logs.isfinite().all()
         assert logs.std() > 0.01
 
@@ -46,13 +47,14 @@ def test_both_models_have_the_shape(tmp_path: Path) -> None:
 def test_slices_agree(tmp_path: Path) -> None:
     """A slice decodes to the middle of the weights that share it."""
     codes, decoders = random_model.random_layer(32, 64, 32, torch.Generator().manual_seed(0))
-    for width, (scale, offset) in decoders.items():
-        weights = scale[0, 0] * (codes >> (8 - width)) + offset[0, 0]
-        assert weights.min() > -random_model.LARGEST - 1e-6
-        assert weights.max() < random_model.LARGEST + 1e-6
+    parents = decoders[8].decode(codes)
+    for width, decoder in decoders.items():
+        weights = decoder.decode(codes >> (8 - width))
+        rounding = 0.01 * random_model.LARGEST  # a step is bfloat16
+        assert weights.min() > -random_model.LARGEST - rounding
+        assert weights.max() < random_model.LARGEST + rounding
         assert (weights.mean()).abs() < 0.003
-        parents = decoders[8][0][0, 0] * codes + decoders[8][1][0, 0]
-        assert (weights - parents).abs().max() <= scale[0, 0] / 2 + 1e-6
+        assert (weights - parents).abs().max() <= decoder.affine.scale.max() / 2 + rounding
 
 
 def test_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

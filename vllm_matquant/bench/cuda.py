@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout, ops
+from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT
+from vllm_matquant.kernels.support import CUDA
+from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
 SHAPES = ((4096, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # out_features, in_features
 BATCHES = (1, 8, 16, 32, 64, 512)
@@ -23,26 +27,27 @@ DEVICE = "cuda"
 class Layer:
     """One layer's weights with random codes, as often as it takes to fill more than the caches."""
 
-    def __init__(self, rows: int, columns: int, width: int, group_size: int) -> None:
-        self.rows, self.width, self.group_size = rows, width, group_size
+    def __init__(self, rows: int, columns: int, width: int, group_size: int, kind: DecoderKind = AFFINE_INT8) -> None:
+        self.rows = rows
         shape = cuda_layout.planes_shape(width, [rows], columns)
-        groups = -(-columns // group_size)
-        copies = range(copies_of(rows * columns * width // 8))
-        self.planes = [torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE) for _ in copies]
-        self.decoders = [torch.rand(1, shape[0], groups, 8, 2, 8, device=DEVICE).half() for _ in copies]
-        self.active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
+        values = Affine(*torch.rand(2, rows, -(-columns // group_size)))
+        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [rows]).to(DEVICE)
+        active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
+        self.weights = []
+        for _ in range(copies_of(rows * columns * width // 8)):
+            planes = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+            resident = ResidentSegment(planes, decoders.clone(), (width,), (rows,), width)
+            segments = (PackedSegment(resident, active_width),)
+            self.weights.append(PackedWeight(CUDA, CUDA_LAYOUT, kind, columns, group_size, segments))
         self.uses = 0
 
     @property
     def bytes_read(self) -> int:
-        return self.planes[0].nbytes + self.decoders[0].nbytes
+        return self.weights[0].resident_bytes
 
     def multiply(self, x: torch.Tensor) -> None:
         self.uses += 1
-        index = self.uses % len(self.planes)
-        ops.linear(
-            x, self.planes[index], self.decoders[index], self.active_width, [self.width], [self.rows], self.group_size
-        )
+        ops.linear(x, self.weights[self.uses % len(self.weights)].handle, self.rows)
 
 
 def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:

@@ -251,8 +251,7 @@ def measure(
 
 
 def plot_kernel(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory (needs
-    matplotlib)."""
+    """Time of the smallest batch against the width, one panel for each shape, with the limit of memory."""
     from matplotlib.figure import Figure
 
     batch, threads = min(row["m"] for row in rows), max(row["threads"] for row in rows)

@@ -165,16 +165,20 @@ class Checkpoint:
             )
         return [self.folder / name for name in served.files]
 
-    def check(self, served: Slice, *, values: bool = True) -> None:
-        """Check the files that serving a slice reads; what was checked before is not read again.
+    def check(self, *slices: Slice, values: bool = True) -> None:
+        """Check the files that serving slices reads; what was checked before is not read again.
 
         Args:
-            served: the slice.
-            values: read its decoders too, and refuse those that give no weights.
+            slices: those to be served.
+            values: read their decoders too, and refuse those that give no weights.
 
         Raises:
             CheckpointError: one of its subclasses for each fault, naming file, tensor, found and expected.
         """
+        for served in slices:
+            self._check_slice(served, values)
+
+    def _check_slice(self, served: Slice, values: bool) -> None:
         for path in self.files_for(served):
             if shard_width(path.name) is not None:
                 self._check_shard(path.name)
@@ -191,18 +195,28 @@ class Checkpoint:
                 decoder.kind.check(decoder, layer, self.folder / file)
                 self._sound_decoders.add(place)
 
-    def tensors(self, served: Slice) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of what serving a slice needs, file by file.
+    def tensors(self, *slices: Slice) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what serving slices side by side needs, each once, file by file.
 
-        These are the tensors that are not quantized, and of each quantized layer the base, the planes that its slice
-        reads and the decoder of this slice alone.
+        These are the tensors that are not quantized, and of each quantized layer the base, the planes that its slices
+        read and the decoders of these slices alone.
 
         Raises:
             MissingFileError: some files are not in the folder.
+            RecipeError: slices have other decoders than each other for the same width of a layer.
         """
-        places = self._places(served.widths, served.decoders_file)
-        self.files_for(served)
-        for file in served.files:
+        places: dict[str, str] = {}
+        for served in slices:
+            own = self._places(served.widths, served.decoders_file)
+            for name in sorted(own.keys() & places.keys()):
+                if own[name] != places[name]:
+                    raise RecipeError(
+                        self.folder, name, f"it in {places[name]} and in {own[name]}", "slices that share decoders"
+                    )
+            places |= own
+        for served in slices:
+            self.files_for(served)
+        for file in dict.fromkeys(file for served in slices for file in served.files):
             for name in sorted(name for name, place in places.items() if place == file):
                 yield name, self._read(name, file)
 
@@ -253,6 +267,10 @@ class Checkpoint:
         """
         own = self.format.width_of(layer, width)
         return self.format.decoder_kind.from_tensors(lambda name: self._read(f"{layer}.{name}", file), own)
+
+    def close(self) -> None:
+        """Let go of the files that were opened to read tensors; they are opened again when they are needed."""
+        self._open_files.clear()
 
     def _uniform(self, width: int) -> Slice:
         """The slice of a width that the checkpoint offers."""

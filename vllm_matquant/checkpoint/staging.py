@@ -142,7 +142,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     own = [name for name in names if is_checkpoint_file(name)]
     own += [name for name in DOCUMENT_FILES if (folder / name).exists()]
     if own and not overwrite:
-        raise OutputError(folder, "output folder", own[0], "no files of a checkpoint, or leave to overwrite")
+        raise OutputError(folder, "output folder", own[0], "no files of a checkpoint", "Use --overwrite to replace it")
     for name in names:
         if name not in own and name.endswith(_WEIGHT_SUFFIXES):
             # An ordinary model, perhaps the very source: a loader would take its weights for part of the checkpoint.

@@ -24,7 +24,7 @@ from vllm_matquant.jobs.arguments import names_of, output_file, positive, positi
 from vllm_matquant.jobs.job import Job, Say, argument, running, show, silent
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
-from vllm_matquant.serve.precision import ACTIVATION_BITS
+from vllm_matquant.serve.request import ACTIVATION_BITS
 
 Rows = list[dict[str, Any]]
 

@@ -16,7 +16,7 @@ from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.measure.evaluate import evaluate as evaluate_slices
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize.source import locate
-from vllm_matquant.serve.precision import ACTIVATION_BITS
+from vllm_matquant.serve.request import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 
 from vllm_matquant.checkpoint.files import publish_bytes
 from vllm_matquant.kernels import cuda_launch
-from vllm_matquant.kernels.cuda_launch import SOURCES, THREADS, Instance
-from vllm_matquant.kernels.reference import linear_shape
+from vllm_matquant.kernels.cuda_launch import Plan
+from vllm_matquant.kernels.weight import PackedWeight, define_linear
 
+SOURCES = Path(__file__).parents[1] / "csrc"
 CACHE_VARIABLE = "MATQUANT_KERNEL_CACHE"
 
 
@@ -26,28 +27,32 @@ def cache_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "vllm_matquant" / "kernels"
 
 
-def source_of(instance: Instance) -> str:
-    """A program with this kernel alone."""
-    lists = {"MATQUANT_CUDA_INSTANCES": "", "MATQUANT_CUDA_DEQUANTIZERS": ""}
-    lists["MATQUANT_CUDA_INSTANCES" if instance.tokens else "MATQUANT_CUDA_DEQUANTIZERS"] = f"INSTANCE{instance.line}"
-    defined = "".join(f"#define {name}(INSTANCE) {content}\n" for name, content in lists.items())
-    return f'{defined}#include "cuda/kernels.cu"\n'
+def source_of(definitions: Iterable[str]) -> str:
+    """A program with kernels: of those of :func:`vllm_matquant.kernels.cuda_launch.kernel_definitions`."""
+    return "\n".join(['#include "cuda/kernels.cuh"', *definitions, ""])
 
 
-def key_of(instance: Instance, architecture: str, version: Sequence[int], sources: Path = SOURCES) -> str:
+def key_of(kernel: str, definition: str, architecture: str, version: Sequence[int], sources: Path = SOURCES) -> str:
     """What the compiled kernel depends on, as a name for its file."""
     digest = hashlib.sha256()
-    for file in [*sorted((sources / "cuda").glob("*.cuh")), sources / "cuda" / "kernels.cu"]:
+    for file in [
+        *sorted((sources / "cuda").glob("*.cuh")),
+        *sorted((sources / "cuda").glob("*.h")),
+        sources / "decoder.h",
+    ]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    digest.update(f"{instance} {architecture} {list(version)}".encode())
-    return f"{instance.name}.{architecture}.{digest.hexdigest()[:16]}"
+    digest.update(f"{definition} {architecture} {list(version)}".encode())
+    return f"{kernel}.{architecture}.{digest.hexdigest()[:16]}"
 
 
-def compile_kernel(instance: Instance, architecture: str, include: Sequence[Path], sources: Path = SOURCES) -> bytes:
+def compile_kernel(
+    kernel: str, definition: str, architecture: str, include: Sequence[Path], sources: Path = SOURCES
+) -> bytes:
     """The kernel's machine code.
 
     Args:
-        instance: the kernel.
+        kernel: its name.
+        definition: what defines it.
         architecture: such as ``sm_80``.
         include: folders with CUDA's headers.
         sources: the folder csrc.
@@ -57,13 +62,13 @@ def compile_kernel(instance: Instance, architecture: str, include: Sequence[Path
     """
     from cupy_backends.cuda.libs import nvrtc
 
-    program = nvrtc.createProgram(source_of(instance), f"{instance.name}.cu", (), ())
+    program = nvrtc.createProgram(source_of([definition]), f"{kernel}.cu", (), ())
     folders = [f"-I{folder}" for folder in (sources, *include)]
     try:
         nvrtc.compileProgram(program, ["-std=c++17", f"--gpu-architecture={architecture}", *folders])
         return bytes(nvrtc.getCUBIN(program))
     except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"{instance.name}: {error}\n{nvrtc.getProgramLog(program)}") from error
+        raise RuntimeError(f"{kernel}: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -78,21 +83,20 @@ def cuda_headers() -> list[Path]:
     return [folder for folder in folders if (folder / "cuda_fp16.h").is_file()]
 
 
-def load_kernel(instance: Instance, device: int) -> Any:
+def load_kernel(kernel: str, device: int) -> Any:
     """CuPy's function for a kernel, from the cache or compiled now."""
     import cupy
     from cupy_backends.cuda.libs import nvrtc
 
+    definition = cuda_launch.kernel_definitions()[kernel]
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    file = cache_folder() / f"{key_of(instance, architecture, nvrtc.getVersion())}.cubin"
+    file = cache_folder() / f"{key_of(kernel, definition, architecture, nvrtc.getVersion())}.cubin"
     if not file.is_file():
-        code = compile_kernel(instance, architecture, cuda_headers())
+        code = compile_kernel(kernel, definition, architecture, cuda_headers())
         file.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(file, code)
     with cupy.cuda.Device(device):
-        function = cupy.RawModule(path=str(file)).get_function(instance.name)
-        function.max_dynamic_shared_size_bytes = instance.shared_bytes(8)
-    return function
+        return cupy.RawModule(path=str(file)).get_function(kernel)
 
 
 class CupyLauncher:
@@ -100,22 +104,17 @@ class CupyLauncher:
 
     def __init__(self, device: int) -> None:
         self.device = device
-        self.instances: Sequence[Instance] = cuda_launch.read_instances()
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         self.functions: dict[str, Any] = {}
 
-    def launch(
-        self,
-        instance: Instance,
-        grid: tuple[int, ...],
-        shared_bytes: int,
-        arguments: Sequence[torch.Tensor | bytes | None],
-    ) -> None:
+    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
+        """Start the plan's kernel, which is compiled if it was never used before."""
         import cupy
         import numpy as np
 
-        if instance.name not in self.functions:
-            self.functions[instance.name] = load_kernel(instance, self.device)
+        if plan.kernel not in self.functions:
+            self.functions[plan.kernel] = load_kernel(plan.kernel, self.device)
+        function = self.functions[plan.kernel]
 
         def as_argument(value: torch.Tensor | bytes | None) -> Any:
             if isinstance(value, bytes):
@@ -124,36 +123,22 @@ class CupyLauncher:
 
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with cupy.cuda.Device(self.device), cupy.cuda.ExternalStream(stream):
+            if plan.shared_bytes > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = plan.shared_bytes
             values = tuple(as_argument(value) for value in arguments)
-            self.functions[instance.name](grid, (THREADS,), values, shared_mem=shared_bytes)
+            function(tuple(plan.grid), (plan.threads,), values, shared_mem=plan.shared_bytes)
 
 
 @functools.cache
 def launcher_of(device: int) -> CupyLauncher:
+    """The launcher of the device with this index."""
     return CupyLauncher(device)
 
 
-@torch.library.custom_op("matquant::jit_linear", mutates_args=())
-def linear(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    """The same as :func:`vllm_matquant.kernels.ops.linear` on a CUDA device; kernels are compiled when first used.
-
-    Raises:
-        RuntimeError: NVRTC refuses a kernel.
-    """
-    launcher = launcher_of(x.device.index or 0)
-    return cuda_launch.multiply(
-        launcher, x, planes, decoders, active_width, decoder_widths, output_sizes, group_size, bias
-    )
+def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return cuda_launch.multiply(launcher_of(x.device.index or 0), x, weight, bias)
 
 
-linear.register_fake(linear_shape)
+linear = define_linear("jit_linear", _multiply)
+"""The product on a CUDA device, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`; a kernel is compiled when it is
+first used, and a RuntimeError says why NVRTC refuses one."""

@@ -1,211 +1,151 @@
-"""Which CUDA kernel computes a product, on what grid and with which arguments.
+"""Starts the CUDA kernels that the library's plan names, for kernels that are compiled at run time.
 
-What csrc/cuda/linear.cu does in C++, for kernels that are compiled at run time and for those that an emulator executes.
+What csrc/cuda/linear.cu does in C++ with the same plan (csrc/cuda/plan.cpp).
 """
 
 from __future__ import annotations
 
-import re
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS
-from vllm_matquant.kernels.cuda_layout import TILE_COLUMNS, TILE_ROWS, partition_starts
-from vllm_matquant.kernels.layout import ceil_div
-
-# The same figures as in csrc/cuda.
-SOURCES = Path(__file__).parents[1] / "csrc"
-STEP_COLUMNS = 2 * TILE_COLUMNS
-WARPS = 4
-THREADS = 32 * WARPS
-MAX_PARTITIONS = 8
-MOST_TOKENS = 64  # more are multiplied by torch's library
-BLOCKS_PER_PROCESSOR = 3
-NO_DECODER = 0xFF
-PLANE_BYTES_OF_STEP = 1024
-DECODER_BYTES = 256
+from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
-class Instance:
-    """A line of csrc/cuda/instances.h.
+class Plan:
+    """How one segment of a weight is multiplied.
 
     Attributes:
-        name: of the kernel.
-        line: what the list has of it.
-        dtype: of activations.
-        tokens: the most at once, 0 for a kernel that dequantizes.
-        groups: in a step of 128 columns.
+        kernel: its name.
+        grid: blocks.
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+        columns: of the input, which is padded with zeros.
+        first_output: of the segment.
+        partial_sums: values of scratch memory, float32.
+        arrivals: values of scratch memory, int32, zero before and after.
+        shape: what the kernel is passed by value, uint8.
     """
 
-    name: str
-    line: str
-    dtype: torch.dtype
-    tokens: int
-    groups: int
+    kernel: str
+    grid: list[int]
+    threads: int
+    shared_bytes: int
+    columns: int
+    first_output: int
+    partial_sums: int
+    arrivals: int
+    shape: torch.Tensor
 
-    def shared_bytes(self, width: int) -> int:
-        """Dynamic shared memory of a block whose layer has slices of up to ``width`` bits."""
-        if self.tokens == 0:
-            return 0
-        decoders = self.groups * DECODER_BYTES
-        narrow = 3 * (min(width, 4) * PLANE_BYTES_OF_STEP + decoders)
-        wide = 2 * (width * PLANE_BYTES_OF_STEP + decoders) if width > 4 else 0
-        return WARPS * max(narrow, wide, TILE_ROWS * self.tokens * 4)
-
-
-def read_instances(sources: Path = SOURCES) -> list[Instance]:
-    """The kernels that there are."""
-    text = (sources / "cuda" / "instances.h").read_text()
-    found = []
-    lines = re.findall(r"INSTANCE(\((matquant_\w+?_(b?float16)_(\w+)), [^)]*\))", text)
-    for line, name, dtype, kind in lines:
-        numbers = [int(number) for number in kind.split("_")]
-        tokens, groups = (0, *numbers) if len(numbers) == 1 else numbers
-        found.append(Instance(name, line, getattr(torch, dtype), tokens, groups))
-    return found
-
-
-def choose_instance(instances: Sequence[Instance], dtype: torch.dtype, tokens: int, groups: int) -> Instance:
-    """The kernel for the fewest tokens that are enough, or for the most there are; ``tokens`` 0: one that dequantizes.
-
-    Raises:
-        ValueError: there is none for the dtype or the groups.
-    """
-    candidates = [
-        instance
-        for instance in instances
-        if (instance.dtype, instance.groups) == (dtype, groups) and (instance.tokens == 0) == (tokens == 0)
-    ]
-    if not candidates:
-        raise ValueError(f"no kernel for {dtype} and {groups} groups in {STEP_COLUMNS} columns")
-    enough = [instance for instance in candidates if instance.tokens >= tokens]
-    return min(enough, key=lambda instance: instance.tokens) if enough else max(candidates, key=lambda one: one.tokens)
-
-
-def grouping_of(group_size: int, in_features: int) -> tuple[int, int]:
-    """Groups in a step, and the number of times that a step doubles to a group.
-
-    Raises:
-        ValueError: kernels do not serve the group size.
-    """
-    if group_size >= in_features and group_size not in (32, 64):
-        return 1, 31
-    if group_size < 32 or group_size & (group_size - 1):
-        raise ValueError(
-            f"group_size: found {group_size}, expected 32, 64, 128 or a greater power of two, or at least the "
-            f"{in_features} input features"
-        )
-    return max(1, STEP_COLUMNS // group_size), max(0, (group_size // STEP_COLUMNS).bit_length() - 1)
+    @property
+    def dequantizes(self) -> bool:
+        """Whether the kernel writes weights, for so many tokens that a library's product is faster."""
+        return self.kernel.startswith("matquant_dequantize_")
 
 
 class Launcher(Protocol):
     """Starts kernels; tensors among the arguments are passed as pointers, None as the null pointer, bytes by value."""
 
-    instances: Sequence[Instance]
-    processors: int  # of the device
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
+        ...
 
-    def launch(
-        self,
-        instance: Instance,
-        grid: tuple[int, ...],
-        shared_bytes: int,
-        arguments: Sequence[torch.Tensor | bytes | None],
-    ) -> None: ...
+    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
+        """Start the plan's kernel."""
+        ...
 
 
-def describe(
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    tokens: int,
-    shift: int,
-) -> bytes:
-    """The kernels' Shape, see csrc/cuda/shape.cuh.
+def kernel_definitions() -> dict[str, str]:
+    """For each kernel that there is the line of a program that defines it."""
+    ops.load_library()
+    names, definitions = torch.ops.matquant.cuda_instances()
+    return dict(zip(names, definitions, strict=True))
+
+
+def plans_of(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, processors: int, splits: int | None = None
+) -> Iterator[Plan]:
+    """The plans for the segments of a weight.
+
+    Args:
+        x: float16 or bfloat16 [..., in_features].
+        weight: in the layout of the CUDA kernels, known to the library.
+        bias: [out_features] of the dtype of ``x``.
+        processors: multiprocessors of the device.
+        splits: blocks that the columns of a row of tiles are divided among; by default as many as fill the device.
 
     Raises:
-        ValueError: there are more partitions than kernels take.
+        RuntimeError: an argument contradicts the weight.
     """
-    if len(output_sizes) > MAX_PARTITIONS:
-        raise ValueError(f"output_sizes: found {len(output_sizes)} partitions, expected at most {MAX_PARTITIONS}")
-    tile_rows, tile_columns, resident_width, _ = planes.shape
-    by_width = 0
-    for width in range(BASE_BITS, PARENT_BITS + 1):
-        known = width in decoder_widths and width <= resident_width
-        by_width |= (list(decoder_widths).index(width) if known else NO_DECODER) << 8 * (width - BASE_BITS)
-    by_width |= NO_DECODER << 56
-    numbers = [tokens, sum(output_sizes), tile_rows, tile_columns, resident_width, decoders.shape[2], shift]
-    numbers.append(len(output_sizes))
-    for starts in partition_starts(output_sizes):
-        numbers += [*starts, *[0] * (MAX_PARTITIONS - len(starts))]
-    return struct.pack(f"{len(numbers)}iQ", *numbers, by_width)
+    for segment in range(len(weight.segments)):
+        arguments = (x, weight.handle, weight.out_features, bias, segment, processors, splits)
+        yield Plan(*torch.ops.matquant.cuda_plan(*arguments))
 
 
 def multiply(
     launcher: Launcher,
     x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
+    weight: PackedWeight,
     bias: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """The product as :func:`vllm_matquant.kernels.ops.linear` defines it, in the layout of the CUDA kernels.
+    """The product of ``x`` [..., in_features] and a weight, at the widths that are active now.
 
     Args:
         launcher: starts the kernels.
+        x: float16 or bfloat16 [..., in_features].
+        weight: in the layout of the CUDA kernels, known to the library.
+        bias: [out_features] of the dtype of ``x``.
         splits: blocks that the columns of a row of tiles are divided among; by default as many as fill the device.
 
+    Returns:
+        [..., out_features] of the dtype of ``x``.
+
     Raises:
-        ValueError: kernels do not serve the dtype, the group size or the number of partitions.
+        RuntimeError: an argument contradicts the weight.
     """
-    in_features, rows = x.shape[-1], sum(output_sizes)
-    groups, shift = grouping_of(group_size, in_features)
-    tokens = x.numel() // in_features
+    plans = list(plans_of(x, weight, bias, launcher.processors, splits))
+    tokens, columns = x.numel() // weight.in_features, plans[0].columns
+    shape = (*x.shape[:-1], weight.out_features)
     if tokens == 0:
-        return x.new_zeros(*x.shape[:-1], rows)
-    padded = torch.nn.functional.pad(x.reshape(tokens, in_features), (0, -in_features % STEP_COLUMNS)).contiguous()
-    tile_rows, _, resident_width, _ = planes.shape
-    shape = describe(planes, decoders, decoder_widths, output_sizes, tokens, shift)
-    if tokens > MOST_TOKENS:
-        weight = dequantize(launcher, planes, decoders, active_width, shape, groups, rows, padded)
-        return torch.nn.functional.linear(padded, weight, bias).view(*x.shape[:-1], rows)
-
-    instance = choose_instance(launcher.instances, x.dtype, tokens, groups)
-    passes, steps = ceil_div(tokens, instance.tokens), padded.shape[1] // STEP_COLUMNS
-    if splits is None:
-        wanted = ceil_div(BLOCKS_PER_PROCESSOR * launcher.processors, tile_rows * passes)
-        splits = min(wanted, max(1, steps // WARPS))
-    output = x.new_empty(tokens, rows)
-    partial_sums = x.new_empty(splits * tile_rows * tokens * TILE_ROWS if splits > 1 else 0, dtype=torch.float32)
-    arrivals = x.new_zeros(passes * tile_rows if splits > 1 else 0, dtype=torch.int32)
-    arguments = (padded, planes, decoders, active_width, bias, output, partial_sums, arrivals, shape)
-    launcher.launch(instance, (tile_rows, splits, passes), instance.shared_bytes(resident_width), arguments)
-    return output.view(*x.shape[:-1], rows)
+        return x.new_empty(shape)
+    padded = x.reshape(tokens, weight.in_features)
+    padded = torch.nn.functional.pad(padded, (0, columns - weight.in_features)).contiguous()
+    if plans[0].dequantizes:
+        weights = dequantize(launcher, weight, plans, x)
+        return torch.nn.functional.linear(padded, weights, bias).view(shape)
+    output = x.new_empty(tokens, weight.out_features)
+    for plan, segment in zip(plans, weight.segments, strict=True):
+        resident = segment.resident
+        partial_sums = x.new_empty(plan.partial_sums, dtype=torch.float32)
+        arrivals = x.new_zeros(plan.arrivals, dtype=torch.int32)
+        # Views of the tensors from the segment's first output on.
+        own_bias = None if bias is None else bias[plan.first_output :]
+        own_output = output.flatten()[plan.first_output :]
+        tensors = (padded, resident.planes, resident.decoders, segment.active_width, own_bias, own_output)
+        launcher.launch(plan, (*tensors, partial_sums, arrivals, bytes(plan.shape.tolist())))
+    return output.view(shape)
 
 
-def dequantize(
-    launcher: Launcher,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    shape: bytes,
-    groups: int,
-    rows: int,
-    padded: torch.Tensor,
-) -> torch.Tensor:
-    """The weights [rows, columns of ``padded``] in its dtype, for kernels' ``shape``."""
-    instance = choose_instance(launcher.instances, padded.dtype, 0, groups)
-    weight = padded.new_empty(rows, padded.shape[1])
-    grid = (planes.shape[0], ceil_div(padded.shape[1] // TILE_COLUMNS, WARPS))
-    launcher.launch(instance, grid, 0, (planes, decoders, active_width, weight, shape))
-    return weight
+def dequantize(launcher: Launcher, weight: PackedWeight, plans: Sequence[Plan], like: torch.Tensor) -> torch.Tensor:
+    """The weights at the widths that are active now.
+
+    Args:
+        launcher: starts the kernels.
+        weight: in the layout of the CUDA kernels.
+        plans: for its segments, all of which dequantize.
+        like: a tensor of the dtype and on the device that the result is to have.
+
+    Returns:
+        [out_features, plans[0].columns].
+    """
+    weights = like.new_empty(weight.out_features, plans[0].columns)
+    for plan, segment in zip(plans, weight.segments, strict=True):
+        tensors = (segment.resident.planes, segment.resident.decoders, segment.active_width)
+        launcher.launch(plan, (*tensors, weights[plan.first_output :], bytes(plan.shape.tolist())))
+    return weights

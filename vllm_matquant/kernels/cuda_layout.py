@@ -11,7 +11,12 @@ planes     uint8    [tile rows, tile columns, resident width,     most significa
                     512]                                          the base field: [2 (i / 2), 32 lanes, 2 (i % 2),
                                                                   2 (h)] words of 32 bits; a plane is [32 lanes, 4 (i)]
                                                                   words
-decoders   float16  [decoder widths, tile rows, groups, 8, 2, 8]  row g; scale, offset; 2 i + h
+decoders,  float16  [decoder widths, tile rows, groups, 8, 2, 8]  row g; scale, offset; 2 i + h
+float16
+decoders,  uint8    [decoder widths, tile rows,                   steps, bfloat16 [8 (g), 8 (2 i + h), 2]: of scale, of
+int8                256 + 128 groups]                             centre; then for each group [8, 2, 8]: row g; the
+                                                                  multiples of scale (unsigned), centre (signed);
+                                                                  2 i + h
 =========  =======  ============================================  ==================================================
 
 A word of the base field has a row's 16 columns as 2-bit fields. With f = (1, 3, 5, 7, 2, 4, 6, 0)[k / 2], column k's is
@@ -20,24 +25,28 @@ make two words like it, h = 0, 1, with the bits of the first of the two planes i
 upper bits are those of the first plane's word, the lower bits those of the second one's. The word h = 1 is turned
 right by one bit first, so that its bits fill the places left. Planes 2, 3, 6 and 7, which follow other planes in a code
 of four bits, are turned right by two more.
+
+A lane reads the decoders of its 8 rows in one run: 32 bytes of a group in float16, 16 in int8. So 16 lanes, or 8, copy
+a group's to shared memory, 16 bytes each, side by side.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder, dequantize
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels.embedding import active_slot
 from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
-from vllm_matquant.kernels.memory import WeightMemory
-from vllm_matquant.kernels.reference import dequantize
+from vllm_matquant.kernels.weight import PackedWeight
 
 TILE_ROWS = 64
 TILE_COLUMNS = 64
 PLANE_BYTES = TILE_ROWS * TILE_COLUMNS // 8  # of a tile
+STEP_BYTES = 2 * TILE_ROWS * 2  # of the steps of a row of tiles: two for each row, bfloat16
 FIELDS = (1, 3, 5, 7, 2, 4, 6, 0)  # of the pairs of a lane's columns
 REPACKED_ROWS = 1024  # at a time: while they are taken apart into bits, codes take several times their bytes
 
@@ -97,22 +106,60 @@ def pack_codes(codes: torch.Tensor, width: int, output_sizes: Sequence[int]) -> 
     return torch.cat(result, -1).view(planes_shape(width, output_sizes, codes.shape[1]))
 
 
-def pack_decoders(
-    scales: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor], output_sizes: Sequence[int]
-) -> torch.Tensor:
-    """Decoders as on disk to the decoders that kernels read.
+def pack_decoders(decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> torch.Tensor:
+    """Decoders as stored to the decoders that kernels read.
 
     Args:
-        scales: for each decoder width float16 [sum(output_sizes), groups].
-        offsets: likewise.
+        decoders: for each decoder width that of all rows, all of one kind.
         output_sizes: rows of each partition.
 
     Returns:
-        float16 [len(scales), tile rows, groups, 8, 2, 8].
+        affine-float16: float16 [len(decoders), tile rows, groups, 8, 2, 8];
+        affine-int8: uint8 [len(decoders), tile rows, 256 + 128 * groups].
     """
-    pairs = torch.stack([torch.stack(list(scales)), torch.stack(list(offsets))])  # [2, widths, rows, groups]
-    tiles = pad_to_tiles(pairs.permute(2, 1, 3, 0), output_sizes, TILE_ROWS)  # [tile rows, 64, widths, groups, 2]
-    return tiles.unflatten(1, (8, 8)).permute(3, 0, 4, 2, 5, 1).contiguous()
+    pack = _pack_float16 if decoders[0].kind is AFFINE_FLOAT16 else _pack_int8
+    return torch.stack([pack(decoder.parts, output_sizes) for decoder in decoders])
+
+
+def _in_lanes(values: torch.Tensor, output_sizes: Sequence[int]) -> torch.Tensor:
+    """[rows, groups, 2] to [tile rows, groups, 8 (g), 2, 8 (2 i + h)]."""
+    tiles = pad_to_tiles(values, output_sizes, TILE_ROWS)
+    return tiles.unflatten(1, (8, 8)).permute(0, 3, 2, 4, 1)
+
+
+def _pack_float16(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
+    return _in_lanes(torch.stack([parts["scale"], parts["offset"]], -1), output_sizes)
+
+
+def _pack_int8(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
+    multiples = torch.stack([parts["scale"], parts["centre"].view(torch.uint8)], -1)
+    steps = _in_lanes(parts["step"].unsqueeze(1), output_sizes).transpose(3, 4).flatten(1)
+    return torch.cat([steps.view(torch.uint8), _in_lanes(multiples, output_sizes).flatten(1)], 1)
+
+
+def _decoder_of_rows(
+    decoders: torch.Tensor, slot: torch.Tensor, rows: torch.Tensor, width: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset, float32 [len(rows), groups] each, of rows (int64 [n]) of a layer with one partition.
+
+    Args:
+        decoders: as :func:`pack_decoders` returns them.
+        slot: int64 [1], the width's place among them.
+        rows: int64 [n].
+        width: int32 [1].
+    """
+    tile, g, place = rows // TILE_ROWS, rows % 8, rows % TILE_ROWS // 8
+    if decoders.dtype == torch.float16:
+        scale, offset = decoders[slot, tile, :, g, :, place].unbind(-1)
+        affine = AFFINE_FLOAT16.affine({"scale": scale, "offset": offset}, 0)
+    else:
+        steps = decoders[:, :, :STEP_BYTES].unflatten(-1, (8, 8, 4))[slot, tile, g, place]
+        multiples = decoders[:, :, STEP_BYTES:].unflatten(-1, (-1, 8, 2, 8))[slot, tile, :, g, :, place]
+        scale, centre = multiples.unbind(-1)
+        step = steps.view(torch.bfloat16)
+        # The width is data: a tensor where others have a number.
+        affine = AFFINE_INT8.affine({"scale": scale, "centre": centre.view(torch.int8), "step": step}, width)  # type: ignore[arg-type]
+    return affine.scale, affine.offset
 
 
 def partition_starts(output_sizes: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -121,21 +168,13 @@ def partition_starts(output_sizes: Sequence[int]) -> tuple[list[int], list[int]]
     return [0, *itertools.accumulate(tiles)][:-1], [0, *itertools.accumulate(output_sizes)][:-1]
 
 
-def repack_codes(
-    base: torch.Tensor,
-    planes: Sequence[torch.Tensor],
-    output_sizes: Sequence[int],
-    decoder_widths: Sequence[int],
-    memory: WeightMemory | None = None,
-) -> torch.Tensor:
+def pack_planes(base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
     """Codes as on disk to the planes that kernels read, on the device that they are on.
 
     Args:
         base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
         planes: for each further bit uint8 [sum(output_sizes), ceil(in_features/8)].
         output_sizes: rows of each partition.
-        decoder_widths: do not matter to this layout.
-        memory: nor does this; both are there for what other layouts need.
 
     Returns:
         uint8 [tile rows, tile columns, 2 + len(planes), 512].
@@ -163,44 +202,57 @@ def repack_codes(
     return result
 
 
-def embedding(
-    rows: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The rows asked for of a layer with one partition: :func:`vllm_matquant.kernels.embedding.embedding` for this
-    layout.
+class CudaLayout:
+    """The layout as kernels ask for it, see :class:`vllm_matquant.kernels.weight.Layout`."""
+
+    name = "cuda"
+    packs_on_cpu = False
+    pack_planes = staticmethod(pack_planes)
+    pack_decoders = staticmethod(pack_decoders)
+
+
+CUDA_LAYOUT = CudaLayout()
+
+
+def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The rows asked for of a weight with one partition, decoded at the active width.
+
+    Planes past the active width do not matter to the result. The host does not wait for the device, so that a captured
+    graph follows a switch.
 
     Args:
-        planes: uint8 [tile rows, tile columns, resident width, 512].
-        decoders: float16 [len(decoder_widths), tile rows, groups, 8, 2, 8].
+        rows: int64 [...], each below the weight's rows.
+        weight: in this layout.
+        dtype: of the result.
+
+    Returns:
+        [..., in_features] of ``dtype``, rounded once from float32.
+
+    Raises:
+        RuntimeError: the active width has no decoder (on a GPU: when the host next waits for it).
     """
+    shape, rows = rows.shape, rows.flatten()
+    [segment] = weight.segments
+    planes, active_width = segment.resident.planes, segment.active_width
     device, (_, tile_columns, width, _) = planes.device, planes.shape
     tile, row_tile, half, lane = rows // 64, rows % 64 // 16, rows % 16 // 8, rows % 8
-    # The four lanes that share a row have its words: bytes [..., tile columns, t, 4].
+    # The four lanes that share a row have its words: bytes [rows, tile columns, t, 4].
     base_bytes = planes[:, :, :BASE_BITS].reshape(-1, tile_columns, 2, 8, 4, 2, 2, 4)
     base = base_bytes[tile, :, row_tile // 2, lane, :, row_tile % 2, half]
     plane_bytes = planes[:, :, BASE_BITS:].unflatten(-1, (8, 4, 4, 4))
-    further = plane_bytes[tile, :, :, lane, :, row_tile]  # [..., tile columns, planes, t, 4]
+    further = plane_bytes[tile, :, :, lane, :, row_tile]  # [rows, tile columns, planes, t, 4]
 
     shifts = torch.arange(0, 32, 8, device=device)
     places = torch.tensor([place_of(k) for k in range(16)], device=device)
     word = (base.long() << shifts).sum(-1, keepdim=True)
-    codes = word >> places & 3  # [..., tile columns, t, 16]
+    codes = word >> places & 3  # [rows, tile columns, t, 16]
     for plane in range(BASE_BITS, width):
         word = (further[..., plane - BASE_BITS, :, :].long() << shifts).sum(-1, keepdim=True)
         place = places + (1 if plane % 2 == 0 else 0) - (2 if plane % 4 >= 2 else 0)
         codes = codes << 1 | word >> ((place - half[..., None, None, None]) % 32) & 1
     codes = codes >> (width - active_width)
-    codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., :in_features]
+    codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., : weight.in_features]
 
-    decoder = decoders[
-        active_slot(active_width, decoder_widths), tile, :, lane, :, 2 * row_tile + half
-    ]  # [..., groups, 2]
-    scale, offset = decoder.unbind(-1)
-    return dequantize(codes, scale, offset, group_size).to(dtype)
+    slot = active_slot(active_width, segment.resident.decoder_widths)
+    scale, offset = _decoder_of_rows(segment.resident.decoders, slot, rows, active_width)
+    return dequantize(codes, scale, offset, weight.group_size).to(dtype).view(*shape, weight.in_features)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
-BUILD_COMMAND = "python setup.py build_ext --inplace"
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall SOURCES (their folder)"
 
 _loaded = False
 
@@ -257,8 +257,7 @@ def is_built_for(device_type: str) -> bool:
     """
     load_library()
     key = getattr(torch._C.DispatchKey, device_type.upper(), None)
-    operator = torch.ops.matquant.cuda_linear if device_type == "cuda" else torch.ops.matquant.linear
-    return key is not None and bool(operator.default.has_kernel_for_dispatch_key(key))
+    return key is not None and bool(torch.ops.matquant.linear.default.has_kernel_for_dispatch_key(key))
 
 
 def cpu_isa() -> str:

@@ -6,23 +6,20 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, KINDS, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
 from vllm_matquant.kernels.weight import (
     Layout,
-    Multiply,
     PackedWeight,
     Request,
     SharedPlanes,
     StoredSegment,
     define_embedding,
-    define_linear,
     pack_segments,
 )
 
@@ -52,8 +49,8 @@ class TableKernel:
         choose_layout: the layout of a weight, from each segment's resident width and widths that have decoders.
         multiply: what :meth:`linear` calls; ``torch.compile`` must be able to trace it.
         look_up: what :meth:`embedding` calls; ``torch.compile`` must be able to trace it.
-        in_library: whether the C++ library looks its weights up; it is then needed.
-        needs_library: whether it calls an operator of the library.
+        in_library: whether the C++ library looks its weights up: it is then needed, with CUDA kernels or without.
+        is_built: whether it is part of the library, if that was built for the device.
         group_powers: whether the group size must be a power of two as well.
         min_capability: the oldest CUDA devices that it runs on.
         module: a module that must be installed for it, and how.
@@ -69,7 +66,7 @@ class TableKernel:
     multiply: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
     look_up: Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], torch.Tensor]
     in_library: bool = False
-    needs_library: bool = False
+    is_built: bool = False
     group_powers: bool = False
     min_capability: tuple[int, int] | None = None
     module: tuple[str, str] | None = None
@@ -131,12 +128,12 @@ class TableKernel:
             name, how = self.module
             if importlib.util.find_spec(name) is None:
                 return [f"{name}: not installed; {how}"]
-        if self.needs_library:
+        if self.in_library:
             try:
                 built = ops.is_built_for(self.device_type or "cpu")
             except ops.LibraryError as error:
                 return [str(error)]
-            if not built:
+            if self.is_built and not built:
                 return [f"{ops.LIBRARY}: built without kernels for {self.device_type}. {CUDA_BUILD}"]
         if self.min_capability is not None and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
@@ -145,64 +142,18 @@ class TableKernel:
         return []
 
 
-class _CudaLayout:
-    """The layout of a GPU's memory."""
-
-    name = "cuda"
-    packs_on_cpu = False
-
-    def pack_planes(
-        self, base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]
-    ) -> torch.Tensor:
-        return cuda_layout.repack_codes(base, planes, output_sizes, ())
-
-    def pack_decoders(self, decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> torch.Tensor:
-        scales, offsets = ([decoder.parts[part] for decoder in decoders] for part in ("scale", "offset"))
-        return cuda_layout.pack_decoders(scales, offsets, output_sizes)
-
-
-def _by_segment(multiply: Callable[..., torch.Tensor]) -> Multiply:
-    """The product of a weight from one that takes the tensors of a segment."""
-
-    def product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        outputs = []
-        first = 0
-        for segment in weight.segments:
-            resident = segment.resident
-            last = first + sum(resident.output_sizes)
-            own_bias = None if bias is None else bias[first:last].contiguous()
-            tensors = (resident.planes, resident.decoders, segment.active_width)
-            sizes = (resident.decoder_widths, resident.output_sizes, weight.group_size)
-            outputs.append(multiply(x, *tensors, *sizes, own_bias, weight.activation_bits))
-            first = last
-        return torch.cat(outputs, -1)
-
-    return product
-
-
-def _multiply_cuda(*arguments: Any) -> torch.Tensor:
-    ops.load_library()
-    result: torch.Tensor = torch.ops.matquant.cuda_linear(*arguments)
-    return result
-
-
-def _multiply_jit(*arguments: Any) -> torch.Tensor:
+def _multiply_jit(x: torch.Tensor, handle: torch.Tensor, rows: int, bias: torch.Tensor | None = None) -> torch.Tensor:
     from vllm_matquant.kernels import cuda_jit
 
-    return cuda_jit.linear(*arguments)
+    return cuda_jit.linear(x, handle, rows, bias)
 
 
-def _multiply_triton(*arguments: Any) -> torch.Tensor:
+def _multiply_triton(
+    x: torch.Tensor, handle: torch.Tensor, rows: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     from vllm_matquant.kernels import triton_linear
 
-    return triton_linear.linear(*arguments)
-
-
-def _look_up_cuda(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    [segment] = weight.segments
-    resident = segment.resident
-    tensors = (resident.planes, resident.decoders, segment.active_width)
-    return cuda_layout.embedding(rows, *tensors, resident.decoder_widths, weight.in_features, weight.group_size, dtype)
+    return triton_linear.linear(x, handle, rows, bias)
 
 
 _KINDS = tuple(KINDS.values())
@@ -228,39 +179,34 @@ CPU = TableKernel(
     multiply=ops.linear,
     look_up=ops.embedding,
     in_library=True,
-    needs_library=True,
+    is_built=True,
 )
-_CUDA_LAYOUT = _CudaLayout()
-_CUDA = TableKernel(
+CUDA = TableKernel(
     "cuda",
     device_type="cuda",
     widths=WIDTHS,
     dtypes=(torch.bfloat16, torch.float16),
-    decoder_kinds=(AFFINE_FLOAT16,),
+    decoder_kinds=_KINDS,
     group_multiple=32,
-    choose_layout=lambda resident: _CUDA_LAYOUT,
-    multiply=define_linear("library_linear", _by_segment(_multiply_cuda)),
-    look_up=define_embedding("cuda_embedding", _look_up_cuda),
-    needs_library=True,
+    choose_layout=lambda resident: cuda_layout.CUDA_LAYOUT,
+    multiply=ops.linear,
+    look_up=define_embedding("cuda_embedding", cuda_layout.look_up),
+    in_library=True,
+    is_built=True,
     group_powers=True,
     min_capability=(8, 0),
 )
 KERNELS = (
     CPU,
-    _CUDA,
+    CUDA,
+    replace(CUDA, name="cuda-jit", multiply=_multiply_jit, is_built=False, module=("cupy", CUPY_INSTALL)),
     replace(
-        _CUDA,
-        name="cuda-jit",
-        multiply=define_linear("jit_product", _by_segment(_multiply_jit)),
-        needs_library=False,
-        module=("cupy", CUPY_INSTALL),
-    ),
-    replace(
-        _CUDA,
+        CUDA,
         name="triton",
         group_multiple=1,
-        multiply=define_linear("triton_product", _by_segment(_multiply_triton)),
-        needs_library=False,
+        multiply=_multiply_triton,
+        in_library=False,
+        is_built=False,
         group_powers=False,
         min_capability=None,
         module=("triton", "pip install triton"),

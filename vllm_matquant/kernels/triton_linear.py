@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS
+from vllm_matquant.kernels import cuda_layout
 from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
-from vllm_matquant.kernels.reference import linear_shape
+from vllm_matquant.kernels.weight import PackedWeight, define_linear
 
 WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
+STEP_BYTES = tl.constexpr(cuda_layout.STEP_BYTES)
 
 
 @triton.jit
 def _linear_kernel(  # type: ignore[no-untyped-def]
-    x, planes, decoders, active_width, rows_of_tiles, decoder_of_width, bias, output,
-    tokens, columns, rows, tile_rows, tile_columns, resident_width, groups, group_size,
-    HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    x, planes, decoders, steps, active_width, rows_of_tiles, decoder_of_width, bias, output,
+    tokens, columns, output_stride, tile_rows, tile_columns, resident_width, groups, group_size,
+    HAS_BIAS: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """One row of tiles and BLOCK_TOKENS tokens; cuda_layout.py says where bits lie."""
     tile_row = tl.program_id(0)
@@ -46,6 +48,13 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     place = 16 * half + 2 * field
     base_word = ((i // 2 * 32 + 4 * g + t) * 2 + i % 2) * 2 + h
     plane_word = (4 * g + t) * 4 + i
+    of_row = g * 16 + 2 * i + h
+    row_of_decoders = (tl.maximum(slot, 0) * tile_rows + tile_row).to(tl.int64)
+    if HAS_STEPS:
+        bytes_of_row = row_of_decoders * (STEP_BYTES + 128 * groups)
+        step = steps + bytes_of_row // 2 + (g * 8 + 2 * i + h) * 2
+        scale_step, centre_step = tl.load(step).to(tl.float32), tl.load(step + 1).to(tl.float32)
+        middle = ((1 << tl.minimum(tl.maximum(width, 0), 8)) - 1) / 2
 
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     sums = tl.zeros((BLOCK_TOKENS, 64), dtype=tl.float32)
@@ -59,9 +68,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
                 codes = codes * 2 + ((word >> shift) & 1)
         column = tile_column * 64 + c
         group = tl.minimum(column // group_size, groups - 1)
-        index = (tl.maximum(slot, 0) * tile_rows + tile_row) * groups + group
-        decoder = decoders + (index.to(tl.int64) * 8 + g) * 16 + 2 * i + h
-        scale, offset = tl.load(decoder).to(tl.float32), tl.load(decoder + 8).to(tl.float32)
+        if HAS_STEPS:
+            decoder = decoders + bytes_of_row + STEP_BYTES + group * 128 + of_row
+            scale = tl.load(decoder).to(tl.float32) * scale_step
+            centre = tl.load(decoder + 8).to(tl.int8, bitcast=True).to(tl.float32) * centre_step
+            offset = tl.fma(-middle + tl.zeros_like(scale), scale, centre)
+        else:
+            decoder = decoders + (row_of_decoders * groups + group) * 128 + of_row
+            scale, offset = tl.load(decoder).to(tl.float32), tl.load(decoder + 8).to(tl.float32)
         weights = (scale * codes + offset).to(x.dtype.element_ty)
         activations = tl.load(x + token * columns + column, mask=(token < tokens) & (column < columns), other=0.0)
         if IN_FLOAT32:
@@ -74,7 +88,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         sums += tl.load(bias + first_row + row, mask=row < row_count, other=0.0).to(tl.float32)
     # A width without decoders gives nothing that could be mistaken for a result.
     sums = tl.where(slot >= 0, sums, float("nan"))
-    tl.store(output + token * rows + first_row + row, sums.to(output.dtype.element_ty), mask=wanted)
+    tl.store(output + token * output_stride + first_row + row, sums.to(output.dtype.element_ty), mask=wanted)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,36 +108,30 @@ def _tables(
     return torch.tensor(tiles, dtype=torch.int32, device=device), torch.tensor(slots, dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("matquant::triton_linear", mutates_args=())
-def linear(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    """The same as :func:`vllm_matquant.kernels.ops.linear` in the layout of the CUDA kernels, for any group size."""
-    columns, rows = x.shape[-1], sum(output_sizes)
+def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    columns, groups = weight.in_features, ceil_div(weight.in_features, weight.group_size)
     tokens = x.numel() // columns
-    output = x.new_empty(tokens, rows)
-    if tokens == 0:
-        return output.view(*x.shape[:-1], rows)
-    tile_rows, tile_columns, resident_width, _ = planes.shape
-    tables = _tables(tuple(output_sizes), tuple(decoder_widths), resident_width, x.device)
+    output = x.new_empty(tokens, weight.out_features)
+    has_steps = weight.decoder_kind is AFFINE_INT8
     block_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    _linear_kernel[(tile_rows, ceil_div(tokens, block_tokens))](
-        x.reshape(tokens, columns).contiguous(), planes.view(torch.int32), decoders, active_width, *tables,
-        x if bias is None else bias, output,
-        tokens, columns, rows, tile_rows, tile_columns, resident_width, decoders.shape[2], min(group_size, columns),
-        HAS_BIAS=bias is not None, BLOCK_TOKENS=block_tokens,
-        # Triton's interpreter takes bfloat16 for integers in a product.
-        IN_FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",
-    )  # fmt: skip
-    return output.view(*x.shape[:-1], rows)
+    first = 0
+    for segment in weight.segments if tokens else ():
+        resident = segment.resident
+        tile_rows, tile_columns, resident_width, _ = resident.planes.shape
+        tables = _tables(resident.output_sizes, resident.decoder_widths, resident_width, x.device)
+        _linear_kernel[(tile_rows, ceil_div(tokens, block_tokens))](
+            x.reshape(tokens, columns).contiguous(), resident.planes.view(torch.int32), resident.decoders,
+            resident.decoders.view(torch.bfloat16) if has_steps else resident.decoders,
+            segment.active_width, *tables, x if bias is None else bias[first:], output[:, first:],
+            tokens, columns, weight.out_features, tile_rows, tile_columns, resident_width, groups,
+            min(weight.group_size, columns), HAS_BIAS=bias is not None, HAS_STEPS=has_steps,
+            BLOCK_TOKENS=block_tokens,
+            # Triton's interpreter takes bfloat16 for integers in a product.
+            IN_FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",
+        )  # fmt: skip
+        first += sum(resident.output_sizes)
+    return output.view(*x.shape[:-1], weight.out_features)
 
 
-linear.register_fake(linear_shape)
+linear = define_linear("triton_linear", _multiply)
+"""The product for any group size, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`."""

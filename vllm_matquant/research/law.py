@@ -122,7 +122,7 @@ class Law:
 
 
 def read_law(path: Path) -> Law:
-    """The law in a file of ``tools/scaling_law.py``.
+    """The law that a file holds under the key ``law``, as :meth:`Law.to_dict` gives it.
 
     Raises:
         MissingFileError: there is no such file.
@@ -131,9 +131,7 @@ def read_law(path: Path) -> Law:
     content = read_json(path).get("law")
     names = {field.name for field in fields(Law)}
     if not isinstance(content, dict) or content.pop("law_version", None) != LAW_VERSION or set(content) != names:
-        raise LawError(
-            f"{path}: found no scaling law of version {LAW_VERSION}, expected a file of tools/scaling_law.py"
-        )
+        raise LawError(f"{path}: found no scaling law of version {LAW_VERSION}, expected a fitted one (JSON)")
     return Law(**content)
 
 

@@ -19,10 +19,12 @@ from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
-from vllm_matquant.serve import precision
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
+from vllm_matquant.serve.files import fetch, opened
 from vllm_matquant.serve.linear import MatquantLinearMethod
-from vllm_matquant.serve.loader import LOAD_FORMATS, fetch
+from vllm_matquant.serve.loader import LOAD_FORMATS
+from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
+from vllm_matquant.serve.served import Served
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
 
@@ -35,15 +37,17 @@ class MatquantConfig(QuantizationConfig):
 
     Attributes:
         format: the checkpoint's format, from ``quantization_config``.
-        folder: the checkpoint's folder, None while it is not on this machine.
-        precision: the widths to serve, None until they are resolved; its recipe has the checkpoint's names.
+        model: the checkpoint's folder, or its name on a hub.
+        revision: of the hub's files.
+        served: what is served, by the checkpoint's names of layers; None until that is settled.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
         super().__init__()
         self.format = checkpoint_format
-        self.folder: Path | None = None
-        self.precision: precision.Precision | None = None
+        self.model = ""
+        self.revision: str | None = None
+        self.served: Served | None = None
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
@@ -69,9 +73,7 @@ class MatquantConfig(QuantizationConfig):
         return cls(format_from_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        folder = Path(model_name)
-        if folder.is_dir():
-            self.folder = folder
+        self.model, self.revision = model_name, revision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)
@@ -81,16 +83,25 @@ class MatquantConfig(QuantizationConfig):
         widths = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_widths))
         self.format = replace(self.format, layer_group_sizes=group_sizes, layer_widths=widths)
 
-    def resolve_precision(self, additional_config: Any) -> precision.Precision:
-        """The widths to serve; the first call checks them against the checkpoint.
+    def settle(self, request: Request, cache: str | None) -> Served:
+        """What is served; the first call finds it in the checkpoint, and checks the files if they are local.
+
+        Args:
+            request: what is asked for.
+            cache: the folder for downloads, None for the hub's default.
 
         Raises:
-            CheckpointError: the settings are wrong or the checkpoint cannot serve them.
+            CheckpointError: the checkpoint cannot serve it.
         """
-        if self.precision is None:
-            request = precision.read_request(additional_config)
-            self.precision = precision.resolve(request, self.format, self.folder, logger.info)
-        return self.precision
+        if self.served is None:
+            local = Path(self.model).is_dir()
+            # A size depends on the tensors that are not quantized too: the narrowest shards tell of them.
+            wanted = ["*.json", *([shard_pattern(BASE_BITS)] if request.memory else [])]
+            checkpoint = opened(fetch(self.model, self.revision, cache, wanted))
+            self.served = request.served(checkpoint, logger.info, partial=not local)
+            if local:
+                checkpoint.check(*self.served.resident)
+        return self.served
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -110,7 +121,7 @@ class MatquantConfig(QuantizationConfig):
                 ignored,
                 f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
             )
-        return MatquantLinearMethod(self.format, self._current_precision(), parts)
+        return MatquantLinearMethod(self.format, self._current(), parts, self.model)
 
     def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
         name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")
@@ -120,17 +131,15 @@ class MatquantConfig(QuantizationConfig):
         else:
             name = name or next(iter(self.quantized_embeddings), "")  # vLLM's Llama gives its embedding no name
             quantized = name in self.quantized_embeddings
-        return MatquantEmbeddingMethod(self.format, self._current_precision(), [name]) if quantized else None
+        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.model) if quantized else None
 
-    def _current_precision(self) -> precision.Precision:
-        """The widths to serve, by vLLM's names."""
-        settled = self.resolve_precision(get_current_vllm_config().additional_config)
-        if settled.recipe is None:
-            return settled
-        recipe = dict(settled.recipe)
+    def _current(self) -> Served:
+        """What is served, by vLLM's names of layers."""
+        config = get_current_vllm_config()
+        served = self.settle(read_request(config.additional_config), config.load_config.download_dir)
         for mapper in self._mappers:
-            recipe = mapper.apply_dict(recipe)
-        return replace(settled, recipe=recipe)
+            served = served.renamed(mapper.apply_dict)
+        return served
 
     def _parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the layers that vLLM fuses into the layer ``prefix``."""
@@ -139,36 +148,30 @@ class MatquantConfig(QuantizationConfig):
         return [f"{parent}{dot}{part}" for part in names]
 
 
-def settle_precision(vllm_config: Any) -> None:
-    """Check the settings of a vLLM configuration before any process of the engine starts, and make the bits explicit.
+def settle(vllm_config: Any) -> None:
+    """Settle what a vLLM configuration serves before any process of the engine starts; each of them is handed it.
 
-    vLLM's compile cache is keyed by additional_config but not by the quantization config: a width that was chosen by
-    default must not share a key with another one.
+    The settings are then taken out of ``additional_config``, by which vLLM's compile cache is keyed: one compiled graph
+    serves every width and recipe.
 
     Raises:
         CheckpointError: the settings are wrong, or the checkpoint cannot serve them.
     """
-    request = precision.read_request(vllm_config.additional_config)
+    request = read_request(vllm_config.additional_config)
     quant_config = vllm_config.quant_config
     if isinstance(quant_config, MatquantConfig):
         load_config = vllm_config.load_config
         if load_config.load_format not in LOAD_FORMATS:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
-        if quant_config.folder is None and request.needs_recipes:
-            wanted = ["*.json", shard_pattern(BASE_BITS)]  # every recipe needs these, and they say what fits
-            folder = fetch(vllm_config.model_config, load_config.download_dir, wanted)
-            quant_config.precision = precision.resolve(request, quant_config.format, folder, logger.info, partial=True)
-        settled = quant_config.resolve_precision(vllm_config.additional_config)
-        vllm_config.additional_config = precision.with_precision(vllm_config.additional_config, settled)
+        quant_config.settle(request, load_config.download_dir)
+        if not _has_matquant_draft(vllm_config):  # which is settled later, by the same settings
+            vllm_config.additional_config = without_settings(vllm_config.additional_config)
     elif not _has_matquant_draft(vllm_config):
-        settings = (
-            vllm_config.additional_config.get(precision.SETTINGS_KEY, {}) if request != precision.Request() else {}
-        )
-        for name, value in settings.items():
-            if value is not None:
-                found = f"{value} for a model whose quantization is {vllm_config.model_config.quantization}"
-                expected = f"no {name}, or a {QUANT_METHOD} checkpoint"
-                raise ConfigError("additional_config", f"matquant.{name}", found, expected)
+        for name, value in given_settings(vllm_config.additional_config).items():
+            found = f"{value} for a model whose quantization is {vllm_config.model_config.quantization}"
+            raise ConfigError(
+                "additional_config", f"matquant.{name}", found, f"no {name}, or a {QUANT_METHOD} checkpoint"
+            )
 
 
 def _has_matquant_draft(vllm_config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The method of embeddings and output heads: the planes of a linear layer, whose rows can also be looked up."""
+"""The method of embeddings and output heads: the weight of a linear layer, whose rows can also be looked up."""
 
 from __future__ import annotations
 
@@ -9,24 +9,15 @@ from torch.nn import Module
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.serve.linear import MatquantLinearMethod
+from vllm_matquant.serve.linear import HANDLE, MatquantLinearMethod
 
 
 class MatquantEmbeddingMethod(MatquantLinearMethod):
-    """Loads, repacks and applies one embedding or output head; the rows that vLLM pads its part with are zero."""
+    """Loads, packs and applies one embedding or output head; the rows that vLLM pads its part with are zero."""
 
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows ``input_`` (int64 [...], counted on this rank): [..., hidden size] of the layer's dtype."""
-        return self.kernel.layout.embedding(
-            input_,
-            layer.planes,
-            layer.decoders,
-            layer.active_width,
-            self.precision.decoder_widths,
-            self.in_features,
-            self.group_size,
-            layer.params_dtype,
-        )
+        return self.kernel.embedding(input_, getattr(layer, HANDLE), self.stored.cut.in_features, layer.params_dtype)
 
     def tie_weights(self, layer: Module, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
         """What takes the place of the output head ``layer``: the embedding itself, whose planes are resident once."""

@@ -64,7 +64,7 @@ def test_table_of_widths() -> None:
     rendered = html(body)
     assert rendered.count("<table>") == 2
     assert "| source | | 269.0 MB | 31.61 | | |" in body
-    assert "| 4 bits | 4.50 | 143.2 MB | 35.31 | 0.1107 | 0.1186 |" in body
+    assert "| 4 bits | 4.30 | 143.2 MB | 35.31 | 0.1107 | 0.1186 |" in body
     assert "8,176 tokens: news.txt, 16 × 512 tokens" in body
 
 
@@ -104,7 +104,7 @@ def test_layers_with_widths_of_their_own() -> None:
 def test_nothing_measured() -> None:
     _, body = split(render_card(make_report(quality=[], quality_text={}, calibration=None)))
     assert "Perplexity was not measured." in body
-    assert "| 4 bits | 4.50 | 143.2 MB |" in body
+    assert "| 4 bits | 4.30 | 143.2 MB |" in body
     assert "float32" not in body
 
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from tests.quantize.report.sample_reports import QUALITY, SOURCE_PERPLEXITY, make_report
+from tests.quantize.report.sample_reports import KINDS, QUALITY, SOURCE_PERPLEXITY, make_report
+from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.quantize.report.data import LayerRow
 
@@ -32,7 +33,10 @@ def test_width_rows() -> None:
     rows = make_report(widths=(2, 4, 8)).width_rows()
     assert [row.bits for row in rows] == [8, 4, 2]
     for row in rows:
-        assert row.bits_per_weight == row.bits + 32 / 64  # two float16 for each group of 64
+        # Two codes of 8 bits for each group of 64, and two steps of 16 for each row of 576 or, in one layer, 1536.
+        rows = {columns: sum(shape[0] for shape in KINDS.values() if shape[1] == columns) for columns in (576, 1536)}
+        weights = sum(count * columns for columns, count in rows.items())
+        assert row.bits_per_weight == pytest.approx(row.bits + 16 / 64 + 32 * sum(rows.values()) / weights)
         assert row.bytes == 90_000_000 + 13_300_000 * row.bits
         assert row.perplexity == QUALITY[row.bits][0]
         assert math.exp(row.gap or 0) == pytest.approx(QUALITY[row.bits][0] / SOURCE_PERPLEXITY)
@@ -43,7 +47,8 @@ def test_bits_per_weight_counts_every_layer_by_its_size() -> None:
     layers = [LayerRow("a", (8, 256), {}), LayerRow("b", (24, 64), {})]
     report = make_report(widths=(3,), layers=layers, format=Format((3,), "channel"))
     [row] = report.width_rows()
-    assert row.bits_per_weight == pytest.approx(3 + 32 * (8 + 24) / (8 * 256 + 24 * 64))
+    # For each row and group two codes of 8 bits and two steps of 16.
+    assert row.bits_per_weight == pytest.approx(3 + (16 + 32) * (8 + 24) / (8 * 256 + 24 * 64))
 
 
 @pytest.mark.parametrize("diverged", [math.inf, math.nan])
@@ -66,7 +71,7 @@ def test_json() -> None:
     report = make_report(blocks=3)
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["report_version"] == 1
-    assert content["format"] == report.format.to_dict()
+    assert content["format"] == format_to_config(report.format)
     assert content["quality"] == report.quality
     assert content["bytes"]["3"] == report.bytes[3]
     assert content["settings"] == {"damping": 0.01, "sweeps": 2}

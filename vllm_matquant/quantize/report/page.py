@@ -15,7 +15,7 @@ from vllm_matquant.quantize.report.plots import plot_errors, plot_quality
 
 
 def render_page(report: Report) -> str:
-    """The page, with style, script and figures inside (needs matplotlib).
+    """The page, with style, script and figures inside.
 
     Names come from other people's files: the template engine escapes each of them, and the page's own policy lets no
     script run but the page's.

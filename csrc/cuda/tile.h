@@ -9,8 +9,12 @@
 // Memory: uint8 [tile rows, tile columns, resident width, 512], the first two of a tile's planes being its base field.
 // So all that a lane reads of a tile lies at fixed distances, planes past the active width are left out, and what is
 // read lies together. A lane finds its 32-bit words, one for each plane and row tile and two for its base field, in
-// runs of 16 bytes: nothing is shuffled. dequantize.cuh says where bits lie within words. Decoders: float16 [decoder
-// widths, tile rows, groups, 8 (g), 2 (scale, offset), 8 (row tile, row g or g + 8)].
+// runs of 16 bytes: nothing is shuffled. dequantize.cuh says where bits lie within words.
+//
+// Decoders, for each width, row of tiles and group [8 (g), 2 (scale, offset or centre), 8 (row tile, row g or g + 8)]:
+// of a group a lane reads one run of bytes. Of affine-float16 the values are float16; of affine-int8 they are bytes,
+// and a row of tiles begins with its rows' steps, bfloat16 [8 (g), 8 (row tile, row g or g + 8), 2 (of scale, of
+// centre)].
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -29,7 +33,6 @@ constexpr int kTileRows = 64;
 constexpr int kTileColumns = 64;
 constexpr int kRowTiles = 4;                               // of 16 rows
 constexpr int kPlaneBytes = kTileRows * kTileColumns / 8;  // of a tile
-constexpr int kDecoderBytes = 2 * kTileRows * 2;           // of one group and row of tiles
 constexpr int kTokens = 8;                                 // of a product, its columns
 constexpr int kLanes = 32;
 

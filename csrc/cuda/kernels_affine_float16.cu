@@ -1,0 +1,6 @@
+// The kernels for decoders of the kind affine-float16.
+#include "cuda/instances.h"
+#include "cuda/kernels.cuh"
+
+MATQUANT_AFFINE_FLOAT16(MATQUANT_DECODE_INSTANCES, MATQUANT_DECODE_KERNEL)
+MATQUANT_AFFINE_FLOAT16(MATQUANT_DEQUANTIZE_INSTANCES, MATQUANT_DEQUANTIZE_KERNEL)

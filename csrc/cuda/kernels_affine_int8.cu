@@ -1,0 +1,6 @@
+// The kernels for decoders of the kind affine-int8.
+#include "cuda/instances.h"
+#include "cuda/kernels.cuh"
+
+MATQUANT_AFFINE_INT8(MATQUANT_DECODE_INSTANCES, MATQUANT_DECODE_KERNEL)
+MATQUANT_AFFINE_INT8(MATQUANT_DEQUANTIZE_INSTANCES, MATQUANT_DEQUANTIZE_KERNEL)

@@ -1,0 +1,304 @@
+#include "cuda/plan.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "check.h"
+#include "cuda/instances.h"
+
+namespace matquant::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMostTokens = 64;
+// Blocks of threads for each multiprocessor that columns are divided for, where rows alone are too few.
+constexpr int64_t kBlocksPerProcessor = 3;
+constexpr int64_t kMostBlocks = 65535;  // in the second and third dimension of a grid
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// What the list of instances calls the types of activations.
+constexpr ScalarType Half = ScalarType::Half;
+constexpr ScalarType BFloat16 = ScalarType::BFloat16;
+
+std::string name_of(const torch::stable::Device& device) {
+    const std::string type = device.is_cuda() ? "cuda" : device.is_cpu() ? "cpu" : "another";
+    return type + ":" + std::to_string(device.index());
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& planes) {
+    STD_TORCH_CHECK(tensor.device() == planes.device(), name, ": found it on ", name_of(tensor.device()),
+                    ", expected it where the weight's planes are, on ", name_of(planes.device()));
+}
+
+void check_layout(const Weight& weight) {
+    STD_TORCH_CHECK(weight.layout == kLayout, "weight: found the layout \"", weight.layout, "\", expected \"", kLayout,
+                    "\"");
+}
+
+// A segment of a weight, as far as it does not depend on the product.
+struct Layer {
+    Shape shape;
+    int groups;  // in a step
+};
+
+class PreparedWeight : public Weight::Prepared {
+  public:
+    explicit PreparedWeight(std::vector<Layer> layers) : layers_(std::move(layers)) {}
+    const std::vector<Layer>& layers() const { return layers_; }
+
+  private:
+    std::vector<Layer> layers_;
+};
+
+// Groups in a step, and the shift of Shape.
+std::pair<int, int> grouping_of(int64_t group_size, int64_t columns) {
+    if (group_size >= columns && group_size != 32 && group_size != 64) {
+        return {1, 31};
+    }
+    const bool power = group_size >= 32 && (group_size & (group_size - 1)) == 0;
+    STD_TORCH_CHECK(power, "group_size: found ", group_size,
+                    ", expected 32, 64, 128 or a greater power of two, or at least the ", columns, " columns");
+    if (group_size < kStepColumns) {
+        return {static_cast<int>(kStepColumns / group_size), 0};
+    }
+    int shift = 0;
+    while (int64_t{kStepColumns} << shift < group_size) {
+        ++shift;
+    }
+    return {1, shift};
+}
+
+void check_bytes(const char* name, const Tensor& tensor, int64_t size) {
+    STD_TORCH_CHECK(tensor.numel() * size < int64_t{1} << 32, name, ": found ", tensor.numel() * size,
+                    " bytes, expected below 2^32");
+}
+
+Layer describe(const Weight& weight, const Segment& segment) {
+    STD_TORCH_CHECK(weight.columns > 0, "columns: found none, expected at least one");
+    STD_TORCH_CHECK(segment.output_sizes.size() <= kMaxPartitions, "output_sizes: found ", segment.output_sizes.size(),
+                    " partitions, expected at most ", kMaxPartitions);
+    const auto [groups, shift] = grouping_of(weight.group_size, weight.columns);
+    Shape shape = {};
+    shape.partitions = static_cast<int32_t>(segment.output_sizes.size());
+    int64_t rows = 0, tile_rows = 0;
+    for (size_t index = 0; index < segment.output_sizes.size(); ++index) {
+        shape.partition_tiles[index] = static_cast<int32_t>(tile_rows);
+        shape.partition_rows[index] = static_cast<int32_t>(rows);
+        tile_rows += ceil_div(segment.output_sizes[index], kTileRows);
+        rows += segment.output_sizes[index];
+        STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), "output_sizes: found ",
+                        to_string(segment.output_sizes), ", expected a sum below 2^31");
+    }
+    const int64_t tile_columns = ceil_div(weight.columns, kTileColumns);
+    STD_TORCH_CHECK(kBaseBits <= segment.resident_width && segment.resident_width <= kMaxWidth, "planes: found ",
+                    segment.resident_width, " planes, expected ", kBaseBits, " to ", kMaxWidth);
+    check_tensor("planes", segment.planes, ScalarType::Byte,
+                 {tile_rows, tile_columns, segment.resident_width, kPlaneBytes});
+    check_bytes("planes", segment.planes, 1);
+    const int64_t widths = static_cast<int64_t>(segment.decoder_widths.size());
+    if (weight.decoder_kind == DecoderKind::kAffineFloat16) {
+        check_tensor("decoders", segment.decoders, ScalarType::Half, {widths, tile_rows, weight.groups(), 8, 2, 8});
+        check_bytes("decoders", segment.decoders, 2);
+    } else {
+        const int64_t bytes = step_bytes(weight.decoder_kind) + weight.groups() * group_bytes(weight.decoder_kind);
+        check_tensor("decoders", segment.decoders, ScalarType::Byte, {widths, tile_rows, bytes});
+        check_bytes("decoders", segment.decoders, 1);
+    }
+    check_device("decoders", segment.decoders, segment.planes);
+    check_device("active_width", segment.active_width, segment.planes);
+    shape.rows = static_cast<int32_t>(rows);
+    shape.tile_rows = static_cast<int32_t>(tile_rows);
+    shape.tile_columns = static_cast<int32_t>(tile_columns);
+    shape.resident_width = static_cast<int32_t>(segment.resident_width);
+    shape.groups = static_cast<int32_t>(weight.groups());
+    shape.group_shift = shift;
+    shape.decoders_of_widths = ~uint64_t{0};
+    for (int64_t index = 0; index < widths; ++index) {
+        const int64_t width = segment.decoder_widths[index];
+        if (width <= segment.resident_width) {  // of a wider one not all planes are there
+            const int place = static_cast<int>(width - kBaseBits) * 8;
+            shape.decoders_of_widths &= ~(uint64_t{kNone} << place);
+            shape.decoders_of_widths |= static_cast<uint64_t>(index) << place;
+        }
+    }
+    return {shape, groups};
+}
+
+std::shared_ptr<Weight::Prepared> prepare(const Weight& weight) {
+    std::vector<Layer> layers;
+    for (const Segment& segment : weight.segments) {
+        check_device("planes", segment.planes, weight.segments.front().planes);
+        layers.push_back(describe(weight, segment));
+    }
+    return std::make_shared<PreparedWeight>(std::move(layers));
+}
+
+// The kernel for the fewest tokens that are enough, or for the most there are; with 0 the one that dequantizes.
+int find_instance(DecoderKind kind, ScalarType dtype, int64_t tokens, int groups) {
+    int found = -1;
+    for (size_t index = 0; index < instances().size(); ++index) {
+        const Instance& instance = instances()[index];
+        if (instance.decoder_kind == kind && instance.dtype == dtype && instance.groups == groups &&
+            (instance.tokens == 0) == (tokens == 0) && (found < 0 || instances()[found].tokens < tokens)) {
+            found = static_cast<int>(index);
+        }
+    }
+    STD_TORCH_CHECK(found >= 0, "no kernel for ", torch::headeronly::toString(dtype), ", ", to_string(kind),
+                    " decoders and ", groups, " groups in ", kStepColumns, " columns");
+    return found;
+}
+
+// A device has too few rows of tiles for all its multiprocessors: so many blocks divide the columns of each that it is
+// full, each with a step at least for each of its warps.
+int64_t splits_of(const Shape& shape, int64_t passes, int64_t processors) {
+    const int64_t blocks = std::max<int64_t>(shape.tile_rows * passes, 1);
+    return std::clamp<int64_t>(ceil_div(kBlocksPerProcessor * processors, blocks), 1,
+                               std::max(1, shape.steps() / kWarps));
+}
+
+// What an operator returns: kernel, grid, threads, shared bytes, columns of the input, the segment's first output,
+// values of partial sums and of arrivals, the bytes of Shape.
+using PlanValues =
+    std::tuple<std::string, std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Tensor>;
+
+PlanValues plan_operator(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias,
+                         int64_t segment, int64_t processors, const std::optional<int64_t>& splits) {
+    const std::shared_ptr<const Weight> weight = find_weight(handle);
+    STD_TORCH_CHECK(0 < processors && processors < 1 << 20, "processors: found ", processors, ", expected at least 1");
+    const std::vector<Plan> plans = make_plans(*weight, x, out_features, bias, static_cast<int>(processors), splits);
+    STD_TORCH_CHECK(0 <= segment && segment < static_cast<int64_t>(plans.size()), "segment: found ", segment,
+                    ", expected one of the weight's ", plans.size());
+    const Plan& plan = plans[segment];
+    Tensor shape = torch::stable::empty({sizeof(Shape)}, ScalarType::Byte);
+    std::memcpy(shape.mutable_data_ptr(), &plan.shape, sizeof(Shape));
+    return {instances()[plan.instance].name,
+            {plan.grid.begin(), plan.grid.end()},
+            kThreads,
+            plan.shared_bytes,
+            plan.columns(),
+            plan.first_output,
+            plan.partial_sums,
+            plan.arrivals,
+            shape};
+}
+
+std::tuple<std::vector<std::string>, std::vector<std::string>> instances_operator() {
+    std::vector<std::string> names, definitions;
+    for (const Instance& instance : instances()) {
+        names.push_back(instance.name);
+        definitions.push_back(instance.definition);
+    }
+    return {names, definitions};
+}
+
+}  // namespace
+
+const std::vector<Instance>& instances() {
+#define MATQUANT_ROW(name, element, kind, token_tiles, groups, blocks)                                         \
+    {#name,                                                                                                    \
+     "MATQUANT_DECODE_KERNEL(" #name ", " #element ", " #kind ", " #token_tiles ", " #groups ", " #blocks ")", \
+     DecoderKind::kind,                                                                                        \
+     element,                                                                                                  \
+     token_tiles * kTokens,                                                                                    \
+     groups},
+#define MATQUANT_DEQUANTIZE_ROW(name, element, kind, groups)                        \
+    {#name,                                                                         \
+     "MATQUANT_DEQUANTIZE_KERNEL(" #name ", " #element ", " #kind ", " #groups ")", \
+     DecoderKind::kind,                                                             \
+     element,                                                                       \
+     0,                                                                             \
+     groups},
+    static const std::vector<Instance> list = {
+        MATQUANT_ALL_DECODERS(MATQUANT_DECODE_INSTANCES, MATQUANT_ROW)
+            MATQUANT_ALL_DECODERS(MATQUANT_DEQUANTIZE_INSTANCES, MATQUANT_DEQUANTIZE_ROW)};
+#undef MATQUANT_ROW
+#undef MATQUANT_DEQUANTIZE_ROW
+    return list;
+}
+
+void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
+                 const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes) {
+    const std::shared_ptr<const Weight> before = weight_of(id);
+    check_layout(*before);
+    STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");
+    const std::shared_ptr<Weight> weight =
+        with_segment(*before, {planes, decoders, active_width, decoder_widths, output_sizes, planes.size(2)});
+    weight->prepared = prepare(*weight);
+    publish_weight(id, weight);
+}
+
+std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_features,
+                             const std::optional<Tensor>& bias, int processors, std::optional<int64_t> splits) {
+    check_layout(weight);
+    const auto* prepared = dynamic_cast<const PreparedWeight*>(weight.prepared.get());
+    STD_TORCH_CHECK(prepared != nullptr, "weight: found one without segments, expected at least one");
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == Half || dtype == BFloat16, "x: found dtype ", torch::headeronly::toString(dtype),
+                    ", expected BFloat16 or Half");
+    STD_TORCH_CHECK(x.dim() > 0, "x: found a scalar, expected at least one dimension");
+    STD_TORCH_CHECK(x.size(-1) == weight.columns, "x: found ", x.size(-1), " columns, expected the weight's ",
+                    weight.columns);
+    STD_TORCH_CHECK(out_features == weight.out_features && out_features <= std::numeric_limits<int32_t>::max(),
+                    "out_features: found ", out_features, ", expected the weight's ", weight.out_features);
+    const Tensor& planes = weight.segments.front().planes;
+    check_device("x", x, planes);
+    if (bias) {
+        check_tensor("bias", *bias, dtype, {out_features});
+        check_device("bias", *bias, planes);
+    }
+    const int64_t tokens = x.numel() / weight.columns;
+    STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "x: found ", tokens,
+                    " tokens, expected fewer than 2^31");
+    STD_TORCH_CHECK(!splits || (0 < *splits && *splits <= kMostBlocks), "splits: found ", splits.value_or(0),
+                    ", expected 1 to ", kMostBlocks);
+
+    std::vector<Plan> plans;
+    int64_t first = 0;
+    for (const Layer& layer : prepared->layers()) {
+        Plan& plan = plans.emplace_back();
+        Shape& shape = plan.shape = layer.shape;
+        shape.tokens = static_cast<int32_t>(tokens);
+        shape.output_stride = static_cast<int32_t>(out_features);
+        plan.first_output = first;
+        first += shape.rows;
+        if (tokens > kMostTokens) {
+            plan.instance = find_instance(weight.decoder_kind, dtype, 0, layer.groups);
+            const int64_t blocks = ceil_div(int64_t{shape.steps()} * kStepTiles, kWarps);
+            STD_TORCH_CHECK(blocks <= kMostBlocks, "x: found ", weight.columns, " columns, expected at most ",
+                            kMostBlocks * kWarps * kTileColumns);
+            plan.grid = {shape.tile_rows, static_cast<int32_t>(blocks), 1};
+            continue;
+        }
+        plan.instance = find_instance(weight.decoder_kind, dtype, std::max<int64_t>(tokens, 1), layer.groups);
+        const Instance& instance = instances()[plan.instance];
+        const int64_t passes = ceil_div(tokens, instance.tokens);
+        const int64_t divided = splits ? *splits : splits_of(shape, passes, processors);
+        plan.grid = {shape.tile_rows, static_cast<int32_t>(divided), static_cast<int32_t>(passes)};
+        plan.shared_bytes = shared_bytes(weight.decoder_kind, instance.tokens, layer.groups, shape.resident_width);
+        if (divided > 1) {
+            plan.partial_sums = divided * shape.tile_rows * tokens * kTileRows;
+            plan.arrivals = passes * shape.tile_rows;
+        }
+    }
+    return plans;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) { m.impl("add_segment", TORCH_BOX(&add_segment)); }
+
+STABLE_TORCH_LIBRARY_IMPL(matquant, CompositeExplicitAutograd, m) {
+    m.impl("cuda_plan", TORCH_BOX(&plan_operator));
+    m.impl("cuda_instances", TORCH_BOX(&instances_operator));
+}
+
+}  // namespace matquant::cuda

@@ -1,0 +1,61 @@
+// Which kernels compute a product, on what grids and with which arguments: the host's part of it in plain C++, which is
+// compiled whether or not there is CUDA. The library's own launch (linear.cu) follows it, and so does Python's for
+// kernels that are compiled at run time.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/shape.h"
+#include "weight.h"
+
+namespace matquant::cuda {
+
+inline constexpr char kLayout[] = "cuda";
+
+// Adds a segment, in this layout, to the weight with this number; the weight's device does not matter.
+void add_segment(int64_t id, const torch::stable::Tensor& planes, const torch::stable::Tensor& decoders,
+                 const torch::stable::Tensor& active_width, const std::vector<int64_t>& decoder_widths,
+                 const std::vector<int64_t>& output_sizes);
+
+struct Instance {
+    const char* name;
+    const char* definition;  // a line that defines it, for a program with cuda/kernels.cuh
+    DecoderKind decoder_kind;
+    torch::headeronly::ScalarType dtype;  // of activations
+    int tokens;                           // the most at once; 0 for a kernel that dequantizes
+    int groups;                           // in a step
+};
+
+// Those that multiply, then those that dequantize, in the order of instances.h.
+const std::vector<Instance>& instances();
+
+// The kernel for one segment of a weight. More tokens than the kernels of decode.cuh are good for are multiplied by
+// torch's library, with weights that are dequantized first.
+struct Plan {
+    int instance;  // of instances()
+    std::array<int32_t, 3> grid;
+    int32_t shared_bytes;
+    int64_t first_output;            // of the segment
+    int64_t partial_sums, arrivals;  // values of scratch memory: float32, and int32 that are zero
+    Shape shape;
+
+    bool dequantizes() const { return instances()[instance].tokens == 0; }
+    // Of the input: whole steps.
+    int64_t columns() const { return int64_t{kStepColumns} * shape.steps(); }
+};
+
+// The plans for the segments of a weight. Checks all arguments.
+//
+// `processors` are the device's multiprocessors. `splits` are the blocks that the columns of a row of tiles are divided
+// among; by default as many as fill the device.
+std::vector<Plan> make_plans(const Weight& weight, const torch::stable::Tensor& x, int64_t out_features,
+                             const std::optional<torch::stable::Tensor>& bias, int processors,
+                             std::optional<int64_t> splits = std::nullopt);
+
+}  // namespace matquant::cuda

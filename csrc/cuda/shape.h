@@ -1,0 +1,77 @@
+// What the host tells the kernels of a layer and a product, and how much memory they take: plain C++, for the plan of
+// the host and for the kernels.
+#pragma once
+
+#include "cuda/tile.h"
+#include "decoder.h"
+
+#ifdef __CUDACC__
+#define MATQUANT_HOST_DEVICE __host__ __device__
+#else
+#define MATQUANT_HOST_DEVICE
+#endif
+
+namespace matquant::cuda {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kMaxPartitions = 8;
+constexpr int kBaseBits = 2;
+constexpr int kNone = 0xff;
+
+// A warp takes its tiles in steps of two: 128 columns. `groups` is the number of groups in a step: 1 (of 128 columns or
+// more), 2 or 4.
+constexpr int kStepTiles = 2;
+constexpr int kStepColumns = kStepTiles * kTileColumns;
+
+// Bytes of the decoders of a row of tiles: before its groups, and of each group.
+MATQUANT_HOST_DEVICE constexpr int step_bytes(DecoderKind kind) {
+    return kind == DecoderKind::kAffineInt8 ? 2 * kTileRows * 2 : 0;
+}
+MATQUANT_HOST_DEVICE constexpr int group_bytes(DecoderKind kind) {
+    return 2 * kTileRows * (kind == DecoderKind::kAffineInt8 ? 1 : 2);
+}
+
+// A segment of a weight and a product, as the host describes them.
+struct Shape {
+    int32_t tokens;
+    int32_t output_stride;  // from token to token
+    int32_t rows;           // outputs of all partitions
+    int32_t tile_rows;      // of all partitions
+    int32_t tile_columns;
+    int32_t resident_width;
+    int32_t groups;
+    int32_t group_shift;  // a group has 2^shift steps; unused where a step has several
+    int32_t partitions;
+    int32_t partition_tiles[kMaxPartitions];  // where each begins, in rows of tiles
+    int32_t partition_rows[kMaxPartitions];   // and in outputs
+    uint64_t decoders_of_widths;              // a byte for each of 2..8: the index of its decoders, kNone without
+
+    MATQUANT_HOST_DEVICE int steps() const { return (tile_columns + kStepTiles - 1) / kStepTiles; }
+
+    MATQUANT_HOST_DEVICE int decoder_of(int width) const {
+        if (width < kBaseBits || width > kMaxWidth) {
+            return kNone;
+        }
+        return static_cast<int>(decoders_of_widths >> (width - kBaseBits) * 8 & 0xff);
+    }
+};
+
+// Steps that a warp has under way, and what one takes of shared memory.
+MATQUANT_HOST_DEVICE constexpr int stages(int width) { return width <= 4 ? 3 : 2; }
+MATQUANT_HOST_DEVICE constexpr int stage_bytes(DecoderKind kind, int width, int groups) {
+    return kStepTiles * width * kPlaneBytes + groups * group_bytes(kind);
+}
+
+MATQUANT_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Shared memory of a block that multiplies `tokens` with a layer that has slices of up to this width: the stages of its
+// warps, then their sums.
+constexpr int shared_bytes(DecoderKind kind, int tokens, int groups, int width) {
+    const int narrow = width < 4 ? width : 4;
+    const int staged = larger(stages(narrow) * stage_bytes(kind, narrow, groups),
+                              width <= 4 ? 0 : stages(width) * stage_bytes(kind, width, groups));
+    return kWarps * larger(staged, kTileRows * tokens * 4);
+}
+
+}  // namespace matquant::cuda

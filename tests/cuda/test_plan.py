@@ -1,0 +1,267 @@
+"""The host's plan for the CUDA kernels: what it chooses and what it refuses. It needs neither CUDA nor an emulator."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.cuda.emulation import SOURCES
+from tests.cuda.random_layers import CUDA, KINDS, Layer, make_input, make_layer, make_segments
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
+from vllm_matquant.kernels import cuda_launch, ops
+from vllm_matquant.kernels.cuda_launch import Plan, kernel_definitions
+from vllm_matquant.kernels.support import KERNELS
+
+MAX_PARTITIONS = 8
+
+
+def plan_of(layer: Layer, tokens: int, dtype: torch.dtype = torch.float16, processors: int = 1) -> Plan:
+    x = torch.zeros(tokens, layer.codes.shape[1], dtype=dtype)
+    [plan] = cuda_launch.plans_of(x, layer.weight, None, processors)
+    return plan
+
+
+def test_every_kernel_is_listed_once() -> None:
+    forms = [*((tokens, groups) for tokens in (8, 16, 24) for groups in (1, 2, 4) if (tokens, groups) != (24, 4))]
+    expected = [
+        *(f"matquant_decode_{kind}_{dtype}_{tokens}_{groups}" for kind, dtype in VARIANTS for tokens, groups in forms),
+        *(f"matquant_dequantize_{kind}_{dtype}_{groups}" for kind, dtype in VARIANTS for groups in (1, 2, 4)),
+    ]
+    ops.load_library()
+    names, definitions = torch.ops.matquant.cuda_instances()
+    assert names == expected
+    for name, definition in zip(names, definitions, strict=True):
+        assert re.fullmatch(rf"MATQUANT_(DECODE|DEQUANTIZE)_KERNEL\({name}, [\w, ]+\)", definition)
+
+
+VARIANTS = [(kind, dtype) for kind in ("affine_float16", "affine_int8") for dtype in ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("tokens", "group_size", "chosen"),
+    [
+        (1, 128, "decode_{}_8_1"),
+        (8, 256, "decode_{}_8_1"),
+        (9, 64, "decode_{}_16_2"),
+        (17, 512, "decode_{}_24_1"),
+        (64, 128, "decode_{}_24_1"),
+        (17, 32, "decode_{}_16_4"),
+        (65, 32, "dequantize_{}_4"),
+        (1000, 1000, "dequantize_{}_1"),
+    ],
+)
+def test_the_kernel_for_the_fewest_tokens_that_are_enough(tokens, group_size, chosen, dtype, kind) -> None:
+    layer = make_layer([40], 600, group_size, [4], kind=kind)
+    plan = plan_of(layer, tokens, getattr(torch, dtype))
+    assert plan.kernel == "matquant_" + chosen.format(f"{kind.name.replace('-', '_')}_{dtype}")
+    assert plan.kernel in kernel_definitions()
+    assert plan.dequantizes == (tokens > 64)
+    assert plan.columns == 640
+
+
+# Tensors that are only looked at take no memory on this device.
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "grid"),
+    [
+        (64, 8192, 1, [1, 16, 1]),  # no more blocks than leave a step to each of their warps
+        (4096, 8192, 1, [64, 5, 1]),  # 3 blocks for each of 100 multiprocessors
+        (64 * 400, 1024, 1, [400, 1, 1]),
+        (4096, 8192, 64, [64, 2, 3]),
+        (4096, 8192, 65, [64, 32, 1]),
+    ],
+)
+def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, grid) -> None:
+    layer = make_layer([rows], columns, 128, [2])
+    plan = plan_of(layer, tokens, processors=100)
+    assert plan.grid == grid
+    splits, passes = grid[1], grid[2]
+    several = splits > 1 and not plan.dequantizes
+    assert plan.partial_sums == (splits * rows * tokens if several else 0)
+    assert plan.arrivals == (passes * rows // 64 if several else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "tokens", "width", "expected"),
+    [
+        (AFFINE_FLOAT16, 128, 1, 2, 4 * 3 * (2 * 1024 + 256)),
+        (AFFINE_INT8, 128, 1, 4, 4 * 3 * (4 * 1024 + 128)),
+        (AFFINE_FLOAT16, 64, 1, 5, 4 * 3 * (4 * 1024 + 2 * 256)),  # slices of 4 bits take more than those of 5
+        (AFFINE_INT8, 32, 1, 8, 4 * 2 * (8 * 1024 + 4 * 128)),
+        (AFFINE_INT8, 128, 24, 2, 4 * 3 * (2 * 1024 + 128)),
+        (AFFINE_FLOAT16, 128, 65, 8, 0),
+    ],
+)
+def test_shared_memory(kind, group_size, tokens, width, expected) -> None:
+    assert plan_of(make_layer([70], 600, group_size, [width], kind=kind), tokens).shared_bytes == expected
+
+
+def test_the_shape_that_kernels_are_passed() -> None:
+    layer = make_segments([([100, 30], (2, 5)), ([70], (4,))], 1100, 256)
+    first, second = cuda_launch.plans_of(make_input(3, 1100, torch.float16), layer.weight, None, 1)
+    assert (first.first_output, second.first_output) == (0, 130)
+    # Tokens, output stride, rows, tile rows, tile columns, resident width, groups, shift, partitions; where partitions
+    # begin; which decoders are those of a width.
+    *numbers, widths = struct.unpack("<9i8i8i4x8s", bytes(first.shape.tolist()))
+    assert numbers == [3, 200, 130, 3, 18, 5, 5, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
+    assert list(widths) == [0, 255, 255, 1, 255, 255, 255, 255]
+    *numbers, widths = struct.unpack("<9i8i8i4x8s", bytes(second.shape.tolist()))
+    assert numbers == [3, 200, 70, 2, 18, 4, 5, 1, 1, *[0] * 16]
+    assert list(widths) == [255, 255, 0, 255, 255, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "columns", "groups", "shift"),
+    [(32, 4096, 4, 0), (64, 64, 2, 0), (128, 4096, 1, 0), (512, 4096, 1, 2), (100, 100, 1, 31)],
+)
+def test_groups_of_a_step(group_size, columns, groups, shift) -> None:
+    plan = plan_of(make_layer([64], columns, group_size, [2]), 1)
+    assert plan.kernel.endswith(f"_{groups}")
+    assert struct.unpack_from("<9i", bytes(plan.shape.tolist()))[7] == shift
+
+
+@pytest.mark.parametrize("group_size", [16, 96])
+def test_groups_that_kernels_do_not_serve(group_size) -> None:
+    with pytest.raises(RuntimeError, match=f"group_size: found {group_size}, expected 32, 64, 128 or a greater power"):
+        make_layer([64], 4096, group_size, [2])
+
+
+def test_more_partitions_than_kernels_take() -> None:
+    make_layer([1] * MAX_PARTITIONS, 64, 32, [2])
+    with pytest.raises(RuntimeError, match="output_sizes: found 9 partitions, expected at most 8"):
+        make_layer([1] * (MAX_PARTITIONS + 1), 64, 32, [2])
+
+
+def changed(tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Layer], None]:
+    """Adds a segment of which a tensor is another one."""
+
+    def add(layer: Layer) -> None:
+        [segment] = layer.weight.segments
+        resident = segment.resident
+        tensors = {"planes": resident.planes, "decoders": resident.decoders, "active_width": segment.active_width}
+        tensors[tensor] = change(tensors[tensor])
+        number = ops.new_weight(layer.weight.in_features, layer.group_size, layer.weight.decoder_kind.name, "cuda")
+        ops.add_segment(number, *tensors.values(), resident.decoder_widths, resident.output_sizes)
+
+    return add
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (changed("planes", lambda planes: planes.short()), "planes: found dtype Short, expected Byte"),
+        (changed("planes", lambda planes: planes[0]), "planes: found 3 dimensions, expected 4"),
+        (
+            changed("planes", lambda planes: planes[:1]),
+            r"planes: found shape \[1, 4, 6, 512\], expected \[2, 4, 6, 512\]",
+        ),
+        (changed("planes", lambda planes: planes[:, :, :1]), "planes: found 1 planes, expected 2 to 8"),
+        (
+            changed("planes", lambda planes: planes.transpose(0, 1).contiguous().transpose(0, 1)),
+            "planes: found strides .* expected a contiguous tensor",
+        ),
+        (changed("decoders", lambda decoders: decoders.int()), "decoders: found dtype Int, expected"),
+        (changed("decoders", lambda decoders: decoders[:, :1]), "decoders: found shape"),
+        (changed("active_width", lambda width: width.long()), "active_width: found dtype Long, expected Int"),
+        (changed("active_width", lambda width: width.repeat(2)), r"active_width: found shape \[2\], expected \[1\]"),
+    ],
+)
+def test_a_segment_that_contradicts_its_weight(add, message, kind) -> None:
+    layer = make_layer([70], 200, 64, [2, 6], kind=kind)
+    with pytest.raises(RuntimeError, match=message):
+        add(layer)
+
+
+@pytest.mark.parametrize("tensor", ["decoders", "active_width"])
+def test_a_segment_on_two_devices(tensor) -> None:
+    layer = make_layer([70], 200, 64, [4])
+    [segment] = layer.weight.segments
+    resident = segment.resident
+    tensors = {"planes": resident.planes, "decoders": resident.decoders, "active_width": segment.active_width}
+    tensors[tensor] = tensors[tensor].to("meta")
+    number = ops.new_weight(200, 64, "affine-float16", "cuda")
+    # What a GPU's tensors are dispatched to.
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=f"{tensor}: found it on .*, expected it where the weight's planes are"):
+        torch.ops.matquant.add_segment.default.redispatch(keys, number, *tensors.values(), [4], [70])
+
+
+def test_decoders_of_another_kind() -> None:
+    layer = make_layer([70], 200, 64, [4], kind=AFFINE_INT8)
+    [segment] = layer.weight.segments
+    number = ops.new_weight(200, 64, "affine-float16", "cuda")
+    with pytest.raises(RuntimeError, match="decoders: found dtype Byte, expected Half"):
+        ops.add_segment(number, segment.resident.planes, segment.resident.decoders, segment.active_width, [4], [70])
+
+
+X, BIAS = make_input(3, 200, torch.float16), make_input(1, 70, torch.float16)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X.float(), 70, None, 0, 1, None), "x: found dtype Float, expected BFloat16 or Half"),
+        ((X[:, :199], 70, None, 0, 1, None), "x: found 199 columns, expected the weight's 200"),
+        ((X[0, 0], 70, None, 0, 1, None), "x: found a scalar"),
+        (
+            (X.to("meta"), 70, None, 0, 1, None),
+            "x: found it on another:-?[0-9]+, expected it where the weight's planes are",
+        ),
+        ((X, 71, None, 0, 1, None), "out_features: found 71, expected the weight's 70"),
+        ((X, 70, BIAS.bfloat16(), 0, 1, None), "bias: found dtype BFloat16, expected Half"),
+        ((X, 70, BIAS[1:], 0, 1, None), r"bias: found shape \[69\], expected \[70\]"),
+        ((X, 70, BIAS.repeat(2)[::2], 0, 1, None), "bias: found strides"),
+        ((X, 70, BIAS.to("meta"), 0, 1, None), "bias: found it on"),
+        ((X, 70, None, 1, 1, None), "segment: found 1, expected one of the weight's 1"),
+        ((X, 70, None, 0, 0, None), "processors: found 0"),
+        ((X, 70, None, 0, 1, 0), "splits: found 0, expected 1 to 65535"),
+    ],
+)
+def test_a_product_that_contradicts_its_weight(arguments, message) -> None:
+    layer = make_layer([70], 200, 64, [4])
+    x, rows, *rest = arguments
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.matquant.cuda_plan(x, layer.weight.handle, rows, *rest)
+
+
+def test_a_weight_for_another_device_is_refused() -> None:
+    on_cpu = make_layer([70], 200, 64, [4], kernel=KERNELS[0])
+    with pytest.raises(RuntimeError, match='weight: found the layout "cpu-pairs", expected "cuda"'):
+        torch.ops.matquant.cuda_plan(X, on_cpu.weight.handle, 70, None, 0, 1, None)
+    [segment] = make_layer([70], 200, 64, [4]).weight.segments
+    number = ops.new_weight(200, 64, "affine-float16", "cpu-pairs")
+    with pytest.raises(RuntimeError, match="planes: found shape"):
+        ops.add_segment(number, segment.resident.planes, segment.resident.decoders, segment.active_width, [4], [70])
+
+
+def test_the_cpu_refuses_a_weight_for_a_gpu() -> None:
+    layer = make_layer([70], 200, 64, [4])
+    with pytest.raises(RuntimeError, match='weight: found the layout "cuda", expected "cpu-pairs" or "cpu-planes"'):
+        ops.linear(X, layer.weight.handle, 70)
+
+
+def test_a_weight_without_segments_and_one_that_was_freed() -> None:
+    number = ops.new_weight(200, 64, "affine-int8", "cuda")
+    with pytest.raises(RuntimeError, match="weight: found one without segments"):
+        torch.ops.matquant.cuda_plan(X, torch.tensor([number]), 70, None, 0, 1, None)
+    ops.free_weight(number)
+    with pytest.raises(RuntimeError, match=f"weight: found {number}, expected the handle of a packed weight"):
+        torch.ops.matquant.cuda_plan(X, torch.tensor([number]), 70, None, 0, 1, None)
+
+
+def test_the_sources_are_part_of_the_package() -> None:
+    from vllm_matquant.kernels import cuda_jit
+
+    for file in ("cuda/kernels.cuh", "cuda/plan.cpp", "decoder.h"):
+        assert (cuda_jit.SOURCES / file).read_text() == (SOURCES / file).read_text()
+
+
+def test_the_kernel_packs_for_the_library() -> None:
+    assert CUDA.in_library
+    assert make_layer([70], 200, 64, [4]).weight.handle.item() > 0

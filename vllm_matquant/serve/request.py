@@ -1,0 +1,159 @@
+"""What a user asks a server for: the plugin's settings, and the slices that they mean in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.quantization_config import is_width_list
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.sizes import parse_bytes
+from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
+from vllm_matquant.serve.served import Served
+
+SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
+CHOICES = ("bits", "memory", "recipe")  # settings that choose what is active: one of them at most
+SETTINGS = (*CHOICES, "resident", "activation_bits")
+ACTIVATION_BITS = (8, 16)
+_RANGE = f"an integer from {WIDTHS[0]} to {WIDTHS[-1]}, or a number such as 2.5 as the budget of an average"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the settings ask for, checked as far as that goes without the checkpoint.
+
+    Attributes:
+        bits: a width.
+        budget: the most that the average width may be.
+        memory: the most bytes that all weights may take.
+        recipe: a recipe's file, or the width of every layer.
+        resident: widths to keep in memory too, so that the server can switch to them.
+        activation_bits: bits to which kernels round activations.
+    """
+
+    bits: int | None = None
+    budget: float | None = None
+    memory: int | None = None
+    recipe: Path | Mapping[str, int] | None = None
+    resident: tuple[int, ...] = ()
+    activation_bits: int | None = None
+
+    def served(self, checkpoint: Checkpoint, report: Callable[[str], object], *, partial: bool = False) -> Served:
+        """The slices of a checkpoint that are meant; without a choice the active one is the widest that it can serve.
+
+        Args:
+            checkpoint: whose files need not be checked yet.
+            report: called with a line that says what was chosen, where the request left a choice.
+            partial: the checkpoint is a download whose files are still to come.
+
+        Raises:
+            CheckpointError: the widths are not offered, or no recipe is within the budget.
+        """
+        if isinstance(self.recipe, Mapping):
+            active = checkpoint.slice(widths=self.recipe)
+        elif self.recipe is not None:
+            active = checkpoint.slice(self.recipe)
+        elif self.budget is not None or self.memory is not None:
+            active = checkpoint.slice(budget=self.budget, memory=self.memory, partial=partial)
+        elif self.bits is None and partial:
+            active = checkpoint.slice(checkpoint.format.widths[-1])
+        else:
+            active = checkpoint.slice(self.bits)
+        if self.bits is None:
+            chosen = f"the widest of {list(checkpoint.format.widths)} that {checkpoint.folder} holds"
+            told = self.recipe is not None or self.budget is not None or self.memory is not None
+            report(f"Serving {active}" if told else f"No --bits given: serving at {active.width} bits, {chosen}")
+        others = [each for each in map(checkpoint.slice, self.resident) if each != active]
+        return Served(active, (active, *others), self.activation_bits)
+
+
+def read_request(additional_config: Any) -> Request:
+    """The plugin's settings, ``additional_config["matquant"]``.
+
+    ``bits`` is a width (an integer) or a budget (a number with a fraction, 3.0 too), ``memory`` a size such as "90MiB"
+    or a number of bytes, ``recipe`` a file or an object {layer: width}, ``resident`` a list of widths,
+    ``activation_bits`` 8 or 16.
+
+    Raises:
+        ConfigError: the settings are not an object, hold an unknown key or a wrong value, or choose widths twice.
+    """
+    settings = additional_config.get(SETTINGS_KEY, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError("additional_config", SETTINGS_KEY, repr(settings), 'an object such as {"bits": 4}')
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ConfigError("additional_config", SETTINGS_KEY, f"unknown keys {unknown}", f"keys of {list(SETTINGS)}")
+    given = [name for name in CHOICES if settings.get(name) is not None]
+    if len(given) > 1:
+        raise ConfigError("additional_config", SETTINGS_KEY, " and ".join(given), "one of them")
+
+    def fail(name: str, expected: str) -> ConfigError:
+        return ConfigError("additional_config", f"{SETTINGS_KEY}.{name}", repr(settings[name]), expected)
+
+    bits, memory, recipe = (settings.get(name) for name in CHOICES)
+    if bits is not None and not (
+        (type(bits) is int and bits in WIDTHS) or (type(bits) is float and WIDTHS[0] <= bits <= WIDTHS[-1])
+    ):
+        raise fail("bits", _RANGE)
+    resident = settings.get("resident") or ()
+    if resident and not is_width_list(resident):
+        raise fail("resident", f"ascending distinct widths from {WIDTHS[0]} to {WIDTHS[-1]}")
+    activation_bits = settings.get("activation_bits")
+    if activation_bits is not None and (type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS):
+        raise fail("activation_bits", f"one of {list(ACTIVATION_BITS)}")
+    width = bits if type(bits) is int else None
+    return Request(
+        width,
+        bits if width is None else None,
+        _read_memory(memory, fail),
+        _read_recipe(recipe, fail),
+        tuple(resident),
+        activation_bits,
+    )
+
+
+def _read_memory(memory: Any, fail: Callable[[str, str], ConfigError]) -> int | None:
+    if isinstance(memory, str):
+        try:
+            memory = parse_bytes(memory)
+        except ValueError as error:
+            raise fail("memory", str(error).partition("expected ")[2]) from error
+    if memory is not None and (type(memory) is not int or memory <= 0):
+        raise fail("memory", 'a size such as "90MiB", or a number of bytes')
+    return memory
+
+
+def _read_recipe(recipe: Any, fail: Callable[[str, str], ConfigError]) -> Path | Mapping[str, int] | None:
+    if recipe is None:
+        return None
+    if isinstance(recipe, (str, Path)):
+        return Path(recipe)
+    if not isinstance(recipe, Mapping):
+        raise fail("recipe", "a file, or an object with a width for each layer")
+    wrong = {layer: width for layer, width in recipe.items() if type(width) is not int or width not in WIDTHS}
+    if wrong:
+        raise ConfigError("additional_config", f"{SETTINGS_KEY}.recipe", wrong, f"widths of {list(WIDTHS)}")
+    return recipe
+
+
+def without_settings(additional_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``additional_config`` without the plugin's settings.
+
+    vLLM's compile cache is keyed by ``additional_config``, and no compiled graph depends on what is served.
+    """
+    return {name: value for name, value in additional_config.items() if name != SETTINGS_KEY}
+
+
+def given_settings(additional_config: Any, names: Sequence[str] = SETTINGS) -> dict[str, Any]:
+    """Those of the plugin's settings that are given, of a well-formed ``additional_config``."""
+    settings = additional_config.get(SETTINGS_KEY, {}) if isinstance(additional_config, Mapping) else {}
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def resident_files(served: Sequence[Slice]) -> list[str]:
+    """Names of the files that these slices read, each once."""
+    return list(dict.fromkeys(file for each in served for file in each.files))
