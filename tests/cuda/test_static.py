@@ -27,7 +27,7 @@ PRODUCTS = {(2, 3, 4): 20, (5, 6, 7, 8): 36}  # of a tile and 8 tokens; it has 1
 SCALE_BITS = {"kAffineFloat16": 32 / 128, "kAffineInt8": 16 / 128}  # of decoders, for each weight
 
 # The least ratio at each width: with 8 tokens at once 2, at 2 bits 1.7, for bfloat16 15 % less, with 16 tokens 1.6 -
-# except where docs/cuda-kernels.md says why not.
+# except where docs/design/cuda-kernels.md says why not.
 FLOORS = {
     ("Half", 1, "A100-80"): {2: 1.7} | dict.fromkeys(range(3, 9), 2.0),
     ("Half", 1, "H100"): {2: 1.7, 3: 1.99, 4: 2.0, 5: 1.85, 6: 2.0, 7: 2.0, 8: 2.0},
