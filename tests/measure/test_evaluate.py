@@ -110,7 +110,7 @@ def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> Non
     source = SourceModel(llama)
     candidates = [
         ("two bits", iter(own.items())),
-        ("unchanged", ((layer, source.tensor(f"{layer}.weight")) for layer in own)),
+        ("unchanged", ((layer, source.tensors.read(f"{layer}.weight")) for layer in own)),
         ("two bits in another order", reversed(own.items())),
     ]
     first, unchanged, again = compare(llama, TOKENS, checkpoint.layers, candidates)
