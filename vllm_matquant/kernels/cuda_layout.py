@@ -39,7 +39,6 @@ import torch
 
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder, dequantize
 from vllm_matquant.checkpoint.spec import BASE_BITS
-from vllm_matquant.kernels.embedding import active_slot
 from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
 from vllm_matquant.kernels.weight import PackedWeight
 
@@ -256,3 +255,14 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
     slot = active_slot(active_width, segment.resident.decoder_widths)
     scale, offset = _decoder_of_rows(segment.resident.decoders, slot, rows, active_width)
     return dequantize(codes, scale, offset, weight.group_size).to(dtype).view(*shape, weight.in_features)
+
+
+def active_slot(active_width: torch.Tensor, decoder_widths: Sequence[int]) -> torch.Tensor:
+    """Where in ``decoder_widths`` the active width [1] is, int64 [1].
+
+    Raises:
+        RuntimeError: nowhere (on a GPU: when the host next waits for it).
+    """
+    matches = torch.stack([active_width == width for width in decoder_widths])
+    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
+    return matches.int().argmax(0)
