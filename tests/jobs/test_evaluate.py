@@ -96,7 +96,7 @@ def test_width_that_is_not_in_the_folder(
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
-        ({"--samples": "1000"}, 1, "text: found"),
+        ({"--samples": "1000"}, 1, "text.txt: found"),
         ({"--sequence-length": "1"}, 1, "sequence_length: found 1, expected at least 2"),
         ({"--text": "nowhere.txt"}, 1, "No such file or directory: 'nowhere.txt'"),
         ({"--reference": "/no such model"}, 1, "/no such model: model: found no such folder"),

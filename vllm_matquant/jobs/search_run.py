@@ -153,8 +153,7 @@ class SearchRun:
             return kind.from_tensors(lambda name: parts[f"{layer}.{name}"], width)
 
         decoders = {layer: decoder(layer, width) for layer, width in best.widths.items()}
-        values = {layer: (each.affine.scale, each.affine.offset) for layer, each in decoders.items()}
-        kl = self.planner.kl_with(best.widths, values)
+        kl = self.planner.kl_with(best.widths, decoders)
         step = Step(best.widths, kl, self.planner.journal.passes, "own decoders")
         self._show(name, step)
         if step.kl >= best.kl:

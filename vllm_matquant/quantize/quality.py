@@ -77,8 +77,8 @@ class HeldOut:
         predicted = windows * (length - 1)
         losses = dict.fromkeys([None, *self._format.widths], 0.0)
         divergence = dict.fromkeys(self._format.widths, 0.0)
-        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. Likewise
-        # one width's head, decoded for each window anew, which takes less time than the product with it.
+        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. So are
+        # those of one width's head, decoded for each window anew, which takes less time than the product with it.
         for window, following in enumerate(ranks.spread(self._tokens)[:, 1:, None]):
             expected = _log_probabilities(head, self._activations.reference[window])
             losses[None] -= float(expected.gather(1, following).double().sum())
