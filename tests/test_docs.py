@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -245,3 +246,17 @@ def test_the_reference_has_every_setting_of_a_method() -> None:
         described = {row[0].strip("`"): row[column] for row in rows if row[column]}
         expected = dict(settings_of(METHODS[name]((2, 8))))
         assert described == {setting: str(value).lower() for setting, value in expected.items()}
+
+
+def docstrings(source: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+def test_docstrings_can_be_read_alone() -> None:
+    leaning = re.compile(r"\blikewise\b|\bas said\b|\b(?:as|see) above\b", re.IGNORECASE)
+    sources = list((ROOT / "vllm_matquant").rglob("*.py"))
+    assert len(sources) > 50
+    found = [str(source.relative_to(ROOT)) for source in sources if any(map(leaning.search, docstrings(source)))]
+    assert not found

@@ -288,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = locate(options.model)
-        layers = SourceModel(model).linears
+        matrices = SourceModel(model).matrices.values()
+        layers = {matrix.name: matrix.shape for matrix in matrices if matrix.block is not None}
         tokenizer = load_tokenizer(model)
         windows = {
             text.name: spread_windows(text, tokenizer, samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)

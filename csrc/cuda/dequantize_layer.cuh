@@ -37,7 +37,7 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
     using Upper = Part<Element, kUpperBits, kLowerBits>;
     using Lower = Part<Element, larger(kLowerBits, 1), 0>;
-    const Stage<kind, width> stage(planes, lane);
+    const Stage<kind, width> stage(planes, lane, 0);
     TileWords words = {};
     stage.load_base(0, words.base);
 #pragma unroll

@@ -66,16 +66,23 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                                uint8_t* memory, Sums (&results)[token_tiles][kRowTiles]) {
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
     constexpr bool kHasSteps = kind == DecoderKind::kAffineInt8;
-    constexpr bool kStepsAtEnd = kHasSteps && token_tiles == 1;
+    constexpr bool kScarce = kHasSteps && groups == 4;  // registers are
+    constexpr bool kStepsAtEnd = kHasSteps && token_tiles == 1 && !kScarce;
     constexpr int kStageCount = stages(width);
     constexpr int kBytes = stage_bytes(kind, width, groups);
     // Sums are scaled once for a step where that is one group and there are registers for two tiles.
     constexpr int kTilesAtOnce = groups == 1 && width <= 4 && token_tiles <= 2 ? 2 : 1;
-    constexpr int kInputTiles = token_tiles <= 2 ? kStepTiles : 1;  // whose activations are in registers at once
-    constexpr int kParts = larger(groups / kStepTiles, 1);          // of what is taken at once, each with a decoder
-    constexpr int kProducts = 4 * kTilesAtOnce / kParts;            // of a part
+    // Tiles whose activations are in registers at once.
+    constexpr int kInputTiles = token_tiles <= 2 && !kScarce ? kStepTiles : 1;
+    constexpr int kParts = larger(groups / kStepTiles, 1);  // of what is taken at once, each with a decoder
+    constexpr int kProducts = 4 * kTilesAtOnce / kParts;    // of a part
 
-    const int lane = threadIdx.x % kLanes;
+    // In registers, where there are enough: what is computed anew for each step takes from the integer pipe, of which
+    // there is least.
+    int lane = threadIdx.x % kLanes, decoders_of_lane = lane / 4 * (group_bytes(kind) / 8);
+    if (!kScarce) {
+        asm("" : "+r"(lane), "+r"(decoders_of_lane));
+    }
     Copier<Element, kind, width, groups> copier(arguments, shape, share, lane);
 #pragma unroll
     for (int index = 0; index < kStageCount - 1; ++index) {
@@ -95,11 +102,11 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
         wait_for_copies<kStageCount - 2>();
         __syncwarp();  // all lanes' copies have come, and all lanes are done with the stage that is copied to next
         copier.copy_next(memory + free);
-        const Stage<kind, width> stage(memory + current, lane);
+        const Stage<kind, width> stage(memory + current, lane, decoders_of_lane);
         free = current;
         current = current == (kStageCount - 1) * kBytes ? 0 : current + kBytes;
 
-#pragma unroll
+#pragma unroll(kScarce ? 1 : kStepTiles)
         for (int first = 0; first < kStepTiles; first += kTilesAtOnce) {
             if (kInputTiles == 1) {
                 input_of_steps.template load<kInputTiles>(first, input);

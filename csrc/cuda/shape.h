@@ -67,7 +67,7 @@ MATQUANT_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; 
 
 // Shared memory of a block that multiplies `tokens` with a layer that has slices of up to this width: the stages of its
 // warps, then their sums.
-constexpr int shared_bytes(DecoderKind kind, int tokens, int groups, int width) {
+MATQUANT_HOST_DEVICE constexpr int shared_bytes(DecoderKind kind, int tokens, int groups, int width) {
     const int narrow = width < 4 ? width : 4;
     const int staged = larger(stages(narrow) * stage_bytes(kind, narrow, groups),
                               width <= 4 ? 0 : stages(width) * stage_bytes(kind, width, groups));

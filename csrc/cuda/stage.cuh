@@ -113,9 +113,8 @@ class Input {
 template <DecoderKind kind, int width>
 class Stage {
   public:
-    __device__ Stage(const uint8_t* memory, int lane)
-        : weights_(memory + lane * 16),
-          decoders_(memory + kStepTiles * width * kPlaneBytes + lane / 4 * group_bytes(kind) / 8) {}
+    __device__ Stage(const uint8_t* memory, int lane, int decoders_of_lane)
+        : weights_(memory + lane * 16), decoders_(memory + kStepTiles * width * kPlaneBytes + decoders_of_lane) {}
 
     // The lane's words: two for each row tile of the base field, one of a plane.
     __device__ void load_base(int tile, uint32_t (&words)[kRowTiles][2]) const {

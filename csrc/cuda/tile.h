@@ -13,8 +13,8 @@
 //
 // Decoders, for each width, row of tiles and group [8 (g), 2 (scale, offset or centre), 8 (row tile, row g or g + 8)]:
 // of a group a lane reads one run of bytes. Of affine-float16 the values are float16; of affine-int8 they are bytes,
-// and a row of tiles begins with its rows' steps, bfloat16 [8 (g), 8 (row tile, row g or g + 8), 2 (of scale, of
-// centre)].
+// centres + 128, and a row of tiles begins with its rows' steps, bfloat16 [8 (g), 8 (row tile, row g or g + 8), 2 (of
+// scale, of centre)].
 #pragma once
 
 #ifdef __CUDACC_RTC__

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_matquant.checkpoint import staging, writer
+from vllm_matquant.checkpoint import files, staging, writer
 from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, REPORT_FOLDER
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
@@ -22,9 +22,9 @@ import os, shutil, sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vllm_matquant.checkpoint import writer
+from vllm_matquant.checkpoint import files, writer
 from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
@@ -73,12 +73,12 @@ def write_killed(moment):
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and inside and written:
             change()
 
-    def save(values, path, metadata, real=save_file):
+    def save(values, path, metadata, real=files.save_file):
         real(values, path, metadata)
         change(lambda: os.truncate(path, path.stat().st_size // 2))
 
     os.fsync = lambda descriptor: change()
-    writer.save_file = save
+    files.save_file = save
     sys.addaudithook(audit)
     write_new()
 
@@ -188,7 +188,7 @@ def test_full_disk_while_overwriting_leaves_the_old(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for module, name in ((writer, "save_file"), (writer, "write_json"), (staging.shutil, "copyfile")):
+    for module, name in ((files, "save_file"), (writer, "write_json"), (staging.shutil, "copyfile")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(OSError, match="No space left"):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.samples import decoder_bytes, decoder_names, open_slice, same_decoder
-from vllm_matquant.checkpoint import reader
+from vllm_matquant.checkpoint import tensor_files
 from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.errors import MissingFileError, ShardError, WidthError
 from vllm_matquant.checkpoint.names import shard_width
@@ -189,8 +189,8 @@ def test_narrow_width_opens_no_file_of_a_wider_one(sample: Any, monkeypatch: pyt
     for path in sample.folder.glob("model-width[4-8]-*"):
         path.write_bytes(b"not a safetensors file")
     opened = []
-    real = reader.safe_open
-    monkeypatch.setattr(reader, "safe_open", lambda path, **options: opened.append(path) or real(path, **options))
+    real = tensor_files.safe_open
+    monkeypatch.setattr(tensor_files, "safe_open", lambda path, **options: opened.append(path) or real(path, **options))
     checkpoint = open_slice(sample.folder, 3)
     served = checkpoint.slice(3)
     assert dict(checkpoint.tensors(served))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from tests.checkpoint.samples import decoder_bytes, random_decoder
-from vllm_matquant.checkpoint import reader, validate
+from vllm_matquant.checkpoint import tensor_files, validate
 from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.errors import MissingFileError, RecipeError, WidthError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, recipe_decoders_file, recipe_file, shard_width
@@ -186,6 +187,8 @@ def test_decoders_of_its_own(sample: Any) -> None:
     absent = open_checkpoint(sample.folder).slice("mine")
     assert absent.missing_files == (served.decoders_file,)
     assert replace(absent, missing_files=()) == served
+    with pytest.raises(MissingFileError, match=r"--include 'recipes/mine\.safetensors'$"):
+        checkpoint.files_for(absent)
 
 
 def test_missing_files(sample: Any) -> None:
@@ -203,6 +206,7 @@ def test_missing_files(sample: Any) -> None:
         assert all(f"no {name}" in str(caught.value) for name in gone)
         assert "files of mine: found" in str(caught.value)
         assert "The folder serves 2 bits" in str(caught.value)
+        assert f"hf download NAME --local-dir {sample.folder} --include 'model-width[2-5]-*.saf" in str(caught.value)
     assert checkpoint.slice(budget=8).name == "uniform-2"
     assert checkpoint.slice(budget=8, partial=True).name == "mine"
     assert checkpoint.slice(memory=2**40, partial=True).name == "mine"
@@ -265,9 +269,8 @@ def _listen(event: str, arguments: Any) -> None:
         _opened.append(str(arguments[0]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def audit() -> None:
-    """Hear of every file that Python opens; safetensors' own are counted by its function."""
+@functools.cache  # a hook stays for ever
+def _hear_of_opened_files() -> None:
     sys.addaudithook(_listen)
 
 
@@ -284,10 +287,11 @@ def opens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, C
 
         return call
 
+    _hear_of_opened_files()
     _opened.clear()
     with monkeypatch.context() as patch:
         patch.setattr(validate, "read_header", counted("header", validate.read_header))
-        patch.setattr(reader, "safe_open", counted("safetensors", reader.safe_open))
+        patch.setattr(tensor_files, "safe_open", counted("safetensors", tensor_files.safe_open))
         _listening = True
         try:
             yield found
@@ -332,6 +336,33 @@ def test_a_second_slice_opens_only_what_the_first_did_not(sample: Any, monkeypat
         checkpoint.check(checkpoint.slice(4))
     more = {file: 1 for file in checkpoint.slice(4).files if shard_width(file) == 4}
     assert counts["header"] == counts["safetensors"] == more
+
+
+def test_slices_side_by_side(sample: Any) -> None:
+    widths, others = (mixed(open_checkpoint(sample.folder), seed) for seed in (6, 7))
+    checkpoint = add(sample.folder, Recipe("mine", widths), Recipe("own", others, own_decoders=True))
+    slices = [checkpoint.slice("mine"), checkpoint.slice(5), checkpoint.slice(2)]
+    found = list(checkpoint.tensors(*slices))
+    assert len({name for name, _ in found}) == len(found)
+    expected = {name: tensor for each in slices for name, tensor in checkpoint.tensors(each)}
+    assert {name for name, _ in found} == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found)
+    layer, width = next(iter(others.items()))
+    plain = checkpoint.slice(widths={other: others[other] % 7 + 2 for other in others} | {layer: width})
+    message = rf"{layer}\.weight_\w+{width}: found it in model-\S+ and in recipes/own\.safetensors"
+    with pytest.raises(RecipeError, match=message):
+        list(checkpoint.tensors(plain, checkpoint.slice("own")))
+
+
+def test_closed_files_are_opened_again(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opens(sample.folder, monkeypatch) as counts:
+        checkpoint = open_checkpoint(sample.folder, check_files=False)
+        for _ in range(3):
+            checkpoint.check(checkpoint.slice(3), checkpoint.slice(2))
+            assert dict(checkpoint.tensors(checkpoint.slice(2)))
+            checkpoint.close()
+    assert set(counts["header"].values()) == {1}
+    assert {shard_width(file): count for file, count in counts["safetensors"].items()} == {2: 3, 3: 1}
 
 
 def test_an_opening_that_checks_everything_reads_each_file_once(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.checkpoint.samples import decoder_bytes, decoder_names
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, WidthError
-from vllm_matquant.checkpoint.spec import SLICINGS, WIDTHS, Format, Slicing
+from vllm_matquant.checkpoint.slicing import SLICE_RULES, Slicing
+from vllm_matquant.checkpoint.spec import WIDTHS, Format
 
 
 @pytest.mark.parametrize(("in_features", "size"), [(384, 128), (192, 64), (96, 32)])
@@ -45,7 +46,7 @@ def test_group_sizes_of_single_layers(kind: DecoderKind) -> None:
 LAYER_WIDTHS = [((2, 4, 8), (4, 8)), ((2, 8), (3, 5)), (WIDTHS, (2, 3)), (WIDTHS, (8,)), ((3, 6), (2,)), ((2,), (7,))]
 
 
-@pytest.mark.parametrize("slicing", SLICINGS)
+@pytest.mark.parametrize("slicing", SLICE_RULES)
 @pytest.mark.parametrize(("widths", "own"), LAYER_WIDTHS)
 def test_shards_hold_what_a_width_reads_of_a_layer_with_others(
     widths: tuple[int, ...], own: tuple[int, ...], slicing: Slicing, kind: DecoderKind

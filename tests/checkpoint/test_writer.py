@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ from vllm_matquant.checkpoint.names import (
 )
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.recipe import Recipe
+from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 from vllm_matquant.checkpoint.writer import CheckpointWriter
@@ -275,7 +278,7 @@ def test_caller_may_reuse_its_memory(tmp_path: Path, kind: DecoderKind) -> None:
 def test_folder_with_a_file_of_a_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(OutputError, match=f"{tmp_path}: output folder: found {name}, expected no files"):
+    with pytest.raises(OutputError, match=f"{tmp_path}: output folder: found {name}, .* Use --overwrite to replace it"):
         CheckpointWriter(tmp_path, FORMAT)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_text() == "mine"
@@ -303,7 +306,7 @@ def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str, ove
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_folder_with_other_weights_is_always_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(OutputError, match=f"found {name}, expected no weights but"):
+    with pytest.raises(OutputError, match=f"found {name}, expected no weights but .* Move it away"):
         CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
     assert contents(tmp_path) == {name: b"mine"}
 
@@ -373,3 +376,21 @@ def test_read_only_folder(shared_sample: Any) -> None:
         finally:
             os.seteuid(user)
         assert contents(folder) == {}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_files_have_the_permissions_that_the_umask_gives(
+    write: Callable[..., Any], tmp_path: Path, kind: DecoderKind, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "out", dataclasses.replace(FORMAT, decoder_kind=kind))
+        checkpoint = open_checkpoint(tmp_path / "out")
+        widths = dict.fromkeys(checkpoint.layers, 4)
+        decoders = {layer: checkpoint.decoder(layer, 4) for layer in checkpoint.layers}
+        add_recipes(checkpoint, [Recipe("mine", widths, own_decoders=True)], {"mine": decoders})
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"mine.json", "mine.safetensors", CONFIG_FILE, MANIFEST_FILE} <= {path.name for path in files}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}

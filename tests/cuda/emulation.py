@@ -64,7 +64,8 @@ class Emulated:
         self.options: dict[str, Any] = {}
 
     def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
-        written = range(3, 4) if plan.dequantizes else range(5, 7)
+        # The output of a segment has columns of those before it, which must stay.
+        written = [3] if plan.dequantizes else [5, 6] if plan.first_output == 0 else [6]
         arrays = [value if value is None or isinstance(value, bytes) else as_array(value) for value in arguments]
         passed = [self.out(value) if index in written else value for index, value in enumerate(arrays)]
         self.emulator.launch(plan.kernel, plan.grid, plan.threads, passed, shared=plan.shared_bytes, **self.options)

@@ -39,8 +39,9 @@ class Emulator(Protocol):
             grid: blocks in up to three dimensions.
             block: threads of a block.
             arguments: an array for a pointer, which is copied in and out and is an allocation of its own; what
-                :attr:`EmulatorModule.Out` makes of one for a pointer to memory that must be written before it is read;
-                None for the null pointer; bytes for a structure that is passed by value.
+                :attr:`EmulatorModule.Out` makes of one for a pointer to memory that must be written before it is read,
+                and that holds anything where it is not written; None for the null pointer; bytes for a structure that
+                is passed by value.
             shared: bytes of dynamic shared memory of a block.
             schedule: a seed for the order in which warps take turns; by default any order.
             async_early: whether what ``cp.async`` copies is there at once; by default when it is waited for, no sooner.

@@ -202,7 +202,7 @@ MUTATIONS = {
 INT8_MUTATIONS = {
     "no middle": ("multiply.cuh", "fmaf(-kMiddle<width>, sums[3], sums[1])", "sums[1]"),
     "wrong middle": ("decoders.cuh", "((1 << width) - 1) / 2.0f", "(1 << width) / 2.0f"),
-    "centre without its sign": ("decoders.cuh", "static_cast<int8_t>(word >> 8)", "static_cast<uint8_t>(word >> 8)"),
+    "centre without its sign": ("decoders.cuh", "first + 1) - kCentreBias", "first + 1)"),
     "steps exchanged": ("decoders.cuh", "centre = {__uint_as_float(words[0] &", "centre = {__uint_as_float(words[1] &"),
     "steps of another row": ("decoders.cuh", "g * kRowTiles + row_tile", "g * kRowTiles + row_tile % 2"),
     "groups where the steps are": (

@@ -163,8 +163,8 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     source = SourceModel(real_model)
     calibration = draw_windows(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
     activations = Activations(source, calibration.tokens)
-    activations.advance(source.load_block(0), {})
-    block = source.load_block(1)
+    activations.advance(source.runner.load_block(0), {})
+    block = source.runner.load_block(1)
     layers = {name: block.get_submodule(name) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}
     hessians = HessianCollector(layers)
     with hessians.collecting():

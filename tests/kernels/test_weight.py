@@ -270,7 +270,7 @@ def test_a_weight_that_cannot_be(changed, message):
         ({}, {"output_sizes": [20, 0]}, r"output_sizes: found \[20, 0\], expected positive sizes"),
         ({}, {"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 5, 2, 64\]"),
         ({"group_size": 30}, {}, "group_size: found 30, expected a multiple of 4 or at least the 64 columns"),
-        ({"layout": "cuda"}, {}, 'layout: found "cuda", expected "cpu-pairs" or "cpu-planes"'),
+        ({"layout": "gpu"}, {}, 'layout: found "gpu", expected "cpu-pairs" or "cpu-planes"'),
     ],
 )
 def test_a_segment_that_contradicts_the_weight(weight, changed, message):

@@ -67,7 +67,10 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
         assert row["kl"] == pytest.approx(divergence / (5 * 23), rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(math.exp(loss / (5 * 23)), rel=1e-4)
         assert row["reference_perplexity"] == pytest.approx(math.exp(reference_loss / (5 * 23)), rel=1e-4)
-        assert row["bits_per_weight"] == pytest.approx(row["bits"] + 2 * 16 / 32)
+        # Two multiples of 8 bits for each group of 32 columns, and two steps of 16 bits for each row.
+        shapes = checkpoint.layers.values()
+        bits = sum(rows * (columns * (row["bits"] + 2 * 8 / 32) + 2 * 16) for rows, columns in shapes)
+        assert row["bits_per_weight"] == pytest.approx(bits / sum(rows * columns for rows, columns in shapes))
     assert rows[0]["kl"] < rows[1]["kl"]
 
 
@@ -107,7 +110,7 @@ def test_any_weights_can_be_compared(llama: Path, checkpoint: Checkpoint) -> Non
     source = SourceModel(llama)
     candidates = [
         ("two bits", iter(own.items())),
-        ("unchanged", ((layer, source.tensor(f"{layer}.weight")) for layer in own)),
+        ("unchanged", ((layer, source.tensors.read(f"{layer}.weight")) for layer in own)),
         ("two bits in another order", reversed(own.items())),
     ]
     first, unchanged, again = compare(llama, TOKENS, checkpoint.layers, candidates)

@@ -24,8 +24,9 @@ import torch
 from tests.quantize.tiny_sources import random_model, write_source
 from vllm_matquant import cli
 from vllm_matquant.jobs import quantize as quantize_job
-from vllm_matquant.quantize import nested_tuned, pipeline, ranks
+from vllm_matquant.quantize import nested_tuned, ranks
 from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.tuning import TunedLayer
 
 PATIENCE = 20.0  # seconds after which a run counts as hung
@@ -78,7 +79,7 @@ def launch(count: int, arguments: list[str], words: Path, hook: Hook) -> list[in
 
 def die_in_second_block(rank: int) -> None:
     """Let the last of two ranks be killed once a block is finished."""
-    quantize_block, calls = pipeline._quantize_block, []
+    quantize_block, calls = Run._quantize, []
 
     def limited(*arguments: object) -> None:
         calls.append(arguments)
@@ -86,7 +87,7 @@ def die_in_second_block(rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         quantize_block(*arguments)  # type: ignore[arg-type]
 
-    pipeline._quantize_block = limited
+    Run._quantize = limited  # type: ignore[method-assign]
 
 
 def tell_what_was_trained(rank: int) -> None:
@@ -97,7 +98,10 @@ def tell_what_was_trained(rank: int) -> None:
         tuned = tune_block(*arguments)
         for name, layer in tuned.items():
             codes, decoders = layer.finish()
-            content = [codes.numpy().tobytes(), *(decoder.scale.numpy().tobytes() for decoder in decoders.values())]
+            content = [
+                codes.numpy().tobytes(),
+                *(decoder.affine.scale.numpy().tobytes() for decoder in decoders.values()),
+            ]
             print("trained", name, hashlib.sha256(b"".join(content)).hexdigest())
         return tuned
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.quantize.conftest import Layer
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.spec import Slicing
 from vllm_matquant.kernels import ops
 from vllm_matquant.quantize import columns
 from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor
-from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, rounded_levels
+from vllm_matquant.quantize.decoders import cell_centres, parent_grid, rounded_levels
 
 DAMPING = 0.01
 WIDTHS = [(2, 3, 4, 5, 6, 7, 8), (8,), (2,), (3, 8), (2, 4, 6)]
@@ -31,7 +32,7 @@ def code_slice(parent: int, width: int, slicing: Slicing) -> int:
     return parent >> drop if slicing == "truncate" else min((parent + (1 << drop >> 1)) >> drop, 2**width - 1)
 
 
-def random_decoders(weight: torch.Tensor, widths: Sequence[int], group_size: int, slicing: Slicing) -> list[Decoder]:
+def random_decoders(weight: torch.Tensor, widths: Sequence[int], group_size: int, slicing: Slicing) -> list[Affine]:
     grid = parent_grid(weight, group_size)
     levels = cell_centres if slicing == "truncate" else rounded_levels
     generator = torch.Generator().manual_seed(len(widths))
@@ -40,7 +41,7 @@ def random_decoders(weight: torch.Tensor, widths: Sequence[int], group_size: int
         return values * (0.9 + 0.2 * torch.rand(values.shape, generator=generator))
 
     decoders = [levels(grid, width) for width in widths]
-    return [Decoder(vary(decoder.scale), vary(decoder.offset)) for decoder in decoders]
+    return [Affine(vary(decoder.scale), vary(decoder.offset)) for decoder in decoders]
 
 
 def every(tensor: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
@@ -50,7 +51,7 @@ def every(tensor: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
 class Reference:
     """What each parent decodes to, and how far a choice is from the best one, in float64."""
 
-    def __init__(self, widths: Sequence[int], lambdas: Sequence[float], slicing: Slicing, decoders: Sequence[Decoder]):
+    def __init__(self, widths: Sequence[int], lambdas: Sequence[float], slicing: Slicing, decoders: Sequence[Affine]):
         self.table = np.array([[code_slice(parent, width, slicing) for parent in range(256)] for width in widths])
         self.lambdas = np.array(lambdas, dtype=np.float64)
         self.scales = np.stack([decoder.scale.double().numpy() for decoder in decoders])

@@ -10,26 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from vllm_matquant.quantize.evaluate import slice_weights
 
-from tests.quantize.test_plan import NO_COST, tensor_bytes
-from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from tests.quantize.peak_memory import PeakBytes
+from tests.quantize.test_plan import NO_TIME, tensor_bytes
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer
-from vllm_matquant.quantize import embeddings, probe
+from vllm_matquant.quantize import embeddings
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.embeddings import quantize_rows
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, plan_format, quantize
-from vllm_matquant.quantize.plan import _outer_memory, make_plan
-from vllm_matquant.quantize.probe import measure_cost
+from vllm_matquant.quantize.plan import _steps, make_plan
 from vllm_matquant.quantize.resume import WorkFolder
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import SourceModel, read_matrix
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SAMPLES, LENGTH = 16, 64
@@ -52,7 +53,8 @@ def run(
     **options: Any,
 ) -> Outcome:
     source, chosen = SourceModel(model), METHODS[method](tuple(widths))
-    format_ = plan_format(source, chosen, 32, ignore, quantize_embeddings=True)
+    kind = options.pop("decoder_kind", None)
+    format_ = plan_format(source, chosen, 32, ignore, quantize_embeddings=True, decoder_kind=kind)
     settings = CalibrationSettings(str(text), samples=SAMPLES, sequence_length=LENGTH)
     return quantize(source, output, chosen, format_, settings, **options)
 
@@ -80,16 +82,16 @@ def rounded(weight: torch.Tensor, width: int) -> torch.Tensor:
 def test_rounding_to_nearest(
     tied: bool, widths: tuple[int, ...], sources: dict[bool, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    run(sources[tied], tmp_path / "out", text_file, widths=widths)
+    run(sources[tied], tmp_path / "out", text_file, widths=widths, decoder_kind=AFFINE_FLOAT16)
     checkpoint, source = open_checkpoint(tmp_path / "out"), SourceModel(sources[tied])
     assert outer_names(checkpoint) == ({EMBEDDING} if tied else {EMBEDDING, HEAD})
-    assert set(source.linears) < set(checkpoint.layers)
+    assert set(block_layers(source)) < set(checkpoint.layers)
     assert not any(name.startswith((EMBEDDING, HEAD)) for name, _ in checkpoint.unquantized())
     for width in widths:
-        weights = dict(slice_weights(checkpoint, width))
+        weights = dict(checkpoint.weights(checkpoint.slice(width)))
         for name in outer_names(checkpoint):
-            expected = rounded(source.tensor(f"{name}.weight"), width)
-            # The decoders are float16; another code would be off by 0.002 and more.
+            expected = rounded(source.tensors.read(f"{name}.weight"), width)
+            # Another code would be off by 0.002 and more.
             torch.testing.assert_close(weights[name], expected, rtol=0, atol=6e-4)
     assert all(result.passed for result in verify(tmp_path / "out"))
 
@@ -117,13 +119,13 @@ def test_the_head_fits_its_inputs(
     checkpoint, inputs = open_checkpoint(tmp_path / "out"), head_inputs(sources[tied], text_file)
     assert list(outcome.errors) == list(checkpoint.layers)
     name = EMBEDDING if tied else HEAD
-    weight = SourceModel(sources[tied]).tensor(f"{name}.weight")
+    weight = SourceModel(sources[tied]).tensors.read(f"{name}.weight")
 
     def error(decoded: torch.Tensor) -> float:
         return float((inputs @ (weight - decoded).T).square().sum() / (inputs @ weight.T).square().sum())
 
     for width in widths:
-        found = error(dict(slice_weights(checkpoint, width))[name])
+        found = error(dict(checkpoint.weights(checkpoint.slice(width)))[name])
         assert outcome.errors[name][width] == pytest.approx(found, rel=0.05)
         if method != "matgptq":  # whose one copy of the weights favours the mean of the widths
             assert found < 0.8 * error(rounded(weight, width))
@@ -133,9 +135,9 @@ def test_an_embedding_of_its_own_is_fitted_to_its_weights(
     sources: dict[bool, Path], text_file: Path, tmp_path: Path
 ) -> None:
     outcome = run(sources[False], tmp_path / "out", text_file, "nested")
-    weight = SourceModel(sources[False]).tensor(f"{EMBEDDING}.weight")
+    weight, checkpoint = read_matrix(SourceModel(sources[False]), EMBEDDING), open_checkpoint(tmp_path / "out")
     for width in (2, 3, 8):
-        decoded = dict(slice_weights(open_checkpoint(tmp_path / "out"), width))[EMBEDDING]
+        decoded = dict(checkpoint.weights(checkpoint.slice(width)))[EMBEDDING]
         found = float((weight - decoded).square().sum() / weight.square().sum())
         assert outcome.errors[EMBEDDING][width] == pytest.approx(found, rel=1e-3)
         if width < 8:
@@ -159,7 +161,7 @@ def test_ignore(
     assert outer_names(checkpoint) == expected
     kept = dict(checkpoint.unquantized())
     for name in {EMBEDDING, HEAD} - expected - ({HEAD} if tied else set()):
-        assert torch.equal(kept[f"{name}.weight"], source.tensor(f"{name}.weight"))
+        assert torch.equal(kept[f"{name}.weight"], source.tensors.read(f"{name}.weight"))
     assert not any(EMBEDDING in name or HEAD in name for name in checkpoint.format.ignored_layers if name in expected)
 
 
@@ -207,8 +209,8 @@ def test_resume(
     save = WorkFolder.save
     names: list[str] = []
 
-    def interrupted(self: WorkFolder, block: str, layers: Any) -> None:
-        save(self, block, layers)
+    def interrupted(self: WorkFolder, block: str, layers: Any, kind: DecoderKind) -> None:
+        save(self, block, layers, kind)
         names.append(block)
         if len(names) == saved:
             raise KeyboardInterrupt
@@ -244,16 +246,15 @@ def test_bytes_are_foreseen(
     )
     source, method = SourceModel(model), METHODS["rtn"]((2, 3, 8))
     format_ = plan_format(source, method, 32, [], quantize_embeddings=True)
-    plan = make_plan(source, tmp_path, method, format_, NO_COST, (4, 32), activations_on_disk=False)
+    plan = make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (4, 32))
     run(model, tmp_path / "out", text_file)
     assert plan.files == {width: tensor_bytes(tmp_path / "out", width) for width in (2, 3, 8)}
     assert plan.disk == plan.output + sum(finished)
     weights = VOCABULARY * 64 * (1 if tied else 2)
-    plain = make_plan(
-        source, tmp_path, method, plan_format(source, method, 32, []), NO_COST, (4, 32), activations_on_disk=False
-    )
+    blocks_alone = Selection(source, plan_format(source, method, 32, []))
+    plain = make_plan(blocks_alone, method, NO_TIME, tmp_path, (4, 32))
     stored = 4 * VOCABULARY * 64 * (2 if both or not tied else 1)
-    assert plain.files[8] - plan.files[8] == stored - weights - 3 * weights // 32 * 4
+    assert plain.files[8] - plan.files[8] == stored - weights - 3 * AFFINE_INT8.nbytes(weights // 64, 2)
 
 
 def test_parts_of_the_rows_make_the_whole(sources: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +262,8 @@ def test_parts_of_the_rows_make_the_whole(sources: dict[bool, Path], monkeypatch
     for rows in (7, VOCABULARY):
         monkeypatch.setattr(embeddings, "part_rows", lambda *_, rows=rows: rows)
         counted: list[int] = []
-        seen.append(quantize_rows(source, HEAD, METHODS["nested"]((2, 8)), 32, None, counted.append))  # type: ignore[arg-type]
+        method = METHODS["nested"]((2, 8))
+        seen.append(quantize_rows(source, HEAD, method, 32, AFFINE_INT8, None, counted.append))  # type: ignore[arg-type]
         assert sum(counted) == VOCABULARY
         assert max(counted) == rows
     assert seen[0].errors == pytest.approx(seen[1].errors, rel=1e-3)
@@ -270,17 +272,15 @@ def test_parts_of_the_rows_make_the_whole(sources: dict[bool, Path], monkeypatch
 
 
 def test_memory_of_a_large_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_BUDGET", 0.0)
     folder = write_source(tmp_path, vocab_size=40_000, hidden_size=256, intermediate_size=512)
     source, method = SourceModel(folder), METHODS["nested"]((2, 3, 8))
     format_ = plan_format(source, method, 64, [], quantize_embeddings=True)
-    cost = measure_cost(method, 64, 64)
-    weight = source.tensor(f"{HEAD}.weight")
+    weight = source.tensors.read(f"{HEAD}.weight")
     # A part that safetensors reads is a view of the mapped file, whose size would count.
-    monkeypatch.setattr(SourceModel, "tensor_rows", lambda self, name, rows: weight[rows].clone())
-    with torch.no_grad(), probe._PeakBytes() as memory:
-        quantize_rows(source, HEAD, method, 64, torch.eye(256))  # type: ignore[arg-type]
-    foreseen = sum(_outer_memory(source, format_, cost, HEAD, 40_000, 256).values())
+    monkeypatch.setattr(source.tensors, "read_rows", lambda name, rows: weight[rows].clone())
+    with torch.no_grad(), PeakBytes() as memory:
+        quantize_rows(source, HEAD, method, 64, AFFINE_INT8, torch.eye(256))  # type: ignore[arg-type]
+    foreseen = sum(_steps(Selection(source, format_), method, {}, 0, 0)[HEAD].values())
     assert memory.peak < 4 * 40_000 * 256  # less than the weights in float32
     assert 0.7 * memory.peak < foreseen < 2 * memory.peak
 
@@ -292,4 +292,4 @@ def test_a_head_with_a_bias(text_file: Path, tmp_path: Path, monkeypatch: pytest
     run(model, tmp_path / "out", text_file, "nested")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert HEAD in checkpoint.layers
-    assert torch.equal(dict(checkpoint.unquantized())[f"{HEAD}.bias"], SourceModel(model).tensor(f"{HEAD}.bias"))
+    assert torch.equal(dict(checkpoint.unquantized())[f"{HEAD}.bias"], SourceModel(model).tensors.read(f"{HEAD}.bias"))

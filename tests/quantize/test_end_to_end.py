@@ -13,18 +13,20 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from tests.quantize.exact_decoders import assert_same_decoders
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Decoder
 from vllm_matquant.checkpoint.reader import open_checkpoint
-from vllm_matquant.quantize import device, end_to_end, pipeline
+from vllm_matquant.quantize import device, end_to_end, run
 from vllm_matquant.quantize.baselines import RoundToNearest
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.methods import with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.recipe_decoders import train_recipe
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import SourceModel, read_matrix
 from vllm_matquant.quantize.training import TrainedDecoder
 
 WIDTHS = (2, 3, 5, 8)
@@ -51,7 +53,7 @@ class Model:
         shapes = self.source.skeleton.quantized_layers(self.format)
         self.layers = {
             name: method.with_widths(self.format.widths_of(name)).quantize(
-                self.source.tensor(f"{name}.weight").float(), torch.empty(0), GROUP
+                read_matrix(self.source, name).float(), torch.empty(0), GROUP, AFFINE_INT8
             )
             for name in shapes
         }
@@ -74,7 +76,9 @@ class Model:
     def training(
         self, widths: int | dict[str, int], settings: EndToEndSettings, folder: Path | None = None
     ) -> EndToEnd:
-        return EndToEnd(self.source, self.format, widths, self.load, self.tokens, self.states, settings, folder)
+        return EndToEnd(
+            Selection(self.source, self.format), widths, self.load, self.tokens, self.states, settings, folder
+        )
 
     def divergence(self, weights: dict[str, torch.Tensor], windows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Mean KL divergence with these weights in the place of the source's."""
@@ -116,7 +120,7 @@ def expected_slopes(model: Model, widths: int | dict[str, int]) -> dict[str, tor
         middle = (2**width - 1) / 2
         if width not in layer.decoders or ".layers." not in name:
             continue
-        decoder, sliced = layer.decoders[width], (layer.codes >> (8 - width)).float()
+        decoder, sliced = layer.decoders[width].affine, (layer.codes >> (8 - width)).float()
         change = torch.zeros(2, *decoder.scale.shape, requires_grad=True)
         scale = decoder.scale * (1 + change[0])
         centre = decoder.offset + middle * decoder.scale + change[1] * decoder.scale
@@ -209,16 +213,14 @@ def test_decoders_of_a_recipe_of_a_checkpoint(llama: Path, text_file: Path, tmp_
         weights = {layer: decoders[layer].decode(checkpoint.codes(layer, width)) for layer, width in widths.items()}
         return float(model.divergence(weights))
 
-    plain = {layer: Decoder(*map(torch.Tensor.float, checkpoint.decoder(layer, r))) for layer, r in widths.items()}
+    plain = {layer: checkpoint.decoder(layer, width) for layer, width in widths.items()}
     settings = EndToEndSettings(epochs=10, sequences=2, rate=0.01)
     trained = train_recipe(model.source, checkpoint, widths, model.tokens, settings)
     assert list(trained) == list(widths)
     assert lost(trained) < 0.8 * lost(plain)
     again = train_recipe(model.source, checkpoint, widths, model.tokens, settings, tmp_path)
     for layer, decoder in trained.items():
-        assert torch.equal(decoder.scale, decoder.scale.half().float())
-        assert torch.equal(decoder.scale, again[layer].scale)
-        assert torch.equal(decoder.offset, again[layer].offset)
+        assert_same_decoders(decoder, again[layer])
 
 
 @torch.no_grad()
@@ -232,8 +234,7 @@ def test_the_model_gets_better(width: int, on_disk: bool, llama: Path, tmp_path:
     decoders = {name: decoder for block in trained.values() for name, decoder in block.items()}
     assert float(model.divergence(model.decoded(width, decoders))) < 0.8 * before
     for decoder in decoders.values():
-        assert torch.equal(decoder.scale, decoder.scale.half().float())
-        assert torch.equal(decoder.offset, decoder.offset.half().float())
+        assert decoder.kind is AFFINE_INT8
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,8 +251,9 @@ def test_only_decoders_of_trained_widths_change(llama: Path, text_file: Path, tm
     for layer in none.layers:
         assert torch.equal(none.codes(layer, 8), some.codes(layer, 8))
         for width in WIDTHS:
-            before, after = none.decoder(layer, width), some.decoder(layer, width)
-            assert torch.equal(before[0], after[0]) == torch.equal(before[1], after[1]) == (width > 3), (layer, width)
+            before, after = none.decoder(layer, width).affine, some.decoder(layer, width).affine
+            same = torch.equal(before.scale, after.scale), torch.equal(before.offset, after.offset)
+            assert same == (width > 3, width > 3), (layer, width)
 
 
 def test_what_was_trained_is_not_trained_again(
@@ -269,10 +271,10 @@ def test_what_was_trained_is_not_trained_again(
             raise KeyboardInterrupt
         return train(self)
 
-    monkeypatch.setattr(pipeline.EndToEnd, "train", lambda self: recorded(self, 3))
+    monkeypatch.setattr(run.EndToEnd, "train", lambda self: recorded(self, 3))
     with pytest.raises(KeyboardInterrupt):
         quantized(llama, tmp_path / "out", text_file, settings)
-    monkeypatch.setattr(pipeline.EndToEnd, "train", recorded)
+    monkeypatch.setattr(run.EndToEnd, "train", recorded)
     quantized(llama, tmp_path / "out", text_file, settings, resume=True)
     assert widths == [2, 3, 3, 5]
     for path in (tmp_path / "whole").iterdir():

@@ -89,7 +89,7 @@ load = WorkFolder.load
 WorkFolder.load = lambda self, block, widths_of: begun.add(self.is_trained(2)) or load(self, block, widths_of)
 quantize(source, folder / "nested", method, plan_format(source, method, 128, []), settings, activations_on_disk=True)
 assert begun == {False, True}  # loaded to be trained, and when that was done
-Activations(source, long_text, folder=folder)
+Activations(source.runner, long_text, folder=folder)
 print(size, limit)
 '''
 CONTROL = """
@@ -98,7 +98,7 @@ def load():
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-for attempt in (load, lambda: Activations(SourceModel(folder), long_text)):
+for attempt in (load, lambda: Activations(SourceModel(folder).runner, long_text)):
     try:
         attempt()
     except (RuntimeError, MemoryError, OSError) as error:

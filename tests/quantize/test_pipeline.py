@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
+from tests.quantize.test_plan import NO_TIME
+from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
@@ -23,12 +25,12 @@ from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
-from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.plan import make_plan
-from vllm_matquant.quantize.probe import Cost
 from vllm_matquant.quantize.resume import WORK_FOLDER
+from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel
 
 TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -74,7 +76,7 @@ def test_architectures(model_type: str, text_file: Path, tmp_path: Path) -> None
     errors = run(model, tmp_path / "output", text_file)
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.servable_widths == WIDTHS
-    assert list(checkpoint.layers) == list(errors) == list(SourceModel(model).linears)
+    assert list(checkpoint.layers) == list(errors) == block_layers(SourceModel(model))
     assert all(result.passed for result in verify(tmp_path / "output"))
     expected = logits(model)
     distances = [distance(logits(model, checkpoint, width), expected) for width in (8, 5, 2)]
@@ -86,11 +88,13 @@ def test_what_is_not_quantized_stays(llama: Path, text_file: Path, tmp_path: Pat
     run(llama, tmp_path / "output", text_file)
     source, checkpoint = SourceModel(llama), open_checkpoint(tmp_path / "output")
     kept = dict(checkpoint.unquantized())
-    assert sorted(kept) == [name for name in source.tensor_names if name.removesuffix(".weight") not in source.linears]
+    assert sorted(kept) == [
+        name for name in source.tensors.names if name.removesuffix(".weight") not in block_layers(source)
+    ]
     assert "model.layers.0.self_attn.q_proj.bias" in kept
     for name, tensor in kept.items():
-        assert tensor.dtype == source.tensor(name).dtype
-        assert torch.equal(tensor, source.tensor(name))
+        assert tensor.dtype == source.tensors.read(name).dtype
+        assert torch.equal(tensor, source.tensors.read(name))
     for name in ("tokenizer.json", "generation_config.json"):
         assert (tmp_path / "output" / name).read_bytes() == (llama / name).read_bytes()
     written = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
@@ -147,9 +151,34 @@ def test_group_sizes(
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.format.group_size == group_size
     for layer, expected in zip(("self_attn.q_proj", "mlp.down_proj"), groups, strict=True):
-        scale, offset = checkpoint.decoder(f"model.layers.1.{layer}", 4)
-        assert scale.shape == offset.shape == (64, expected)
+        values = checkpoint.decoder(f"model.layers.1.{layer}", 4).affine
+        assert values.scale.shape == values.offset.shape == (64, expected)
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("method", ["nested", "nested-tuned", "matgptq", "gptq", "rtn"])
+def test_decoder_kinds(method: str, kind: DecoderKind, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, output = SourceModel(llama), tmp_path / "output"
+    chosen = METHODS[method]((3,) if method == "gptq" else (2, 8))
+    if isinstance(chosen, Nested):
+        chosen = with_settings(chosen, ["end_to_end.up_to=0"])
+    format_ = plan_format(source, chosen, 32, [], decoder_kind=kind)
+    errors = quantize(source, output, chosen, format_, CalibrationSettings(str(text_file), 4, 32)).errors
+    checkpoint = open_checkpoint(output)
+    assert checkpoint.format.decoder_kind is kind
+    assert all(result.passed for result in verify(output))
+    widest = chosen.widths[-1]
+    limit = 0.5 if method in ("gptq", "matgptq") else LIMITS[8]
+    assert distance(logits(llama, checkpoint, widest), logits(llama)) < limit
+    assert all(layer_errors[widest] < 0.2 for layer_errors in errors.values())
+
+
+def test_decoders_of_whole_rows_are_float16(llama: Path) -> None:
+    source, method = SourceModel(llama), Nested(WIDTHS)
+    assert plan_format(source, method, "channel", []).decoder_kind is AFFINE_FLOAT16
+    assert plan_format(source, method, "auto", []).decoder_kind is AFFINE_INT8
+    assert plan_format(source, method, "channel", [], decoder_kind=AFFINE_INT8).decoder_kind is AFFINE_INT8
 
 
 def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
@@ -174,17 +203,15 @@ def test_group_sizes_of_single_layers(llama: Path, text_file: Path, tmp_path: Pa
         "model.layers.1.mlp.down_proj": "channel",
     }
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
-    plan = make_plan(
-        source, tmp_path, method, format_, Cost([0.0] * 5, [0.0] * 3, [0.0] * 3), (0, 0), activations_on_disk=False
-    )
+    plan = make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (0, 0))
     quantize(source, tmp_path / "output", method, format_, settings)
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.format == format_
     for layer, groups in (("0.mlp.down", 4), ("1.mlp.down", 1), ("1.self_attn.k", 8), ("1.self_attn.q", 1)):
-        assert checkpoint.decoder(f"model.layers.{layer}_proj", 2)[0].shape[1] == groups
+        assert checkpoint.decoder(f"model.layers.{layer}_proj", 2).affine.scale.shape[1] == groups
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
-    assert checkpoint.resident_bytes(2) == sum(
-        checkpoint.codes(name, 2).numel() // 4 + 4 * checkpoint.decoder(name, 2)[0].numel()
+    assert checkpoint.slice(2).resident_bytes == sum(
+        checkpoint.codes(name, 2).numel() // 4 + sum(p.nbytes for p in checkpoint.decoder(name, 2).parts.values())
         for name in checkpoint.layers
     )
     assert plan.output == sum(
@@ -213,8 +240,7 @@ def test_widths_of_single_layers(llama: Path, text_file: Path, tmp_path: Path) -
     own = {"model.layers.0.mlp.down_proj": (8,), "model.layers.1.mlp.down_proj": (4, 8)}
     assert format_.layer_widths == own
     settings = CalibrationSettings(str(text_file), samples=8, sequence_length=32)
-    cost = Cost([0.0] * 5, [0.0] * 3, [0.0] * 3)
-    plan = make_plan(source, tmp_path, method, format_, cost, (0, 0), activations_on_disk=False)
+    plan = make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (0, 0))
     errors = quantize(source, output, method, format_, settings).errors
     assert {name: tuple(found) for name, found in errors.items() if tuple(found) != method.widths} == own
 
@@ -258,9 +284,9 @@ def test_ignore(llama: Path, text_file: Path, tmp_path: Path) -> None:
     ignored = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
     ignored += [f"model.layers.{index}.self_attn.k_proj" for index in (0, 1)]
     assert set(checkpoint.format.ignored_layers) == {"lm_head", *ignored}
-    assert set(checkpoint.layers) == set(SourceModel(llama).linears) - set(ignored)
+    assert set(checkpoint.layers) == set(block_layers(SourceModel(llama))) - set(ignored)
     kept = dict(checkpoint.unquantized())
-    assert torch.equal(kept[f"{ignored[0]}.weight"], SourceModel(llama).tensor(f"{ignored[0]}.weight"))
+    assert torch.equal(kept[f"{ignored[0]}.weight"], SourceModel(llama).tensors.read(f"{ignored[0]}.weight"))
 
 
 @pytest.mark.parametrize(

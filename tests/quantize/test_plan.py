@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.tiny_sources import byte_tokenizer, write_source
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.names import shard_pattern
@@ -19,14 +20,17 @@ from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import probe
+from vllm_matquant.quantize.activations import Activations
+from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.pipeline import CalibrationSettings, dry_run, plan_format, quantize
 from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
-from vllm_matquant.quantize.probe import Cost, measure_cost
+from vllm_matquant.quantize.probe import Speed, measure_speed
 from vllm_matquant.quantize.resume import WorkFolder
+from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel
 
-NO_COST = Cost([0.0] * 5, [0.0] * 3, [0.0] * 3)
+NO_TIME = Speed([0.0] * 5, 0.0, 0.0)
 
 
 def tensor_bytes(folder: Path, width: int) -> int:
@@ -67,7 +71,7 @@ def test_bytes_of_the_files(
             spec.nbytes for file in self.path.rglob("*.safetensors") for spec in read_header(file).values()
         ),
     )
-    plan = make_plan(source, tmp_path, chosen, format_, NO_COST, (4, 32), activations_on_disk=False)
+    plan = make_plan(Selection(source, format_), chosen, NO_TIME, tmp_path, (4, 32))
     quantize(source, tmp_path / "out", chosen, format_, settings)
     assert plan.files == {width: tensor_bytes(tmp_path / "out", width) for width in widths}
     assert plan.output == max(plan.files.values())
@@ -79,27 +83,27 @@ def test_activations_in_memory_or_on_disk(llama: Path, tmp_path: Path) -> None:
     format_ = plan_format(source, method, "auto", [])
     tokens = 10**6
     in_memory, on_disk = (
-        make_plan(source, tmp_path, method, format_, NO_COST, (1, tokens), activations_on_disk=where)
+        make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (1, tokens), on_disk=where)
         for where in (False, True)
     )
-    size = tokens * 64 * 4 * 2
+    # Two hidden states of each token; and of each group scale, centre, the scale at the start, and two moments of both.
+    groups = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)  # one a row: "auto" takes the whole of 64 or 128 columns
+    size = tokens * 64 * 4 * 2 + 7 * 4 * groups
     assert in_memory.memory["activations"] == size
     assert "activations" not in on_disk.memory
-    # Of each group scale, centre, the scale at the start, and two moments of the first two.
-    groups = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)  # one a row: "auto" takes the whole of 64 or 128 columns
-    assert on_disk.disk == in_memory.disk + size + 7 * 4 * groups
+    assert on_disk.disk == in_memory.disk + size
 
 
 def test_held_out_text(llama: Path, tmp_path: Path) -> None:
     source, method = SourceModel(llama), METHODS["rtn"]((2, 3, 8))
     format_ = plan_format(source, method, "auto", [])
     plans = [
-        make_plan(source, tmp_path, method, format_, NO_COST, (0, 0), (4, 10**6), activations_on_disk=where)
+        make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (0, 0), (4, 10**6), on_disk=where)
         for where in (False, True)
     ]
     size = 4 * 10**6 * 64 * 4 * (2 + 3)
-    assert plans[0].memory["activations of the held-out text"] == size
-    assert plans[0].memory["log-probabilities"] == 20 * 320 * 10**6
+    assert plans[0].memory["activations"] == size
+    assert plans[0].memory["output heads"] == 20 * 320 * 10**6 + 2 * 4 * 320 * 64
     assert plans[1].disk == plans[0].disk + size
 
 
@@ -206,8 +210,17 @@ def test_fit_to_few_values_is_never_negative(count: int) -> None:
     assert max(found) > 0
 
 
+@pytest.mark.parametrize("method", ["nested", "nested-tuned", "gptq", "rtn"])
+def test_time_grows_with_the_work(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_TRIALS", ((16, 64, 1), (64, 64, 1), (16, 256, 1)))
+    speed = measure_speed(METHODS[method]((4,) if method == "gptq" else (2, 8)), 32, 32)
+    small = speed.seconds(64, 256, 32)
+    assert 0 < small < speed.seconds(256, 1024, 32)
+    assert 0 < speed.product < speed.decoding
+
+
 def test_peak_bytes() -> None:
-    with probe._PeakBytes() as memory:
+    with PeakBytes() as memory:
         first = torch.zeros(1000)
         second = first + 1
         view = second.view(10, 100).add_(1)  # no memory of their own
@@ -221,12 +234,26 @@ def test_peak_bytes() -> None:
     assert len(first) + len(fourth) == 2500
 
 
-@pytest.mark.parametrize("method", ["nested", "gptq"])
-def test_memory_of_other_shapes_is_foreseen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_BUDGET", 0.0)  # of the times one trial is enough here
-    chosen = METHODS[method]((4,) if method == "gptq" else (2, 3, 8))
-    cost = measure_cost(chosen, 64, 64)
-    with torch.no_grad():
-        for rows, columns, layers in ((192, 576, 1), (96, 384, 3)):
-            expected = probe._Trial(rows, columns, 64, 4, 64, layers).peak_bytes(chosen)
-            assert 0.75 * expected < cost.peak_bytes([(rows, columns)] * layers) < 1.35 * expected
+class Chain(torch.nn.ModuleList):
+    """A block of linear layers, each of which is called with inputs of its own."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            hidden = hidden + layer(hidden).mean(dim=-1, keepdim=True)
+        return hidden
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "columns", "layers"), [(64, 512, 1), (256, 384, 3), (1024, 256, 1)])
+@pytest.mark.parametrize("name", METHODS)
+def test_memory_of_a_block_is_foreseen(name: str, rows: int, columns: int, layers: int) -> None:
+    method = METHODS[name]((4,) if name == "gptq" else (2, 3, 8))
+    block = Chain(torch.nn.Linear(columns, rows, bias=False) for _ in range(layers))
+    activations = None
+    if method.needs_calibration:
+        noise = probe._Noise(columns)
+        activations = Activations(noise, torch.zeros(4, 64, dtype=torch.int64), method.followed_widths)
+    task = BlockTask("block", block, {f"block.{index}": 64 for index in range(layers)}, activations)
+    with PeakBytes() as memory:
+        dict(method.quantize_block(task))
+    assert 0.8 * memory.peak < method.work_bytes([(rows, columns)] * layers) < 2 * memory.peak

@@ -27,7 +27,7 @@ def test_head(model_type: str, tmp_path: Path) -> None:
     last = model.get_decoder().layers[-1]
     last.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     logits = model(TOKENS).logits
-    torch.testing.assert_close(SourceModel(folder).load_head()(outputs[0]), logits)
+    torch.testing.assert_close(SourceModel(folder).runner.load_head()(outputs[0]), logits)
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def test_inputs_of_the_head(model_type: str, tmp_path: Path) -> None:
     last.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(TOKENS)
-    torch.testing.assert_close(SourceModel(folder).load_final()(seen[0]), seen[1])
+    torch.testing.assert_close(SourceModel(folder).runner.load_final()(seen[0]), seen[1])
 
 
 @pytest.mark.parametrize("bits_for", [[], [("down_proj|layers.0.*k_proj", (4, 8)), ("embed|o_proj", (3,))]])

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm_matquant.quantize.evaluate import slice_weights
 
 from tests.quantize.rank_runs import BLOCKS
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.quantize.nested import Nested
@@ -84,8 +84,10 @@ def test_close_to_one_process(runs: Runs, name: str, alone: str) -> None:
     assert runs.codes[name] == [0] * len(runs.codes[name]), runs.words(name)
     assert all(result.passed for result in verify(runs.folder / name))
     for width in WIDTHS:
-        together = dict(slice_weights(open_checkpoint(runs.folder / name), width))
-        expected = dict(slice_weights(open_checkpoint(runs.folder / alone), width))
+        together, expected = (
+            dict(checkpoint.weights(checkpoint.slice(width)))
+            for checkpoint in (open_checkpoint(runs.folder / which) for which in (name, alone))
+        )
         assert list(together) == list(expected)
         for layer, weight in expected.items():
             distance = (together[layer].float() - weight.float()).norm() / weight.float().norm()
@@ -156,9 +158,9 @@ def test_only_the_first_rank_speaks(runs: Runs) -> None:
 
 def test_rank_without_rows() -> None:
     """Of a layer with fewer rows than there are ranks."""
-    layer = Nested(WIDTHS).quantize(torch.empty(0, 64), torch.eye(64), 32)
+    layer = Nested(WIDTHS).quantize(torch.empty(0, 64), torch.eye(64), 32, AFFINE_INT8)
     assert layer.codes.shape == (0, 64)
-    assert layer.decoders[2].scale.shape == (0, 2)
+    assert layer.decoders[2].parts["centre"].shape == (0, 2)
 
 
 def test_fewer_rows_than_ranks(runs: Runs) -> None:

@@ -17,11 +17,12 @@ import torch
 from tests.quantize.tiny_sources import write_source
 from vllm_matquant.checkpoint.errors import OutputError, ShardError
 from vllm_matquant.checkpoint.names import CONFIG_FILE
-from vllm_matquant.quantize import pipeline
+from vllm_matquant.quantize import origin
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.resume import WORK_FOLDER, ResumeError
+from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.source import SourceModel
 
 BLOCKS = 4
@@ -69,7 +70,7 @@ def cut_off(deep: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Function that runs until some blocks are finished and is then interrupted."""
 
     def start(output: Path, blocks: int = 2, error: type[BaseException] = KeyboardInterrupt, **options: Any) -> None:
-        quantize_block = pipeline._quantize_block
+        quantize_block = Run._quantize
         calls: list[Any] = []
 
         def limited(*arguments: Any) -> None:
@@ -79,7 +80,7 @@ def cut_off(deep: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
             quantize_block(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_quantize_block", limited)
+            patch.setattr(Run, "_quantize", limited)
             with pytest.raises(error):
                 run(deep, output, text_file, **options)
 
@@ -221,13 +222,13 @@ def test_finished_blocks_are_not_made_again(
 ) -> None:
     cut_off(tmp_path / "out", 3)
     made: list[str] = []
-    quantize_block = pipeline._quantize_block
+    quantize_block = Run._quantize
 
-    def recorded(task: Any, *arguments: Any) -> None:
+    def recorded(self: Run, task: Any, *arguments: Any) -> None:
         made.append(task.name)
-        quantize_block(task, *arguments)
+        quantize_block(self, task, *arguments)
 
-    monkeypatch.setattr(pipeline, "_quantize_block", recorded)
+    monkeypatch.setattr(Run, "_quantize", recorded)
     run(deep, tmp_path / "out", text_file, resume=True)
     assert made == ["model.layers.3"]
 
@@ -256,7 +257,7 @@ def test_unfinished_work_is_not_thrown_away(
 ) -> None:
     cut_off(tmp_path / "out")
     before = content(tmp_path / "out")
-    message = r"work folder: found unfinished work, 2 of 4 blocks, expected none, or leave to resume, or to overwrite"
+    message = r"found unfinished work, 2 of 4 blocks, expected none.*--resume to go on, or --overwrite to start again"
     with pytest.raises(ResumeError, match=message):
         run(deep, tmp_path / "out", text_file)
     assert content(tmp_path / "out") == before
@@ -371,23 +372,23 @@ class TestRefusals:
         refused(message, **options)
 
     def test_version(self, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-        versions = pipeline.versions()
-        monkeypatch.setattr(pipeline, "versions", lambda: versions | {"vllm_matquant": "99.0"})
+        versions = origin.versions()
+        monkeypatch.setattr(origin, "versions", lambda: versions | {"vllm_matquant": "99.0"})
         refused(r"versions\.vllm_matquant: found 99\.0, expected ")
 
     def test_threads(self, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-        machine = pipeline.describe_machine()
-        monkeypatch.setattr(pipeline, "describe_machine", lambda: machine | {"threads": 99})
+        machine = origin.describe_machine()
+        monkeypatch.setattr(origin, "describe_machine", lambda: machine | {"threads": 99})
         refused(r"machine\.threads: found 99, expected ")
 
 
 def test_activations_on_disk_are_the_same(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceModel(deep)
     tokens = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    in_memory, on_disk = Activations(source, tokens, (2,)), Activations(source, tokens, (2,), tmp_path)
+    in_memory, on_disk = Activations(source.runner, tokens, (2,)), Activations(source.runner, tokens, (2,), tmp_path)
     assert list(tmp_path.iterdir()) == []  # their files have no names
     for index in range(2):
-        block = source.load_block(index)
+        block = source.runner.load_block(index)
         for activations in (in_memory, on_disk):
             with torch.no_grad():
                 activations.advance(block, lambda width: {"mlp.down_proj.weight": torch.zeros(64, 128)})
@@ -402,5 +403,5 @@ def test_a_full_disk_is_an_error(deep: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        Activations(SourceModel(deep), torch.zeros(1, 8, dtype=torch.int64), folder=tmp_path)
+        Activations(SourceModel(deep).runner, torch.zeros(1, 8, dtype=torch.int64), folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -21,9 +21,10 @@ WIDTHS = (2, 3, 8)
 
 
 def first_task(source: SourceModel, widths: tuple[int, ...] = WIDTHS) -> BlockTask:
-    prefix = source.block_name(0)
-    sizes = {name: 32 for name in source.linears if name.startswith(f"{prefix}.")}
-    return BlockTask(prefix, source.load_block(0), sizes, Activations(source, TOKENS, widths, exact=True))
+    prefix = source.runner.block_names[0]
+    sizes = {name: 32 for name, matrix in source.matrices.items() if matrix.block == 0}
+    activations = Activations(source.runner, TOKENS, widths, exact=True)
+    return BlockTask(prefix, source.runner.load_block(0), sizes, activations)
 
 
 def inputs_of(task: BlockTask, layer: str, hidden: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -23,7 +23,9 @@ from vllm_matquant.checkpoint.errors import (
     TensorValueError,
     UnsafePathError,
 )
-from vllm_matquant.quantize.source import SourceModel, locate, run_block
+from vllm_matquant.quantize.runner import run_block
+from vllm_matquant.quantize.source import Matrix, SourceModel, head_weight, locate, read_matrix
+from vllm_matquant.quantize.tensors import SafetensorsFolder
 
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -50,12 +52,12 @@ def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
 def assert_blocks_match(folder: Path, model: torch.nn.Module, batch_tokens: int) -> None:
     expected = model.model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
     source = SourceModel(folder)
-    hidden = torch.empty(*TOKENS.shape, source.hidden_size)
-    arguments = source.embed(TOKENS, hidden)
-    assert len(arguments) == source.block_count == len(expected) - 1
-    for index in range(source.block_count):
+    hidden = torch.empty(*TOKENS.shape, source.runner.hidden_size)
+    arguments = source.runner.embed(TOKENS, hidden)
+    assert len(arguments) == len(source.runner.block_names) == len(expected) - 1
+    for index in range(len(source.runner.block_names)):
         torch.testing.assert_close(hidden, expected[index], rtol=0, atol=1e-5)
-        run_block(source.load_block(index), hidden, hidden, arguments[index], batch_tokens)
+        run_block(source.runner.load_block(index), hidden, hidden, arguments[index], batch_tokens)
     # transformers gives the last block's output after the final norm only.
     torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=0, atol=1e-5)
 
@@ -73,8 +75,8 @@ def test_batches(llama: Path, batch_tokens: int) -> None:
 def test_shards(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "source", shard_size="100KB")
     source = SourceModel(folder)
-    assert len(list(folder.glob("*.safetensors"))) == len(source.files) - 1 > 2
-    assert source.files[0].name == "config.json"
+    assert sorted(folder.glob("*.safetensors")) == source.tensors.files
+    assert len(source.tensors.files) > 1
     assert_blocks_match(folder, random_model("llama"), 40)
 
 
@@ -82,8 +84,8 @@ def test_16_bits(tmp_path: Path) -> None:
     random_model("qwen3").bfloat16().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     source = SourceModel(tmp_path)
-    assert source.tensor("model.norm.weight").dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in source.load_block(0).parameters()} == {torch.float32}
+    assert source.tensors.read("model.norm.weight").dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in source.runner.load_block(0).parameters()} == {torch.float32}
     assert_blocks_match(tmp_path, model, 40)
 
 
@@ -91,48 +93,69 @@ def test_names(llama: Path) -> None:
     source = SourceModel(llama)
     model = random_model("llama")
     expected = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert list(source.linears) == [name for name in expected if name != "lm_head"]
-    assert source.other_linears == ["lm_head"]
-    assert source.linears["model.layers.0.mlp.down_proj"] == (64, 128)
+    assert list(source.matrices) == ["model.embed_tokens", *expected]
+    down = Matrix("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", None, (64, 128), 0)
+    assert source.matrices[down.name] == down
+    for name, matrix in source.matrices.items():
+        assert matrix.block == (int(name.split(".")[2]) if ".layers." in name else None)
+    assert (source.embedding, source.output_head) == ("model.embed_tokens", "lm_head")
     embedding = model.get_input_embeddings()
     assert source.skeleton.embeddings == {"model.embed_tokens": (embedding.num_embeddings, 64)}
-    assert source.tensor_names == sorted(model.state_dict())
+    assert source.tensors.names == sorted(model.state_dict())
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(source.tensor(name), tensor, rtol=0, atol=0)
+        torch.testing.assert_close(source.tensors.read(name), tensor, rtol=0, atol=0)
 
 
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     source = SourceModel(write_source(tmp_path / "source", "qwen3"))
-    assert source.other_linears == ["lm_head"]
+    assert source.output_head == "lm_head"
+    assert source.matrices["lm_head"].parameter == "model.embed_tokens.weight"
     assert source.skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert "lm_head.weight" not in source.tensor_names
+    assert "lm_head.weight" not in source.tensors.names
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_of_the_output_head(tied: bool, tmp_path: Path) -> None:
     folder = write_source(tmp_path, tie_word_embeddings=tied)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_output_embeddings().weight
-    assert torch.equal(SourceModel(folder).head_weight(), expected)
+    assert torch.equal(head_weight(SourceModel(folder)), expected)
 
 
 def test_a_block_without_some_of_its_weights(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = SourceModel(llama), []
-    whole = source.load_block(1).state_dict()
-    tensor = source.tensor
-    monkeypatch.setattr(source, "tensor", lambda name: read.append(name) or tensor(name))
-    left_out = {name for name in source.block_linears(1) if "o_proj" not in name}
-    weights = {f"{name}.weight".removeprefix(f"{source.block_name(1)}.") for name in left_out}
-    found = source.block_parameters(1, without=left_out)
+    whole = source.runner.load_block(1).state_dict()
+    tensor = source.tensors.read
+    monkeypatch.setattr(source.tensors, "read", lambda name: read.append(name) or tensor(name))
+    in_block = [matrix.name for matrix in source.matrices.values() if matrix.block == 1]
+    left_out = {name for name in in_block if "o_proj" not in name}
+    weights = {f"{name}.weight".removeprefix(f"{source.runner.block_names[1]}.") for name in left_out}
+    found = source.runner.block_parameters(1, without=left_out)
     assert set(found) == set(whole) - weights  # biases and norms are there
     assert all(torch.equal(value, whole[name]) for name, value in found.items())
     assert len(read) == len(found)
-    assert all(parameter.is_meta for parameter in source.empty_block(1).parameters())
-    assert not source.empty_block(1).training
+    assert all(parameter.is_meta for parameter in source.runner.empty_block(1).parameters())
+    assert not source.runner.empty_block(1).training
 
 
 def test_tensors_that_are_no_parameters_are_left_out(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in SourceModel(spoiled).tensor_names
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in SourceModel(spoiled).tensors.names
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_a_matrix(tied: bool, tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path, tie_word_embeddings=tied))
+    whole = source.tensors.read("model.embed_tokens.weight" if tied else "lm_head.weight")
+    assert torch.equal(read_matrix(source, "lm_head"), whole)
+    assert torch.equal(read_matrix(source, "lm_head", slice(5, 9)), whole[5:9])
+
+
+def test_a_matrix_among_others_in_a_tensor(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, experts = SourceModel(llama), torch.arange(24.0).view(2, 4, 3)
+    monkeypatch.setattr(source.tensors, "read", {"experts": experts}.__getitem__)
+    source.matrices["second"] = Matrix("second", "experts", 1, (4, 3), 0)
+    assert torch.equal(read_matrix(source, "second"), experts[1])
+    assert torch.equal(read_matrix(source, "second", slice(1, 3)), experts[1, 1:3])
 
 
 def real_parameters(module: torch.nn.Module) -> int:
@@ -141,25 +164,25 @@ def real_parameters(module: torch.nn.Module) -> int:
 
 def test_no_more_than_a_block_is_in_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = 0
-    tensor = SourceModel.tensor
+    tensor = SafetensorsFolder.read
 
-    def counting(self: SourceModel, name: str) -> torch.Tensor:
+    def counting(self: SafetensorsFolder, name: str) -> torch.Tensor:
         nonlocal read
         value = tensor(self, name)
         read += value.numel()
         return value
 
-    monkeypatch.setattr(SourceModel, "tensor", counting)
+    monkeypatch.setattr(SafetensorsFolder, "read", counting)
     source = SourceModel(llama)
     block_size = sum(parameter.numel() for parameter in random_model("llama").model.layers[0].parameters())
-    assert real_parameters(source._model) == read == 0
-    block = source.load_block(1)
+    assert real_parameters(source.runner._model) == read == 0
+    block = source.runner.load_block(1)
     assert real_parameters(block) == read == block_size
-    assert real_parameters(source._model) == 0
+    assert real_parameters(source.runner._model) == 0
     read = 0
-    source.embed(TOKENS, torch.empty(*TOKENS.shape, source.hidden_size))
+    source.runner.embed(TOKENS, torch.empty(*TOKENS.shape, source.runner.hidden_size))
     assert read == VOCABULARY * 64 + 64  # embedding and final norm
-    assert real_parameters(source._model) == 0
+    assert real_parameters(source.runner._model) == 0
 
 
 def test_quantized_source(spoiled: Path) -> None:
@@ -240,19 +263,19 @@ def test_wrong_dtype(spoiled: Path) -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(spoiled: Path, name: str, value: float) -> None:
-    SourceModel(spoiled).check_values()
+    SourceModel(spoiled).tensors.check_values(lambda size: None)
     tensor = load_file(spoiled / "model.safetensors")[name]
     tensor.view(-1)[-1] = value
     edit_tensors(spoiled, **{name: tensor})
     message = rf"model\.safetensors: {name}: found NaN or infinity, expected finite weights"
     with pytest.raises(TensorValueError, match=message):
-        SourceModel(spoiled).check_values()
+        SourceModel(spoiled).tensors.check_values(lambda size: None)
 
 
 def test_every_value_is_checked(tmp_path: Path) -> None:
     source = SourceModel(write_source(tmp_path / "source", shard_size="100KB"))
     sizes: list[int] = []
-    source.check_values(sizes.append)
+    source.tensors.check_values(sizes.append)
     assert sum(sizes) == sum(4 * parameter.numel() for parameter in random_model("llama").parameters())
 
 

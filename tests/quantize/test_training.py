@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 
-def random_decoder(seed: int, rows: int = 5, groups: int = 3) -> Decoder:
+def random_values(seed: int, rows: int = 5, groups: int = 3) -> Affine:
     generator = torch.Generator().manual_seed(seed)
-    return Decoder(torch.rand(rows, groups, generator=generator) + 0.1, torch.randn(rows, groups, generator=generator))
+    return Affine(torch.rand(rows, groups, generator=generator) + 0.1, torch.randn(rows, groups, generator=generator))
 
 
 @pytest.mark.parametrize("width", range(2, 9))
 @pytest.mark.parametrize("seed", range(3))
 def test_the_start_is_the_decoder(width: int, seed: int) -> None:
-    start = random_decoder(seed)
+    start = random_values(seed)
     codes = torch.randint(2**width, (5, 48), generator=torch.Generator().manual_seed(seed))
     trained = TrainedDecoder(start, width)
     torch.testing.assert_close(trained.decode(codes.float()), start.decode(codes.to(torch.uint8)))
-    torch.testing.assert_close(trained.decoder.scale, start.scale)
-    torch.testing.assert_close(trained.decoder.offset, start.offset)
+    torch.testing.assert_close(trained.values.scale, start.scale)
+    torch.testing.assert_close(trained.values.offset, start.offset)
 
 
 @pytest.mark.parametrize("width", range(2, 9))
@@ -31,7 +31,7 @@ def test_the_start_is_the_decoder(width: int, seed: int) -> None:
 def test_steps_are_those_of_torch(width: int, seed: int) -> None:
     """On relative changes of the scale and of the value at the middle of the codes, with torch's own gradients."""
     generator = torch.Generator().manual_seed(seed)
-    start = random_decoder(seed)
+    start = random_values(seed)
     codes = torch.randint(2**width, (5, 48), generator=generator).float()
     target = torch.randn(5, 48, generator=generator)
     middle = (2**width - 1) / 2
@@ -55,7 +55,7 @@ def test_steps_are_those_of_torch(width: int, seed: int) -> None:
         torch.testing.assert_close(slopes, changes.grad, rtol=1e-4, atol=1e-3)
         optimizer.step()
         trained.step(slopes, rate, step)
-    assert not torch.equal(trained.decoder.scale, start.scale)
+    assert not torch.equal(trained.values.scale, start.scale)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.quantize.exact_decoders import EXACT, assert_same_decoders, exact
 from tests.quantize.test_sequential import first_task
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8
 from vllm_matquant.quantize.baselines import RoundToNearest
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
@@ -27,7 +28,7 @@ def random_quantized(seed: int, widths: Sequence[int] = WIDTHS) -> tuple[torch.T
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(6, 64, generator=generator)
     method = Nested(tuple(widths))
-    return weight, method.quantize(weight, torch.eye(64), 16)
+    return weight, method.quantize(weight, torch.eye(64), 16, EXACT)
 
 
 def block_errors(task: BlockTask, layers: dict[str, QuantizedLayer], widths: Sequence[int]) -> dict[int, float]:
@@ -73,7 +74,7 @@ def test_codes_nest_after_any_steps(seed: int) -> None:
 
 
 def test_a_position_moves_against_the_gradient_into_the_next_cell() -> None:
-    decoder = Decoder(torch.ones(1, 1), torch.zeros(1, 1))
+    decoder = exact(torch.ones(1, 1), torch.zeros(1, 1), 2)
     layer = QuantizedLayer(torch.full((1, 4), 64, dtype=torch.uint8), {2: decoder})  # code 1 of 4
     tuned = TunedLayer(torch.tensor([[1.4, 1.4, 0.6, 0.6]]), layer, (2,), SETTINGS)
     gradient = torch.tensor([[-1.0, 1.0, 1.0, -1.0]])
@@ -83,7 +84,8 @@ def test_a_position_moves_against_the_gradient_into_the_next_cell() -> None:
 
 
 def test_wider_gradients_move_narrow_codes_as_far_as_they_are_coupled() -> None:
-    decoders = {2: Decoder(torch.ones(1, 1), torch.zeros(1, 1)), 3: Decoder(torch.full((1, 1), 0.5), torch.zeros(1, 1))}
+    zero = torch.zeros(1, 1)
+    decoders = {2: exact(zero + 1, zero, 2), 3: exact(zero + 0.5, zero, 3)}
     layer = QuantizedLayer(torch.full((1, 8), 96, dtype=torch.uint8), decoders)  # 1 at 2 bits, 3 at 3 bits
     for coupling, expected in ((0.4, 1), (0.6, 2)):
         tuned = TunedLayer(torch.full((1, 8), 1.4), layer, (2, 3), replace(SETTINGS, coupling=coupling))
@@ -95,7 +97,8 @@ def test_wider_gradients_move_narrow_codes_as_far_as_they_are_coupled() -> None:
 def test_decoders_descend() -> None:
     """Adam finds the scale and offset of a linear regression."""
     weight, layer = random_quantized(0, (3,))
-    wrong = {3: Decoder(layer.decoders[3].scale * 0.9, layer.decoders[3].offset + 0.05)}
+    values = layer.decoders[3].affine
+    wrong = {3: exact(values.scale * 0.9, values.offset + 0.05, 3)}
     tuned = TunedLayer(weight, replace(layer, decoders=wrong), (3,), SETTINGS)
     codes = layer.codes >> 5
     best = float((layer.decoders[3].decode(codes) - weight).square().sum())
@@ -146,7 +149,7 @@ def test_wide_widths_follow_what_was_trained(llama: Path) -> None:
     for layer in layers.values():
         assert tuple(layer.decoders) == tuple(layer.errors) == WIDTHS
         for decoder in layer.decoders.values():
-            assert torch.equal(decoder.scale, decoder.scale.half().float())
+            assert decoder.kind is AFFINE_INT8
 
 
 @torch.no_grad()
@@ -159,8 +162,7 @@ def test_same_seed_same_bytes(llama: Path) -> None:
     for name, layer in first.items():
         assert torch.equal(layer.codes, second[name].codes)
         for width in WIDTHS:
-            assert torch.equal(layer.decoders[width].scale, second[name].decoders[width].scale)
-            assert torch.equal(layer.decoders[width].offset, second[name].decoders[width].offset)
+            assert_same_decoders(layer.decoders[width], second[name].decoders[width])
     assert any(not torch.equal(layer.codes, other[name].codes) for name, layer in first.items())
 
 
@@ -169,12 +171,12 @@ def test_distillation_draws_towards_the_widest_slice(llama: Path) -> None:
     """With the widest slice alone spoilt, narrow slices follow it as far as they are told to."""
     task = first_task(SourceModel(llama), WIDTHS)
     start = dict(Nested(WIDTHS, sequential_up_to=0).quantize_block(task))
-    spoilt = {
-        name: replace(
-            layer, decoders=layer.decoders | {8: Decoder(layer.decoders[8].scale * 1.2, layer.decoders[8].offset * 1.2)}
-        )
-        for name, layer in start.items()
-    }
+
+    def spoil(layer: QuantizedLayer) -> QuantizedLayer:
+        values = layer.decoders[8].affine
+        return replace(layer, decoders=layer.decoders | {8: exact(values.scale * 1.2, values.offset * 1.2, 8)})
+
+    spoilt = {name: spoil(layer) for name, layer in start.items()}
     teacher = task.decoded(spoilt, 8, "truncate")
     state = {name: tensor.clone() for name, tensor in task.block.state_dict().items()}
     task.block.load_state_dict(state | teacher)

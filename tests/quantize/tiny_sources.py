@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.random_models import randomized
+from vllm_matquant.quantize.source import Source
 
 VOCABULARY = 320
 _SHAPE = {
@@ -80,3 +81,8 @@ def write_source(
     random_model(model_type, seed, **overrides).save_pretrained(folder, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def block_layers(source: Source) -> list[str]:
+    """Full names of the linear layers inside of transformer blocks, in the model's order."""
+    return [name for name, matrix in source.matrices.items() if matrix.block is not None]

@@ -55,11 +55,11 @@ def test_other_decoders_come_and_go(
 ) -> None:
     model = new_model()
     widths = random_widths(model, seed)
-    decoders = {layer: own_decoder(*checkpoint.decoder(layer, width)) for layer, width in widths.items()}
+    decoders = {layer: own_decoder(checkpoint.decoder(layer, width)) for layer, width in widths.items()}
     plain, own = (logs_of(reference_model(checkpoint.folder, widths, each), tokens) for each in (False, True))
     assert divergence(plain, own) > 1e-3
     model.set(widths)
-    with model.other_decoders(widths, decoders):
+    with model.other_decoders(decoders):
         model.set(widths)
         torch.testing.assert_close(model.logits(tokens).double().log_softmax(-1), own, rtol=0, atol=1e-4)
     model.set(widths)
@@ -81,7 +81,7 @@ def test_divergence(checkpoint: Checkpoint, new_model: NewModel, tokens: torch.T
 def test_divergence_from_the_source_and_on_a_part(
     checkpoint: Checkpoint, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_matquant.measure.sliced._BATCH_TOKENS", 48)
+    monkeypatch.setattr("vllm_matquant.measure.model._BATCH_TOKENS", 48)
     source = reference_model(checkpoint.folder, 8)
     with torch.no_grad():
         for parameter in source.parameters():

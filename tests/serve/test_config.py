@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.serve.tiny_models import served_at, write_checkpoint
-from vllm_matquant.checkpoint import reader, validate
+from vllm_matquant.checkpoint import tensor_files, validate
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
@@ -161,7 +161,7 @@ def test_a_start_opens_and_checks_each_file_once(folder: Path, monkeypatch: pyte
     checked: list[str] = []
     monkeypatch.setattr(files, "_opened", functools.lru_cache(files._opened.__wrapped__))
     monkeypatch.setattr(
-        reader, "check_shard", lambda path, *rest: checked.append(path.name) or validate.check_shard(path, *rest)
+        tensor_files, "check_shard", lambda path, *rest: checked.append(path.name) or validate.check_shard(path, *rest)
     )
     config = engine_config(opened(folder), matquant={"bits": 8.0})
     settle(config)

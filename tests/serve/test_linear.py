@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -349,3 +350,28 @@ def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any
     for segment in weight.segments:
         resident = segment.resident
         assert resident.planes.shape == cuda_layout.planes_shape(resident.width, resident.output_sizes, COLUMNS)
+
+
+def test_two_users_of_a_layer_share_its_planes_and_not_what_is_active() -> None:
+    source = Source(Format(group_size=32))
+    served = served_at(8, resident=(3,))
+    own = dataclasses.replace(served.active, decoders_file="recipes/own.safetensors")
+    layers = []
+    for user, checkpoint in [
+        (served, "a"),
+        (served, "a"),
+        (served, "b"),
+        (Served(own, (own, *served.resident[1:])), "a"),
+    ]:
+        layer = new_layer(source.format, user)
+        layer.quant_method.checkpoint = checkpoint
+        source.load(layer)
+        layer.quant_method.process_weights_after_loading(layer)
+        layers.append(layer)
+    [first, second, other, with_own] = [layer.quant_method.weight.segments[0].resident for layer in layers]
+    assert first is second
+    assert first is not other
+    assert first is not with_own
+    layers[0].quant_method.set_active(dict.fromkeys(PARTS, 3))
+    assert layers[0].quant_method.weight.active_widths == [3, 3, 3]
+    assert layers[1].quant_method.weight.active_widths == [8, 8, 8]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.quantize.tiny_sources import block_layers
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.cli import main
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer, spread_windows
@@ -117,7 +118,7 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
 def test_peer_is_judged_by_its_weights(compared: Path, source: Path, text_file: Path, bits: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokens = spread_windows(text_file, load_tokenizer(source), samples=4, sequence_length=24).tokens
-    for name in SourceModel(source).linears:
+    for name in block_layers(SourceModel(source)):
         weight = model.get_parameter(f"{name}.weight")
         weight.copy_((weight * 2**bits).round() / 2**bits)
     loss = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -120,6 +120,10 @@ class Affine:
         return dequantize(codes, self.scale, self.offset)
 
 
+OffsetsFor = Callable[[torch.Tensor], torch.Tensor]
+"""Gives the best offsets for scales, both float32 [out_features, groups]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """The decoder of a layer at one width, as it is stored: what a checkpoint holds and what is served.
@@ -177,13 +181,14 @@ class DecoderKind(ABC):
 
     name: ClassVar[str]  # in config.json
     format_version: ClassVar[int]  # the first version of the format that has this kind
+    coarse: ClassVar[bool] = False  # wide slices feel the rounding to what is stored: solvers must mind it
 
     @abstractmethod
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
         """The tensors of one width's decoders in a layer of ``out_features`` rows and ``groups`` groups of columns."""
 
     @abstractmethod
-    def encode(self, values: Affine, width: int) -> Decoder:
+    def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
         """The decoder of this kind that is nearest to ``values``.
 
         What it stores is no fixed point: to encode the values of a decoder may give another one. Keep the decoder.
@@ -192,6 +197,8 @@ class DecoderKind(ABC):
             values: floating point; what no decoder may have, values that are not finite and negative scales, gives a
                 decoder that :meth:`check` refuses.
             width: bits of the codes.
+            offsets_for: gives the offsets that suit the scales as they are stored, to take the place of those in
+                ``values``.
         """
 
     @abstractmethod
@@ -254,10 +261,10 @@ class AffineFloat16(DecoderKind):
         spec = TensorSpec(torch.float16, (out_features, groups))
         return {"scale": spec, "offset": spec}
 
-    def encode(self, values: Affine, width: int) -> Decoder:
-        return Decoder(
-            self, width, {"scale": values.scale.to(torch.float16), "offset": values.offset.to(torch.float16)}
-        )
+    def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
+        scale = values.scale.to(torch.float16)
+        offset = offsets_for(scale.float()) if offsets_for else values.offset
+        return Decoder(self, width, {"scale": scale, "offset": offset.to(torch.float16)})
 
     def affine(self, parts: Mapping[str, torch.Tensor], width: int) -> Affine:
         return Affine(parts["scale"].float(), parts["offset"].float())
@@ -276,6 +283,7 @@ class AffineInt8(DecoderKind):
 
     name = "affine-int8"
     format_version = 2
+    coarse = True
 
     SCALE_LEVELS: ClassVar[int] = 255  # a scale is 0 to 255 steps
     CENTRE_LEVELS: ClassVar[int] = 127  # a centre is -127 to 127 steps
@@ -288,10 +296,15 @@ class AffineInt8(DecoderKind):
             "step": TensorSpec(torch.bfloat16, (out_features, 2)),
         }
 
-    def encode(self, values: Affine, width: int) -> Decoder:
+    def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
         exact = Affine(values.scale.double(), values.offset.double())
         step = self.steps(exact, width)
-        scale, centre = self.scale_multiples(exact.scale, step), self.centre_multiples(exact.centre(width), step)
+        scale = self.scale_multiples(exact.scale, step)
+        if offsets_for:
+            stored = (scale * step[:, :1].double()).float()
+            exact = Affine(stored.double(), offsets_for(stored).double())
+            step = torch.cat([step[:, :1], self.steps(exact, width)[:, 1:]], dim=1)
+        centre = self.centre_multiples(exact.centre(width), step)
         return Decoder(self, width, {"scale": scale, "centre": centre, "step": step})
 
     def steps(self, values: Affine, width: int) -> torch.Tensor:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError
 
@@ -71,17 +75,22 @@ def publish_json(path: Path, content: Any) -> None:
 
 
 def publish_text(path: Path, text: str) -> None:
-    """Likewise, a text file in UTF-8."""
+    """Write a text file in UTF-8 in one step: it is there whole or as it was before."""
     publish_bytes(path, text.encode())
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Likewise, any file."""
+    """Write a file in one step: it is there whole or as it was before."""
     publish(path, lambda temporary: temporary.write_bytes(content))
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Likewise, what ``write`` puts into a file of the name that it is given."""
+    """Replace a file in one step: it is there whole or as it was before.
+
+    Args:
+        path: the file.
+        write: writes it, to the temporary name that it is given.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -94,6 +103,14 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
 
 def _to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions that the umask gives: safetensors' own are for the owner alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def sync_file(path: Path) -> None:

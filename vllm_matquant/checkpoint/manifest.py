@@ -1,8 +1,8 @@
 """MANIFEST.json: what the files of a checkpoint are and what they were made from.
 
 Its fields are ``files`` (SHA-256 and size of each file but the manifest), ``versions`` and what the quantizer adds:
-``source`` and ``calibration`` (files, described alike), ``command``. File names stand without their folders, so that
-a manifest tells nothing of the machine that it was written on.
+``source`` and ``calibration`` (SHA-256 and size of their files too), ``command``. File names stand without their
+folders, so that a manifest tells nothing of the machine that it was written on.
 """
 
 from __future__ import annotations
@@ -91,7 +91,13 @@ def check_file(folder: Path, name: str, entry: dict[str, Any], progress: Callabl
     """
     path = folder / name
     if not path.is_file():
-        raise MissingFileError(folder, name, "no such file", f"the file that {MANIFEST_FILE} lists")
+        raise MissingFileError(
+            folder,
+            name,
+            "no such file",
+            f"the file that {MANIFEST_FILE} lists",
+            "Get it from where the checkpoint comes from",
+        )
     size = path.stat().st_size
     if size != entry.get("bytes"):
         raise ChecksumError(path, "size", f"{size} bytes", f"{entry.get('bytes')} bytes by {MANIFEST_FILE}")

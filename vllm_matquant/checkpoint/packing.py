@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Slicing
+from vllm_matquant.checkpoint.slicing import SLICE_RULES, Slicing
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS
 
 PACKED_CODES = 2**24  # at a time: while they are taken apart into bits, they take several times their bytes
 
@@ -66,16 +67,8 @@ def unpack_codes(base: torch.Tensor, planes: Sequence[torch.Tensor], in_features
 
 
 def slice_codes(codes: torch.Tensor, stored_width: int, width: int, slicing: Slicing = "truncate") -> torch.Tensor:
-    """Cut ``stored_width``-bit codes to ``width`` bits.
+    """Cut codes of ``stored_width`` bits to ``width`` bits by the rule of this name.
 
-    "truncate" keeps the most significant bits. "round" is MatQuant's S(q, r) (arXiv 2502.06786, eq. 6) without its
-    factor 2^(8 - r): the parent divided by 2^(8 - r), rounded half up, clamped to 2^r - 1; one bit past ``width``
-    decides the rounding, so ``stored_width`` may be as small as ``width + 1``.
+    See :meth:`vllm_matquant.checkpoint.slicing.SliceRule.slice`.
     """
-    drop = stored_width - width
-    if drop == 0:
-        return codes
-    sliced = codes >> drop
-    if slicing == "round":
-        sliced = (sliced + ((codes >> (drop - 1)) & 1)).clamp_(max=2**width - 1)
-    return sliced
+    return SLICE_RULES[slicing].slice(codes, stored_width, width)

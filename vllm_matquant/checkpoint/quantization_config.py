@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, KINDS
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, is_recipe_file, recipe_file
-from vllm_matquant.checkpoint.spec import PARENT_BITS, QUANT_METHOD, SLICINGS, WIDTHS, Format, GroupSize, served_width
+from vllm_matquant.checkpoint.slicing import SLICE_RULES
+from vllm_matquant.checkpoint.spec import PARENT_BITS, QUANT_METHOD, WIDTHS, Format, GroupSize, served_width
 
 FORMAT_VERSIONS = tuple(sorted({kind.format_version for kind in KINDS.values()}))
 
@@ -118,8 +119,8 @@ def format_from_config(config: Any, where: Path | str = CONFIG_FILE) -> Format:
     recipes = config.get(_RECIPES_FIELD, [])
     if not is_name_list(recipes) or not all(map(is_recipe_file, recipes)) or len(set(recipes)) < len(recipes):
         raise fail(_RECIPES_FIELD, f"a list of files such as {recipe_file('2.5-bits')}, each once")
-    if config.get("slicing") not in SLICINGS:
-        raise fail("slicing", f"one of {list(SLICINGS)}")
+    if config.get("slicing") not in list(SLICE_RULES):  # a list, for the value may be of a type that has no hash
+        raise fail("slicing", f"one of {list(SLICE_RULES)}")
     kind = AFFINE_FLOAT16.name if version == 1 else config.get(_KIND_FIELD)
     if kind not in kinds:
         raise fail(_KIND_FIELD, f"one of {kinds}")

@@ -6,16 +6,14 @@ A folder without the last shards opens at the widths that are left.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from vllm_matquant.checkpoint.decoder import Decoder, TensorSpec, part_name
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.errors import ConfigError, IndexFileError, MissingFileError, RecipeError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import (
@@ -23,24 +21,18 @@ from vllm_matquant.checkpoint.names import (
     INDEX_FILE,
     WEIGHT_BASE,
     plane_name,
-    recipe_decoders_file,
+    shard_pattern,
     shard_width,
 )
-from vllm_matquant.checkpoint.packing import slice_codes, unpack_codes
+from vllm_matquant.checkpoint.packing import unpack_codes
 from vllm_matquant.checkpoint.quantization_config import format_from_config
-from vllm_matquant.checkpoint.recipe import Recipe, average_bits, complete_widths, read_recipe, resident_bytes
+from vllm_matquant.checkpoint.recipe import Recipe, read_recipe
 from vllm_matquant.checkpoint.skeleton import build_skeleton
-from vllm_matquant.checkpoint.slice import UNIFORM, Slice, choose_slice
+from vllm_matquant.checkpoint.slice import Slice, choose_slice
+from vllm_matquant.checkpoint.slice_maker import SliceMaker
 from vllm_matquant.checkpoint.spec import BASE_BITS, Format
-from vllm_matquant.checkpoint.validate import (
-    ExpectedTensor,
-    check_index,
-    check_layer_count,
-    check_shard,
-    check_tensors,
-    expected_tensors,
-    read_index,
-)
+from vllm_matquant.checkpoint.tensor_files import TensorFiles
+from vllm_matquant.checkpoint.validate import check_index, check_layer_count, expected_tensors, read_index
 
 
 @dataclass
@@ -54,7 +46,6 @@ class Checkpoint:
         layers: (out_features, in_features) of each quantized layer.
         weight_map: the index: shard file name of each tensor.
         recipes: those that config.json lists.
-        expected: what the configuration implies for each tensor.
     """
 
     folder: Path
@@ -63,20 +54,12 @@ class Checkpoint:
     layers: dict[str, tuple[int, int]]
     weight_map: dict[str, str]
     recipes: list[Recipe]
-    expected: Mapping[str, ExpectedTensor] = field(repr=False)
-    _headers: dict[str, dict[str, TensorSpec]] = field(default_factory=dict, repr=False)
-    _sound_decoders: set[tuple[str, str]] = field(default_factory=set, repr=False)  # (file, layer and width)
-    _open_files: dict[str, Any] = field(default_factory=dict, repr=False)
+    _files: TensorFiles = field(repr=False)
 
     @property
     def shards(self) -> dict[int, list[str]]:
         """File names of the shards that the index lists, by the width whose data they hold."""
-        shards: dict[int, list[str]] = defaultdict(list)
-        for name in sorted(set(self.weight_map.values())):
-            width = shard_width(name)
-            if width is not None:
-                shards[width].append(name)
-        return dict(shards)
+        return self._slice_maker.shards
 
     @property
     def missing_files(self) -> dict[int, list[str]]:
@@ -128,25 +111,20 @@ class Checkpoint:
         ]
         if len(given) > 1:
             raise ValueError(f"slice: found {' and '.join(given)}, expected one of them")
+        maker = self._slice_maker
         if budget is not None:
-            return choose_slice(self._choices(partial), lambda each: each.average_bits, budget, "bits", self.folder)
+            return choose_slice(maker.choices(partial), lambda each: each.average_bits, budget, "bits", self.folder)
         if memory is not None:
             fixed = self.unquantized_bytes()
             return choose_slice(
-                self._choices(partial), lambda each: fixed + each.resident_bytes, memory, "bytes", self.folder
+                maker.choices(partial), lambda each: fixed + each.resident_bytes, memory, "bytes", self.folder
             )
         if widths is not None:
-            complete = complete_widths(widths, None, self.format, self.layers, self.folder)
-            same = (recipe for recipe in self.recipes if recipe.widths == complete)
-            recipe = next(same, Recipe("widths", complete))
-            return self._slice(recipe, self._own_decoders(recipe))
+            return maker.of_widths(widths)
         if which is None:
             # With no width on the disk the narrowest is asked for, whose files are then found missing.
             which = max(self.servable_widths, default=self.format.widths[0])
-        if isinstance(which, int):
-            return self._uniform(which)
-        recipe = which if isinstance(which, Recipe) else self._recipe(which)
-        return self._slice(recipe, self._own_decoders(recipe))
+        return maker.uniform(which) if isinstance(which, int) else maker.of_recipe(which)
 
     def files_for(self, served: Slice) -> list[Path]:
         """The files that serving a slice reads.
@@ -161,7 +139,7 @@ class Checkpoint:
                 f"files of {served.name}",
                 "no " + ", no ".join(missing),
                 "every file that holds some of its tensors",
-                f"The folder serves {_listed(self.servable_widths)}",
+                f"The folder serves {_listed(self.servable_widths)}; {_how_to_get(missing, self.folder)}",
             )
         return [self.folder / name for name in served.files]
 
@@ -175,25 +153,17 @@ class Checkpoint:
         Raises:
             CheckpointError: one of its subclasses for each fault, naming file, tensor, found and expected.
         """
+        maker, kind = self._slice_maker, self.format.decoder_kind
         for served in slices:
-            self._check_slice(served, values)
-
-    def _check_slice(self, served: Slice, values: bool) -> None:
-        for path in self.files_for(served):
-            if shard_width(path.name) is not None:
-                self._check_shard(path.name)
-        own = served.decoders_file
-        names = {layer: self._decoder_names(layer, width) for layer, width in served.widths.items()}
-        if own is not None and own not in self._headers:
-            expected = {name: self.expected[name] for of_layer in names.values() for name in of_layer}
-            self._headers[own] = check_tensors(self.folder / own, expected)
-        for layer, width in served.widths.items() if values else ():
-            file = own or self.weight_map[names[layer][0]]
-            place = file, names[layer][0]
-            if place not in self._sound_decoders:
-                decoder = self.decoder(layer, width, own)
-                decoder.kind.check(decoder, layer, self.folder / file)
-                self._sound_decoders.add(place)
+            for path in self.files_for(served):
+                if shard_width(path.name) is not None:
+                    self._files.check_shard(path.name)
+            own = served.decoders_file
+            if own is not None:
+                names = (name for layer, width in served.widths.items() for name in maker.decoder_names(layer, width))
+                self._files.check_decoders_file(own, names)
+            for layer, width in served.widths.items() if values else ():
+                self._files.check_decoder(kind, layer, width, own)
 
     def tensors(self, *slices: Slice) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what serving slices side by side needs, each once, file by file.
@@ -207,7 +177,7 @@ class Checkpoint:
         """
         places: dict[str, str] = {}
         for served in slices:
-            own = self._places(served.widths, served.decoders_file)
+            own = self._slice_maker.places(served.widths, served.decoders_file)
             for name in sorted(own.keys() & places.keys()):
                 if own[name] != places[name]:
                     raise RecipeError(
@@ -218,7 +188,7 @@ class Checkpoint:
             self.files_for(served)
         for file in dict.fromkeys(file for served in slices for file in served.files):
             for name in sorted(name for name, place in places.items() if place == file):
-                yield name, self._read(name, file)
+                yield name, self._files.read(name, file)
 
     def coded_layers(self, served: Slice) -> Iterator[tuple[str, torch.Tensor, Decoder]]:
         """(layer, codes, decoder) of every quantized layer of a slice; codes are uint8 [out_features, in_features]."""
@@ -232,8 +202,8 @@ class Checkpoint:
 
     def unquantized(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every tensor that is not part of a quantized layer's codes or decoders."""
-        for name in self._unquantized_names():
-            yield name, self._read(name)
+        for name in self._slice_maker.unquantized:
+            yield name, self._files.read(name)
 
     def unquantized_bytes(self) -> int:
         """Bytes of the tensors that are not quantized, as they are stored.
@@ -241,20 +211,20 @@ class Checkpoint:
         Raises:
             CheckpointError: a shard that holds some of them is not sound.
         """
-        names = set(self._unquantized_names())
-        headers = [self._check_shard(file) for file in {self.weight_map[name] for name in names}]
+        names = set(self._slice_maker.unquantized)
+        headers = [self._files.check_shard(file) for file in {self.weight_map[name] for name in names}]
         return sum(spec.nbytes for header in headers for name, spec in header.items() if name in names)
 
     def codes(self, layer: str, width: int) -> torch.Tensor:
         """The codes of a layer where the model is at ``width``: uint8 [out_features, in_features]."""
         own = self.format.width_of(layer, width)
         stored_width = self.format.stored_width(own)
-        return slice_codes(self.stored_codes(layer, stored_width), stored_width, own, self.format.slicing)
+        return self.format.slice_rule.slice(self.stored_codes(layer, stored_width), stored_width, own)
 
     def stored_codes(self, layer: str, bits: int) -> torch.Tensor:
         """The ``bits`` most significant bits of a layer's parent codes: uint8 [out_features, in_features]."""
-        base = self._read(f"{layer}.{WEIGHT_BASE}")
-        planes = [self._read(f"{layer}.{plane_name(plane)}") for plane in range(BASE_BITS + 1, bits + 1)]
+        base = self._files.read(f"{layer}.{WEIGHT_BASE}")
+        planes = [self._files.read(f"{layer}.{plane_name(plane)}") for plane in range(BASE_BITS + 1, bits + 1)]
         return unpack_codes(base, planes, self.layers[layer][1])
 
     def decoder(self, layer: str, width: int, file: str | None = None) -> Decoder:
@@ -265,111 +235,31 @@ class Checkpoint:
             width: of the model.
             file: where to read it; by default the shards. See :attr:`Slice.decoders_file`.
         """
-        own = self.format.width_of(layer, width)
-        return self.format.decoder_kind.from_tensors(lambda name: self._read(f"{layer}.{name}", file), own)
+        return self._files.decoder(self.format.decoder_kind, layer, self.format.width_of(layer, width), file)
 
     def close(self) -> None:
         """Let go of the files that were opened to read tensors; they are opened again when they are needed."""
-        self._open_files.clear()
+        self._files.close()
 
-    def _uniform(self, width: int) -> Slice:
-        """The slice of a width that the checkpoint offers."""
-        self.format.check_width(width, self.folder)
-        widths = {layer: self.format.width_of(layer, width) for layer in self.layers}
-        same = (recipe.kl for recipe in self.recipes if recipe.widths == widths and not recipe.own_decoders)
-        return replace(self._slice(Recipe(UNIFORM.format(width), widths, next(same, None)), None), width=width)
-
-    def _recipe(self, which: str | Path) -> Recipe:
-        """The recipe of a name, or in a file."""
-        if isinstance(which, str):
-            named = {recipe.name: recipe for recipe in self.recipes}
-            if which not in named:
-                raise RecipeError(self.folder, "recipe", repr(which), f"one of {sorted(named)}")
-            return named[which]
-        recipe = read_recipe(which, self.format, self.layers)
-        if recipe.own_decoders and self._own_decoders(recipe) is None:
-            raise RecipeError(
-                which, "own_decoders", "true", "a recipe of the checkpoint with decoders for these widths"
-            )
-        return recipe
-
-    def _own_decoders(self, recipe: Recipe) -> str | None:
-        """The file of decoders that belong to a recipe's widths, if a recipe of the checkpoint has such."""
-        same = (other.name for other in self.recipes if other.own_decoders and other.widths == recipe.widths)
-        return next(map(recipe_decoders_file, same), None)
-
-    def _slice(self, recipe: Recipe, own_decoders: str | None) -> Slice:
-        needed = set(self._places(recipe.widths, own_decoders).values())
-        files = [name for _, names in sorted(self.shards.items()) for name in names if name in needed]
-        files += sorted(needed - set(files))  # decoders of a recipe
-        return Slice(
-            recipe.name,
-            recipe.widths,
-            average_bits(recipe.widths, self.layers),
-            resident_bytes(recipe.widths, self.format, self.layers),
-            tuple(files),
-            tuple(name for name in files if not (self.folder / name).is_file()),
-            own_decoders,
-            recipe.kl,
-        )
-
-    def _choices(self, partial: bool) -> list[Slice]:
-        """The slices to choose among: the recipes, and the offered widths that no recipe stands for already."""
-        recipes = [self.slice(recipe) for recipe in self.recipes]
-        taken = [each.widths for each in recipes]
-        uniform = [each for each in map(self._uniform, self.format.widths) if each.widths not in taken]
-        return [each for each in (*recipes, *uniform) if partial or not each.missing_files]
-
-    def _places(self, widths: Mapping[str, int], own_decoders: str | None) -> dict[str, str]:
-        """The file of each tensor that serving ``widths`` needs."""
-        names = set(self._unquantized_names())
-        decoders: set[str] = set()
-        for layer, width in widths.items():
-            planes = range(BASE_BITS + 1, self.format.stored_width(width) + 1)
-            names |= {f"{layer}.{name}" for name in (WEIGHT_BASE, *map(plane_name, planes))}
-            decoders.update(self._decoder_names(layer, width))
-        places = {name: self.weight_map[name] for name in names}
-        return places | {name: own_decoders or self.weight_map[name] for name in decoders}
-
-    def _decoder_names(self, layer: str, width: int) -> list[str]:
-        return [f"{layer}.{part_name(part, width)}" for part in self.format.decoder_kind.parts(1, 1)]
-
-    def _unquantized_names(self) -> list[str]:
-        quantized = {
-            f"{layer}.{name}"
-            for layer, shape in self.layers.items()
-            for tensors in self.format.tensors_of_layer(*shape, layer).values()
-            for name in tensors
-        }
-        return sorted(self.weight_map.keys() - quantized)
-
-    def _check_shard(self, file: str) -> dict[str, TensorSpec]:
-        """The header of a shard, checked once."""
-        if file not in self._headers:
-            self._headers[file] = check_shard(self.folder / file, self.weight_map, self.expected)
-        return self._headers[file]
+    @property
+    def _slice_maker(self) -> SliceMaker:
+        return SliceMaker(self.folder, self.format, self.layers, self.weight_map, self.recipes)
 
     def _check_everything(self, total_size: int, values: bool) -> None:
         """Check every file that is in the folder."""
-        self.files_for(self._uniform(self.format.widths[0]))
+        self.files_for(self.slice(self.format.widths[0]))
         present = [file for file in sorted(set(self.weight_map.values())) if (self.folder / file).is_file()]
-        found = {name: spec for file in present for name, spec in self._check_shard(file).items()}
+        found = {name: spec for file in present for name, spec in self._files.check_shard(file).items()}
         found_size = sum(spec.nbytes for spec in found.values())
         if len(found) == len(self.weight_map) and found_size != total_size:
             raise IndexFileError(
                 self.folder / INDEX_FILE, "metadata.total_size", total_size, f"{found_size}, the tensors' bytes"
             )
         for width in self.servable_widths:
-            self.check(self._uniform(width), values=values)
+            self.check(self.slice(width), values=values)
         for recipe in self.recipes:
             if recipe.own_decoders and not (each := self.slice(recipe)).missing_files:
                 self.check(each, values=values)
-
-    def _read(self, name: str, file: str | None = None) -> torch.Tensor:
-        file = file or self.weight_map[name]
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(self.folder / file, framework="pt")
-        return self._open_files[file].get_tensor(name)
 
 
 def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_values: bool = True) -> Checkpoint:
@@ -401,7 +291,8 @@ def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_value
 
     layers = skeleton.quantized_layers(format, config_path)
     recipes = [read_recipe(folder / file, format, layers) for file in format.recipes]
-    checkpoint = Checkpoint(folder, config, format, layers, weight_map, recipes, expected)
+    files = TensorFiles(folder, weight_map, expected)
+    checkpoint = Checkpoint(folder, config, format, layers, weight_map, recipes, files)
     if check_files:
         checkpoint._check_everything(total_size, check_values)
     return checkpoint
@@ -409,3 +300,14 @@ def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_value
 
 def _listed(widths: tuple[int, ...]) -> str:
     return f"{', '.join(map(str, widths))} bits" if widths else "no width"
+
+
+def _how_to_get(missing: list[str], folder: Path) -> str:
+    """What brings missing shards and recipes' decoders into a folder."""
+    widths = [width for width in map(shard_width, missing) if width is not None]
+    patterns = [shard_pattern(max(widths))] if widths else []
+    patterns += [name for name in missing if shard_width(name) is None]
+    include = " ".join(f"'{pattern}'" for pattern in patterns)
+    return (
+        f"get these files from where it comes from, such as: hf download NAME --local-dir {folder} --include {include}"
+    )

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_matquant.checkpoint.decoder import Decoder
-from vllm_matquant.checkpoint.files import publish, publish_json, read_json
+from vllm_matquant.checkpoint.files import publish, publish_json, read_json, save_tensors
 from vllm_matquant.checkpoint.manifest import describe_file
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
@@ -83,5 +82,5 @@ def _publish(checkpoint: Checkpoint, recipe: Recipe, decoders: Mapping[str, Deco
         decoder.kind.check(decoder, layer, own)
         tensors |= decoder.named(layer)
     publish_json(path, replace(recipe, own_decoders=False, kl=None).to_dict(checkpoint.format, checkpoint.layers))
-    publish(own, lambda temporary: save_file(tensors, temporary))
+    publish(own, lambda temporary: save_tensors(tensors, temporary))
     publish_json(path, content)

@@ -41,9 +41,11 @@ import torch
 from vllm_matquant.checkpoint.decoder import AFFINE_INT8, DecoderKind, TensorSpec, part_name
 from vllm_matquant.checkpoint.errors import ConfigError, WidthError
 from vllm_matquant.checkpoint.names import WEIGHT_BASE, plane_name
+from vllm_matquant.checkpoint.slicing import PARENT_BITS as PARENT_BITS
+from vllm_matquant.checkpoint.slicing import SLICE_RULES, SliceRule
+from vllm_matquant.checkpoint.slicing import Slicing as Slicing
 
 QUANT_METHOD = "matquant"
-PARENT_BITS = 8
 BASE_BITS = 2
 WIDTHS = tuple(range(BASE_BITS, PARENT_BITS + 1))
 GROUP_SIZES = (128, 64, 32)  # largest first: the order in which "auto" tries them
@@ -51,8 +53,6 @@ GROUP_SIZES = (128, 64, 32)  # largest first: the order in which "auto" tries th
 CODE_DTYPE = torch.uint8
 UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Slicing = Literal["truncate", "round"]
-SLICINGS: tuple[Slicing, ...] = ("truncate", "round")
 GroupSize = int | Literal["auto", "channel"]
 
 
@@ -70,7 +70,7 @@ class Format:
         group_size: columns that share a decoder; "channel" for one group per row; "auto" for the largest of 128, 64, 32
             that divides the layer's in_features.
         ignored_layers: full names of linear layers that are not quantized, as in the source checkpoint.
-        slicing: "truncate" (native) or "round" (MatQuant's semantic).
+        slicing: name of the slice rule: "truncate" (native) or "round" (MatQuant's semantic).
         quantized_embeddings: full name of the input embedding, if it is quantized. An output head that is tied to it is
             quantized exactly if the embedding is, and has no tensors of its own.
         layer_group_sizes: what takes the place of ``group_size`` in single layers, by their full names.
@@ -94,9 +94,14 @@ class Format:
     def max_width(self) -> int:
         return self.widths[-1]
 
+    @property
+    def slice_rule(self) -> SliceRule:
+        """How codes are cut to a width."""
+        return SLICE_RULES[self.slicing]
+
     def stored_width(self, width: int) -> int:
         """How many bits of each code must be read to make the ``width``-bit slice."""
-        return width if self.slicing == "truncate" else min(width + 1, PARENT_BITS)
+        return self.slice_rule.stored_width(width)
 
     def widths_of(self, layer: str) -> tuple[int, ...]:
         """The widths that a layer has decoders of, ascending."""

@@ -44,6 +44,7 @@ COPIED_FILES = (  # patterns: tokenizer, chat template, generation config and li
     "LICENSE*",
     "NOTICE*",
 )
+_MOVE_AWAY = "Move it away, or write to another folder"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -73,7 +74,13 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
             os.close(self._lock)
-            raise OutputError(folder, "output folder", "another process writing to it", "one at a time") from cause
+            raise OutputError(
+                folder,
+                "output folder",
+                "another process writing to it",
+                "one at a time",
+                "Wait until it has ended, or write to another folder",
+            ) from cause
         for leftover in self.path.iterdir():  # of a process that was killed: the lock shows that it is gone
             leftover.unlink()
 
@@ -130,15 +137,15 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise OutputError(folder, "output folder", "a file", "a folder")
+        raise OutputError(folder, "output folder", "a file", "a folder", "Name another folder, or remove the file")
     for name in (REPORT_FOLDER, RECIPES_FOLDER):
         if (folder / name).exists() and not (folder / name).is_dir():
-            raise OutputError(folder, name, "a file", "a folder, or nothing")
+            raise OutputError(folder, name, "a file", "a folder, or nothing", _MOVE_AWAY)
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         if (is_checkpoint_file(name) or name in DOCUMENT_FILES) and (folder / name).is_dir():
             # A file cannot take its place, and that would show only when the old checkpoint is half gone.
-            raise OutputError(folder, name, "a folder", "a file, or nothing")
+            raise OutputError(folder, name, "a folder", "a file, or nothing", _MOVE_AWAY)
     own = [name for name in names if is_checkpoint_file(name)]
     own += [name for name in DOCUMENT_FILES if (folder / name).exists()]
     if own and not overwrite:
@@ -146,7 +153,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     for name in names:
         if name not in own and name.endswith(_WEIGHT_SUFFIXES):
             # An ordinary model, perhaps the very source: a loader would take its weights for part of the checkpoint.
-            raise OutputError(folder, "output folder", name, "no weights but those of a matquant checkpoint")
+            raise OutputError(
+                folder, "output folder", name, "no weights but those of a matquant checkpoint", _MOVE_AWAY
+            )
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -71,7 +71,7 @@ def check_layer_count(config: dict[str, Any], tensors: int, where: Path) -> None
     """Refuse a model of more layers than there are tensors: even without weights, a billion layers take all memory.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: there are more, or their number is no integer.
     """
     count = config.get("num_hidden_layers")
     if count is not None and (type(count) is not int or not 0 <= count <= tensors):

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from vllm_matquant.checkpoint.errors import CheckpointError, NestingError
 from vllm_matquant.checkpoint.manifest import check_file, read_manifest
 from vllm_matquant.checkpoint.names import MANIFEST_FILE, RECIPES_FOLDER, is_recipe_decoders_file, shard_width
-from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.staging import is_checkpoint_file
 
@@ -63,7 +62,7 @@ def check_nesting(checkpoint: Checkpoint, layer: str) -> None:
     codes = checkpoint.stored_codes(layer, widest)
     for width in checkpoint.servable_widths:
         own = format.width_of(layer, width)
-        differing = checkpoint.codes(layer, width) != slice_codes(codes, widest, own, format.slicing)
+        differing = checkpoint.codes(layer, width) != format.slice_rule.slice(codes, widest, own)
         if differing.any():
             count = int(differing.sum())
             raise NestingError(

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_matquant.checkpoint.decoder import Decoder, part_name
 from vllm_matquant.checkpoint.errors import (
@@ -19,7 +18,7 @@ from vllm_matquant.checkpoint.errors import (
     TensorShapeError,
     UnexpectedTensorError,
 )
-from vllm_matquant.checkpoint.files import sync_file, write_json
+from vllm_matquant.checkpoint.files import save_tensors, sync_file, write_json
 from vllm_matquant.checkpoint.manifest import build_manifest
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
@@ -67,8 +66,8 @@ class CheckpointWriter:
         self._shard_bytes = shard_bytes
         self._names: set[str] = set()
         self._buffers: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)  # by the width of the shard
-        self._buffered: Counter[int] = Counter()  # bytes, likewise
-        self._written: dict[int, list[list[str]]] = defaultdict(list)  # tensors of each shard that is on disk, likewise
+        self._buffered: Counter[int] = Counter()  # bytes, by the width of the shard
+        self._written: dict[int, list[list[str]]] = defaultdict(list)  # names in each shard that is on disk, by width
         self._total_size = 0
         self._staging = Staging(self.folder, overwrite=overwrite)
 
@@ -183,7 +182,7 @@ class CheckpointWriter:
         tensors = self._buffers.pop(width)
         self._total_size += self._buffered.pop(width)
         path = self._staging.path / f"{width}-{len(self._written[width])}"
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, {"format": "pt"})
         sync_file(path)
         self._written[width].append(sorted(tensors))
 

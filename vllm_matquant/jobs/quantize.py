@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
@@ -84,6 +85,14 @@ class Quantize(PlannedJob[Outcome]):
             show=arguments.show_rule,
             repeated=True,
             metavar="REGEX=SIZE",
+        ),
+    )
+    decoder: str | None = field(
+        default=None,
+        metadata=argument(
+            "how scales and offsets are stored: affine-int8, one byte each and two steps a row, or affine-float16 "
+            "(default: affine-int8; with --group-size channel affine-float16, for one group a row gains nothing)",
+            choices=tuple(KINDS),
         ),
     )
     method: str = field(
@@ -242,6 +251,7 @@ class Quantize(PlannedJob[Outcome]):
             self.group_size_for,
             [(expression, tuple(widths)) for expression, widths in self.bits_for],
             quantize_embeddings=self.quantize_embeddings,
+            decoder_kind=KINDS[self.decoder] if self.decoder else None,
         )
         calibration = None if self.calibration is None else str(self.calibration)
         settings = CalibrationSettings(calibration, self.samples, self.sequence_length, self.seed, self.text_column)

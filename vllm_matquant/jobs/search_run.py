@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_matquant.checkpoint.decoder import Affine, Decoder
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, resident_bytes
 from vllm_matquant.checkpoint.slice import UNIFORM
@@ -143,21 +143,22 @@ class SearchRun:
                 seed=self.effort.seed,
             )
             trained = train_recipe(SourceModel(reference), self.checkpoint, best.widths, tokens, settings)
-            parts = {f"{layer}.scale": each.scale for layer, each in trained.items()}
-            parts |= {f"{layer}.offset": each.offset for layer, each in trained.items()}
+            parts = {name: part for layer, each in trained.items() for name, part in each.named(layer).items()}
             return parts, _EPOCHS * _TRAINING_PASSES * tokens.numel()
 
         parts = self.planner.journal.tensors(f"{name}-decoders", run)
-        decoders = {layer: (parts[f"{layer}.scale"], parts[f"{layer}.offset"]) for layer in best.widths}
+        kind = self.checkpoint.format.decoder_kind
+
+        def decoder(layer: str, width: int) -> Decoder:
+            return kind.from_tensors(lambda name: parts[f"{layer}.{name}"], width)
+
+        decoders = {layer: decoder(layer, width) for layer, width in best.widths.items()}
         kl = self.planner.kl_with(best.widths, decoders)
         step = Step(best.widths, kl, self.planner.journal.passes, "own decoders")
         self._show(name, step)
         if step.kl >= best.kl:
             return best
-        kind = self.checkpoint.format.decoder_kind
-        self.decoders[name] = {
-            layer: kind.encode(Affine(*decoders[layer]), width) for layer, width in best.widths.items()
-        }
+        self.decoders[name] = decoders
         return step
 
     def _recipe(self, name: str, widths: dict[str, int], kl: float, budget: Budget | None = None) -> Recipe:

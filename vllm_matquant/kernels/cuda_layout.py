@@ -15,8 +15,7 @@ decoders,  float16  [decoder widths, tile rows, groups, 8, 2, 8]  row g; scale, 
 float16
 decoders,  uint8    [decoder widths, tile rows,                   steps, bfloat16 [8 (g), 8 (2 i + h), 2]: of scale, of
 int8                256 + 128 groups]                             centre; then for each group [8, 2, 8]: row g; the
-                                                                  multiples of scale (unsigned), centre (signed);
-                                                                  2 i + h
+                                                                  multiples: of scale, of centre + 128; 2 i + h
 =========  =======  ============================================  ==================================================
 
 A word of the base field has a row's 16 columns as 2-bit fields. With f = (1, 3, 5, 7, 2, 4, 6, 0)[k / 2], column k's is
@@ -39,7 +38,6 @@ import torch
 
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder, dequantize
 from vllm_matquant.checkpoint.spec import BASE_BITS
-from vllm_matquant.kernels.embedding import active_slot
 from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
 from vllm_matquant.kernels.weight import PackedWeight
 
@@ -47,6 +45,7 @@ TILE_ROWS = 64
 TILE_COLUMNS = 64
 PLANE_BYTES = TILE_ROWS * TILE_COLUMNS // 8  # of a tile
 STEP_BYTES = 2 * TILE_ROWS * 2  # of the steps of a row of tiles: two for each row, bfloat16
+CENTRE_BIAS = 128  # what bytes with a sign are more in memory: their first bit is the other one
 FIELDS = (1, 3, 5, 7, 2, 4, 6, 0)  # of the pairs of a lane's columns
 REPACKED_ROWS = 1024  # at a time: while they are taken apart into bits, codes take several times their bytes
 
@@ -132,7 +131,7 @@ def _pack_float16(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]
 
 
 def _pack_int8(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
-    multiples = torch.stack([parts["scale"], parts["centre"].view(torch.uint8)], -1)
+    multiples = torch.stack([parts["scale"], parts["centre"].view(torch.uint8) ^ CENTRE_BIAS], -1)
     steps = _in_lanes(parts["step"].unsqueeze(1), output_sizes).transpose(3, 4).flatten(1)
     return torch.cat([steps.view(torch.uint8), _in_lanes(multiples, output_sizes).flatten(1)], 1)
 
@@ -157,8 +156,8 @@ def _decoder_of_rows(
         multiples = decoders[:, :, STEP_BYTES:].unflatten(-1, (-1, 8, 2, 8))[slot, tile, :, g, :, place]
         scale, centre = multiples.unbind(-1)
         step = steps.view(torch.bfloat16)
-        # The width is data: a tensor where others have a number.
-        affine = AFFINE_INT8.affine({"scale": scale, "centre": centre.view(torch.int8), "step": step}, width)  # type: ignore[arg-type]
+        parts = {"scale": scale, "centre": (centre ^ CENTRE_BIAS).view(torch.int8), "step": step}
+        affine = AFFINE_INT8.affine(parts, width)  # type: ignore[arg-type] # a tensor, for the width is data
     return affine.scale, affine.offset
 
 
@@ -256,3 +255,14 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
     slot = active_slot(active_width, segment.resident.decoder_widths)
     scale, offset = _decoder_of_rows(segment.resident.decoders, slot, rows, active_width)
     return dequantize(codes, scale, offset, weight.group_size).to(dtype).view(*shape, weight.in_features)
+
+
+def active_slot(active_width: torch.Tensor, decoder_widths: Sequence[int]) -> torch.Tensor:
+    """Where in ``decoder_widths`` the active width [1] is, int64 [1].
+
+    Raises:
+        RuntimeError: nowhere (on a GPU: when the host next waits for it).
+    """
+    matches = torch.stack([active_width == width for width in decoder_widths])
+    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
+    return matches.int().argmax(0)

@@ -5,8 +5,6 @@ In plain PyTorch, for every device: what the reference looks rows up with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from vllm_matquant.checkpoint.decoder import dequantize
@@ -56,14 +54,3 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
 
 reference_embedding = define_embedding("reference_embedding", look_up)
 """Rows of a weight on any device, see :meth:`vllm_matquant.kernels.weight.Kernel.embedding`."""
-
-
-def active_slot(active_width: torch.Tensor, decoder_widths: Sequence[int]) -> torch.Tensor:
-    """Where in ``decoder_widths`` the active width [1] is, int64 [1].
-
-    Raises:
-        RuntimeError: nowhere (on a GPU: when the host next waits for it).
-    """
-    matches = torch.stack([active_width == width for width in decoder_widths])
-    torch._assert_async(matches.any(), f"active_width: expected one of {list(decoder_widths)}")
-    return matches.int().argmax(0)

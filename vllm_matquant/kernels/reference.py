@@ -6,11 +6,10 @@ Every kernel is tested against it, and it serves where no kernel does (see :mod:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import dequantize as dequantize
+from vllm_matquant.checkpoint.decoder import dequantize
 from vllm_matquant.kernels.cpu_layout import (
     TILE_ROWS,
     CpuLayout,
@@ -65,21 +64,6 @@ def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) ->
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-
-
-def linear_shape(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    decoders: torch.Tensor,
-    active_width: torch.Tensor,
-    decoder_widths: Sequence[int],
-    output_sizes: Sequence[int],
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    activation_bits: int | None = None,
-) -> torch.Tensor:
-    """An empty result of the product: what ``torch.compile`` is to know of every operator that computes it."""
-    return x.new_empty(*x.shape[:-1], sum(output_sizes))
 
 
 def dequantize_weight(weight: PackedWeight) -> torch.Tensor:

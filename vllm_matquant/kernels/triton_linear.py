@@ -22,6 +22,7 @@ from vllm_matquant.kernels.weight import PackedWeight, define_linear
 
 WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
 STEP_BYTES = tl.constexpr(cuda_layout.STEP_BYTES)
+CENTRE_BIAS = tl.constexpr(cuda_layout.CENTRE_BIAS)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         if HAS_STEPS:
             decoder = decoders + bytes_of_row + STEP_BYTES + group * 128 + of_row
             scale = tl.load(decoder).to(tl.float32) * scale_step
-            centre = tl.load(decoder + 8).to(tl.int8, bitcast=True).to(tl.float32) * centre_step
+            centre = (tl.load(decoder + 8).to(tl.float32) - CENTRE_BIAS) * centre_step
             offset = tl.fma(-middle + tl.zeros_like(scale), scale, centre)
         else:
             decoder = decoders + (row_of_decoders * groups + group) * 128 + of_row

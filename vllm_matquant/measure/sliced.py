@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from vllm_matquant.checkpoint.decoder import Affine, Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS
@@ -43,15 +44,15 @@ class SlicedModel(LayerModel):
         self._format = checkpoint.format
         self._device = torch.device(device)
         self.passes = 0
-        self._codes, self._decoders = {}, {}
+        self._codes: dict[str, torch.Tensor] = {}
+        self._decoders: dict[tuple[str, int], Affine] = {}
         for layer in self.layers:
             widths = self.widths_of(layer)
             stored = self._format.stored_width(widths[-1])
             codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
             self._codes[layer] = codes.to(self._device)
             for width in widths:
-                plain = checkpoint.decoder(layer, width).affine
-                self._decoders[layer, width] = plain.scale.to(self._device), plain.offset.to(self._device)
+                self._decoders[layer, width] = checkpoint.decoder(layer, width).affine.to(self._device)
         self._reference = None
         if source is not None:
             self._reference = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
@@ -69,10 +70,10 @@ class SlicedModel(LayerModel):
                 return self._reference[layer]
             width = self.widths_of(layer)[-1]
         codes = slice_codes(self._codes[layer], PARENT_BITS, width, self._format.slicing)
-        # As kernels.reference.dequantize, in place: half of a search's time that is not the model's is spent here.
-        scale, offset = self._decoders[layer, width]
-        groups = codes.unflatten(1, (scale.shape[1], -1)).float()
-        return groups.mul_(scale.unsqueeze(-1)).add_(offset.unsqueeze(-1)).flatten(1)
+        # As the decoder does it, in place: half of a search's time that is not the model's is spent here.
+        affine = self._decoders[layer, width]
+        groups = codes.unflatten(1, (affine.scale.shape[1], -1)).float()
+        return groups.mul_(affine.scale.unsqueeze(-1)).add_(affine.offset.unsqueeze(-1)).flatten(1)
 
     def set(self, widths: Mapping[str, int]) -> None:
         """Give layers their widths, each one that the layer has or ``REFERENCE``; those not named keep theirs."""
@@ -82,20 +83,17 @@ class SlicedModel(LayerModel):
                 self._current[layer] = width
 
     @contextlib.contextmanager
-    def other_decoders(
-        self, widths: Mapping[str, int], decoders: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[None]:
-        """Within, layers have other decoders at these widths: (scale, offset), [out_features, groups] each."""
-        before = {(layer, width): self._decoders[layer, width] for layer, width in widths.items()}
-        for layer, width in widths.items():
-            scale, offset = decoders[layer]
-            self._decoders[layer, width] = scale.float().to(self._device), offset.float().to(self._device)
+    def other_decoders(self, decoders: Mapping[str, Decoder]) -> Iterator[None]:
+        """Within, layers have other decoders, each at the width that the decoder is of."""
+        before = {(layer, each.width): self._decoders[layer, each.width] for layer, each in decoders.items()}
+        for layer, each in decoders.items():
+            self._decoders[layer, each.width] = each.affine.to(self._device)
             self._current[layer] = REFERENCE  # whatever it has is decoded anew
         try:
             yield
         finally:
             self._decoders |= before
-            self._current |= dict.fromkeys(widths, REFERENCE)
+            self._current |= dict.fromkeys(decoders, REFERENCE)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the model says of each following token; counted in ``passes``.

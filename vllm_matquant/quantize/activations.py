@@ -14,25 +14,27 @@ import torch
 
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import fast_products
-from vllm_matquant.quantize.source import run_block
+from vllm_matquant.quantize.runner import run_block
 
 BATCH_TOKENS = 2048  # that run through a block at a time
 
 
 class Embedder(Protocol):
-    """What gives the first block its inputs: :class:`vllm_matquant.quantize.source.SourceModel`."""
+    """What gives the first block its inputs, such as :class:`vllm_matquant.quantize.source.Runner`."""
 
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Values in a token's hidden state."""
 
-    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> list[dict[str, Any]]: ...
+    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> list[dict[str, Any]]:
+        """Fill in the first block's inputs; returns the other arguments of every block."""
 
 
 class Activations:
-    """What the next decoder block is given, for every window of a text that is this rank's.
+    """What the next transformer block is given, for every window of a text that is this rank's.
 
     Args:
-        source: whose blocks these are the inputs of.
+        embedder: of the source whose blocks these are the inputs of.
         tokens: int64 [windows, length], the whole text.
         widths: slices to follow besides the source; each sees the outputs of its own blocks only.
         folder: keep the states in files on its disk, mapped into memory, instead of in memory. The files have no names,
@@ -42,7 +44,7 @@ class Activations:
     Attributes:
         windows: of the whole text.
         reference: float32 [sequences, length, hidden_size], what the source's next block is given.
-        slices: likewise for each of ``widths``.
+        slices: what the next block of each of ``widths`` is given, in the same shape.
 
     Raises:
         OSError: the disk has no room for the files.
@@ -50,7 +52,7 @@ class Activations:
 
     def __init__(
         self,
-        source: Embedder,
+        embedder: Embedder,
         tokens: torch.Tensor,
         widths: Sequence[int] = (),
         folder: Path | None = None,
@@ -58,11 +60,11 @@ class Activations:
     ) -> None:
         self.windows = len(tokens)
         tokens = ranks.spread(tokens)
-        shape = (*tokens.shape, source.hidden_size)
+        shape = (*tokens.shape, embedder.hidden_size)
         self.reference = allocate(shape, folder)
         self._outputs = allocate(shape, folder)
         self.slices = {width: allocate(shape, folder) for width in widths}
-        self._arguments = source.embed(tokens, self.reference)
+        self._arguments = embedder.embed(tokens, self.reference)
         for hidden in self.slices.values():
             hidden.copy_(self.reference)
         self._outputs_known = False

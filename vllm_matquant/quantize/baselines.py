@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Affine, DecoderKind
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor
-from vllm_matquant.quantize.decoders import Decoder, cell_centres, parent_grid, rounded_levels
+from vllm_matquant.quantize.decoders import cell_centres, parent_grid, rounded_levels
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.method import LayerMethod
 
@@ -22,14 +23,16 @@ class MatGPTQ(LayerMethod):
     name: ClassVar[str] = "matgptq"
     slicing: ClassVar[Slicing] = "round"
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         grid = parent_grid(weight, group_size)
-        decoders = [rounded_levels(grid, width).stored() for width in self.widths]
+        decoders = [kind.encode(rounded_levels(grid, width), width) for width in self.widths]
         factor = inverse_factor(damp(hessian, self.damping))
         lambdas = [1.0] * len(self.widths)
         solver = ColumnSolver(self.widths, lambdas, self.slicing, mean_error=True)
         count = len(self.widths)
-        codes = solver.gptq([weight] * count, [factor] * count, decoders)
+        codes = solver.gptq([weight] * count, [factor] * count, [decoder.affine for decoder in decoders])
         return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
 
 
@@ -43,14 +46,16 @@ class GPTQ(LayerMethod):
         if len(self.widths) != 1:
             raise ValueError(f"method gptq: found widths {list(self.widths)}, expected one width")
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         (width,) = self.widths
         parent = parent_grid(weight, group_size)
         levels = 2**width - 1
-        grid = Decoder(parent.scale * (2**PARENT_BITS - 1) / levels, parent.offset).stored()
+        decoder = kind.encode(Affine(parent.scale * (2**PARENT_BITS - 1) / levels, parent.offset), width)
         factor = inverse_factor(damp(hessian, self.damping))
-        codes = ColumnSolver(self.widths, [1.0]).gptq([weight], [factor], [grid])
-        return QuantizedLayer(codes, {width: grid})
+        codes = ColumnSolver(self.widths, [1.0]).gptq([weight], [factor], [decoder.affine])
+        return QuantizedLayer(codes, {width: decoder})
 
 
 def nearest_levels(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -74,8 +79,10 @@ class RoundToNearest(LayerMethod):
     name: ClassVar[str] = "rtn"
     needs_calibration: ClassVar[bool] = False
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         grid = parent_grid(weight, group_size)
         scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
         codes = nearest_levels(weight, scale, offset).clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
-        return QuantizedLayer(codes, {width: cell_centres(grid, width).stored() for width in self.widths})
+        return QuantizedLayer(codes, {width: kind.encode(cell_centres(grid, width), width) for width in self.widths})

@@ -1,4 +1,4 @@
-"""What a method is given to quantize: one decoder block."""
+"""What a method is given to quantize: one transformer block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.spec import Slicing
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -14,13 +15,14 @@ from vllm_matquant.quantize.layer import QuantizedLayer
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A decoder block to quantize.
+    """A transformer block to quantize.
 
     Attributes:
         name: full name, such as "model.layers.3".
         block: the source's, in float32.
         group_sizes: of the layers to quantize, by their full names.
         widths: of those layers that have others than the model.
+        decoder_kind: how decoders are stored.
         activations: what the block is given on the calibration text; None for a method that needs none.
     """
 
@@ -29,6 +31,7 @@ class BlockTask:
     group_sizes: Mapping[str, int]
     activations: Activations | None
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decoder_kind: DecoderKind = AFFINE_INT8
 
     @property
     def calibration(self) -> Activations:

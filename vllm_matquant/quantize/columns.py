@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Affine
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.kernels import ops
-from vllm_matquant.quantize.decoders import Decoder, slice_table
+from vllm_matquant.quantize.decoders import slice_table
 
 _Made = TypeVar("_Made")
 
@@ -115,7 +116,7 @@ class ColumnSolver:
         self,
         weights: Sequence[torch.Tensor],
         factors: Sequence[torch.Tensor],
-        decoders: Sequence[Decoder],
+        decoders: Sequence[Affine],
         order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass of GPTQ (arXiv 2210.17323, algorithm 1): what a column leaves of error, later columns make up for.
@@ -142,7 +143,7 @@ class ColumnSolver:
         self,
         weights: Sequence[torch.Tensor],
         hessians: Sequence[torch.Tensor],
-        decoders: Sequence[Decoder],
+        decoders: Sequence[Affine],
         codes: torch.Tensor,
         order: torch.Tensor,
         fixed_bits: int = 0,
@@ -176,7 +177,7 @@ class ColumnSolver:
         self,
         wanted: Callable[[int, slice], torch.Tensor],
         couplings: Sequence[torch.Tensor],
-        decoders: Sequence[Decoder],
+        decoders: Sequence[Affine],
         order: torch.Tensor,
         current: torch.Tensor | None,
         fixed_bits: int = 0,

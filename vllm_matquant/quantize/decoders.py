@@ -1,51 +1,22 @@
-"""Decoders: one scale and offset per row, group of columns and width, ``w ~ scale_r * t + offset_r``."""
+"""Where decoders start from, and their fit to codes: ``w ~ scale_r * t + offset_r`` for each row, group and width r."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import dequantize
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind, join_rows, middle_code
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 
-DECODER_DTYPE = torch.float16
 _SCRATCH_BYTES = 8 * 2**20  # of products for a chunk of rows: what a cache holds
 # Pull towards the previous decoder, relative to the diagonal of the normal equations: decides only what the data leaves
 # open, such as the scale of a group whose weights share one code.
 _RIDGE = 1e-6
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """The decoder of one width.
-
-    Attributes:
-        scale: float32 [out_features, groups].
-        offset: float32 [out_features, groups].
-    """
-
-    scale: torch.Tensor
-    offset: torch.Tensor
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> Decoder:
-        return Decoder(self.scale[rows], self.offset[rows])
-
-    def to(self, device: str) -> Decoder:
-        return Decoder(self.scale.to(device), self.offset.to(device))
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Weights of the r-bit ``codes`` (uint8 [out_features, in_features]), float32 of the same shape."""
-        return dequantize(codes, self.scale, self.offset)
-
-    def stored(self) -> Decoder:
-        """The decoder as the checkpoint keeps it: rounded to float16, in float32."""
-        return Decoder(self.scale.to(DECODER_DTYPE).float(), self.offset.to(DECODER_DTYPE).float())
-
-
-def parent_grid(weight: torch.Tensor, group_size: int) -> Decoder:
+def parent_grid(weight: torch.Tensor, group_size: int) -> Affine:
     """Min-max grid of the 8-bit parent: code 0 is a group's minimum, code 255 its maximum.
 
     Args:
@@ -53,18 +24,18 @@ def parent_grid(weight: torch.Tensor, group_size: int) -> Decoder:
     """
     grouped = weight.unflatten(1, (-1, group_size))
     low, high = grouped.amin(dim=2), grouped.amax(dim=2)
-    return Decoder((high - low) / (2**PARENT_BITS - 1), low)
+    return Affine((high - low) / (2**PARENT_BITS - 1), low)
 
 
-def cell_centres(grid: Decoder, width: int) -> Decoder:
+def cell_centres(grid: Affine, width: int) -> Affine:
     """Decoder of a truncated ``width``-bit slice that puts each code at the mean of the parents that share it."""
     cell = 2 ** (PARENT_BITS - width)
-    return Decoder(grid.scale * cell, grid.offset + grid.scale * (cell - 1) / 2)
+    return Affine(grid.scale * cell, grid.offset + grid.scale * (cell - 1) / 2)
 
 
-def rounded_levels(grid: Decoder, width: int) -> Decoder:
+def rounded_levels(grid: Affine, width: int) -> Affine:
     """Decoder of MatQuant's rounded slice, S(q, r) * 2^(8 - r) on the parent's grid (arXiv 2502.06786, eq. 6)."""
-    return Decoder(grid.scale * 2 ** (PARENT_BITS - width), grid.offset)
+    return Affine(grid.scale * 2 ** (PARENT_BITS - width), grid.offset)
 
 
 def slice_table(widths: Sequence[int], slicing: Slicing) -> torch.Tensor:
@@ -77,16 +48,18 @@ class DecoderFit:
     """Least squares for all scales and offsets of each row of a weight under the full Hessian, codes fixed.
 
     Minimises ``(w - d) H (w - d)^T`` for each row w over the decoded row d, which is linear in the row's 2 * groups
-    parameters; then rounds the scales to float16 and solves for the offsets once more, so that they make up for the
-    rounding. What depends on neither codes nor width is computed once.
+    parameters; then rounds the scales to what is stored and solves for the offsets once more, so that they make up for
+    the rounding. What depends on neither codes nor width is computed once.
 
     Args:
         weight: float32 [out_features, in_features].
         hessian: float32 [in_features, in_features].
         group_size: columns that share a decoder; divides in_features.
+        kind: of the decoders.
     """
 
-    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> None:
+    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind) -> None:
+        self._kind = kind
         self._rows, columns = weight.shape
         self._groups, self._group_size = columns // group_size, group_size
         self._by_group = hessian.unflatten(0, (self._groups, group_size))
@@ -98,28 +71,27 @@ class DecoderFit:
         factor, faulty = torch.linalg.cholesky_ex(self._offsets_normal + self._ridge.diag())
         self._offsets_factor = factor if faulty == 0 else None
 
-    def __call__(self, codes: torch.Tensor, previous: Decoder, width: int) -> Decoder:
+    def __call__(self, codes: torch.Tensor, previous: Affine | Decoder, width: int) -> Decoder:
         """The best decoder of ``codes``.
 
         Args:
             codes: uint8 [out_features, in_features], the ``width``-bit codes.
-            previous: kept where the data does not determine a parameter, or where a scale would become negative.
-
-        Returns:
-            Decoder with values that float16 holds exactly.
+            previous: kept where the data does not determine a parameter, or where a scale would become negative; one
+                that is stored as it is also in rows where the rounding of the new one takes more than the fit gives.
+            width: bits of the codes.
         """
         chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * 4))
         parts = [
             self._fit(self._target[part], codes[part], previous[part], width)
             for part in (slice(start, start + chunk) for start in range(0, max(1, self._rows), chunk))
         ]
-        return Decoder(torch.cat([part.scale for part in parts]), torch.cat([part.offset for part in parts]))
+        return join_rows(parts)
 
-    def _fit(self, target: torch.Tensor, codes: torch.Tensor, previous: Decoder, width: int) -> Decoder:
+    def _fit(self, target: torch.Tensor, codes: torch.Tensor, previous: Affine | Decoder, width: int) -> Decoder:
         rows, groups = len(codes), self._groups
         # Centred codes decorrelate scale from offset; the offset is moved back at the end.
-        centre = (2**width - 1) / 2
-        centred = codes.float() - centre
+        middle = middle_code(width)
+        centred = codes.float() - middle
 
         # The normal equations of (scales, offsets); a Cholesky decomposition reads their lower triangle only.
         normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64)
@@ -132,7 +104,8 @@ class DecoderFit:
         normal[:, groups:, groups:] = self._offsets_normal
         right_scales, right_offsets = self._per_group(centred * target).double(), self._per_group(target).double()
 
-        guess = previous.scale.double(), (previous.offset + centre * previous.scale).double()
+        known = previous.affine if isinstance(previous, Decoder) else previous
+        guess = known.scale.double(), (known.offset + middle * known.scale).double()
         diagonal = normal.diagonal(dim1=1, dim2=2)
         ridge_scales = _ridge(diagonal[:, :groups])
         diagonal += torch.cat([ridge_scales, self._ridge.expand(rows, -1)], dim=1)
@@ -143,15 +116,43 @@ class DecoderFit:
         factor, faulty = torch.linalg.cholesky_ex(normal)
         scale = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)[:, :groups]
         solved = (scale > 0) & (faulty == 0).unsqueeze(1)
-        scale = torch.where(solved, scale, guess[0]).to(DECODER_DTYPE).double()
-        offset = guess[1]
-        if self._offsets_factor is not None:
-            residual = right_offsets - (normal[:, groups:, :groups] @ scale.unsqueeze(2)).squeeze(2)
-            offset = torch.cholesky_solve(residual.T, self._offsets_factor).T
-        return Decoder(scale.float(), (offset - centre * scale).float()).stored()
+        scale = torch.where(solved, scale, guess[0])
+
+        def offsets_for(stored: torch.Tensor) -> torch.Tensor:
+            scale, centre = stored.double(), guess[1]
+            if self._offsets_factor is not None:
+                residual = right_offsets - (normal[:, groups:, :groups] @ scale.unsqueeze(2)).squeeze(2)
+                centre = torch.cholesky_solve(residual.T, self._offsets_factor).T
+            return (centre - middle * scale).float()
+
+        fitted = self._kind.encode(Affine(scale, guess[1] - middle * scale), width, offsets_for)
+        if isinstance(previous, Decoder):
+            fitted = _better_rows(normal, right, fitted, previous)
+        return fitted
 
     def _per_group(self, values: torch.Tensor) -> torch.Tensor:
         return values.unflatten(-1, (self._groups, self._group_size)).sum(-1)
+
+
+def _better_rows(normal: torch.Tensor, right: torch.Tensor, first: Decoder, second: Decoder) -> Decoder:
+    """Of each row the decoder with the smaller squared error.
+
+    Args:
+        normal: of the normal equations of scales and centres, float64 [rows, 2 * groups, 2 * groups]; the lower
+            triangle is read.
+        right: their right sides, float64 [rows, 2 * groups].
+        first, second: of one kind and width.
+    """
+    twice = normal.tril(-1) * 2 + normal.diagonal(dim1=1, dim2=2).diag_embed()  # in a square form as good as the whole
+
+    def error(decoder: Decoder) -> torch.Tensor:  # but for what no decoder changes
+        values = decoder.affine
+        parameters = torch.cat([values.scale, values.centre(decoder.width)], dim=1).double()
+        return (parameters * ((twice @ parameters.unsqueeze(2)).squeeze(2) - 2 * right)).sum(1)
+
+    better = (error(first) < error(second)).unsqueeze(1)
+    parts = {name: torch.where(better, part, second.parts[name]) for name, part in first.parts.items()}
+    return Decoder(first.kind, first.width, parts)
 
 
 def _ridge(diagonal: torch.Tensor) -> torch.Tensor:

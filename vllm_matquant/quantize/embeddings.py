@@ -7,17 +7,19 @@ their one weight is quantized with the Hessian of the head, whose every output d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.hessian import Moments
 from vllm_matquant.quantize.layer import QuantizedLayer, join_rows, output_energies
 from vllm_matquant.quantize.method import LayerMethod, Method
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.source import Source, read_matrix
 
 
 def layer_method(method: Method) -> LayerMethod:
@@ -31,16 +33,17 @@ def layer_method(method: Method) -> LayerMethod:
     return method
 
 
-def head_hessian(source: SourceModel, outputs: torch.Tensor) -> torch.Tensor:
+def head_hessian(source: Source, outputs: torch.Tensor) -> torch.Tensor:
     """Second moments of the output head's inputs: float32 [in_features, in_features].
 
     Args:
+        source: the model.
         outputs: of the last block on the calibration text, float32 [sequences, length, hidden_size].
 
     Raises:
         ValueError: the inputs are not finite.
     """
-    final = source.load_final()
+    final = source.runner.load_final()
     moments = Moments()
     for batch in outputs.split(max(1, BATCH_TOKENS // outputs.shape[1])):
         moments.add(final(batch))
@@ -48,17 +51,18 @@ def head_hessian(source: SourceModel, outputs: torch.Tensor) -> torch.Tensor:
     return moments.mean(source.output_head or "output head")
 
 
-def part_rows(source: SourceModel, rows: int, columns: int) -> int:
+def part_rows(source: Source, rows: int, columns: int) -> int:
     """Rows of a layer outside of blocks to quantize at a time: as many weights as the largest layer in a block has."""
-    most = max(rows * columns for rows, columns in source.linears.values())
+    most = max(math.prod(matrix.shape) for matrix in source.matrices.values() if matrix.block is not None)
     return min(rows, max(1, most // columns))
 
 
 def quantize_rows(
-    source: SourceModel,
+    source: Source,
     name: str,
     method: LayerMethod,
     group_size: int,
+    kind: DecoderKind,
     hessian: torch.Tensor | None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> QuantizedLayer:
@@ -67,21 +71,24 @@ def quantize_rows(
     Of each part every rank solves some rows.
 
     Args:
+        source: the model.
         name: of the layer.
+        method: how to quantize it.
+        group_size: columns that share a decoder; divides the layer's columns.
+        kind: how decoders are stored.
         hessian: float32 [in_features, in_features]; None for the identity.
         progress: called with the rows of each part.
     """
-    weight_name = f"{name}.weight"
-    rows, columns = source.tensor_spec(weight_name).shape
+    rows, columns = source.matrices[name].shape
     count, size = len(method.widths), part_rows(source, rows, columns)
     if hessian is None:
         hessian = torch.eye(columns)
     parts: list[QuantizedLayer] = []
     errors, energies_of_weight = (dict.fromkeys(method.widths, 0.0) for _ in range(2))
     for start in range(0, rows, size):
-        whole = source.tensor_rows(weight_name, slice(start, start + size))
+        whole = read_matrix(source, name, slice(start, start + size))
         weight = whole[ranks.own_rows(len(whole))].float()
-        part = method.quantize(weight, hessian, group_size)
+        part = method.quantize(weight, hessian, group_size, kind)
         if method.needs_calibration:
             energies = output_energies([weight] * count, part, method.slices(part.codes), [hessian] * count)
             for width, (error, energy) in energies.items():

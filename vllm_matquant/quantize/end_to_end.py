@@ -4,7 +4,7 @@ A method that sees a block at a time cannot know what an error does to the model
 quantized, the scales and offsets of a width follow the gradient of the KL divergence from the source's predictions to
 the slice's on the calibration text (as EfficientQAT, arXiv 2407.11062, section 3.3, trains scales on a text's own
 words). The codes stay as they are, and each width has decoders of its own: what one width gains costs the others
-nothing. Likewise a recipe, whose layers have other neighbours than in a model of one width.
+nothing. The same goes for a recipe, whose layers have other neighbours than in a model of one width.
 
 A step goes through the blocks forwards and then backwards. Between the two it keeps what each block was given and runs
 the block once more, so that memory holds one block at a time.
@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format, served_width
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, served_width
 from vllm_matquant.measure.divergence import divergences, log_probabilities
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
 from vllm_matquant.quantize.block import weight_name
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import SourceModel, call_block
+from vllm_matquant.quantize.runner import call_block
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import head_weight
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 HEAD_TOKENS = 128  # for which logits are computed at a time
@@ -79,8 +81,7 @@ class EndToEnd:
     """The training of one width's decoders, or of a recipe's, in a finished model.
 
     Args:
-        source: the model.
-        format_: of the checkpoint; truncated slices.
+        selection: the model, and what is quantized of it; truncated slices.
         widths: the width to train, or that of every quantized layer.
         load: gives the finished layers.
         tokens: int64 [windows, length], the whole calibration text.
@@ -92,8 +93,7 @@ class EndToEnd:
 
     def __init__(
         self,
-        source: SourceModel,
-        format_: Format,
+        selection: Selection,
         widths: int | Mapping[str, int],
         load: LoadLayers,
         tokens: torch.Tensor,
@@ -101,19 +101,20 @@ class EndToEnd:
         settings: EndToEndSettings,
         folder: Path | None = None,
     ) -> None:
-        self._source, self._format, self._widths, self._load = source, format_, widths, load
+        self._selection, self._runner = selection, selection.source.runner
+        self._widths, self._load = widths, load
         self._settings, self._steps = settings, settings.steps(len(tokens))
         self._device = ranks.own_device(settings.device)
         self._expected = expected
-        self._blocks = [source.block_name(index) for index in range(source.block_count)]
+        self._blocks = self._runner.block_names
         self._trained = [self._begin(block, folder) for block in self._blocks]
         self._inputs = allocate(expected.shape, folder)
-        embedding = self._outer_layer(source.embedding)
+        embedding = self._outer_layer(selection.source.embedding)
         rows = None if embedding is None else lambda ids: self._decode(embedding[ids])
-        self._arguments = to_device(source.embed(ranks.spread(tokens), self._inputs, rows), self._device)
-        self._head = source.load_head(self._device)
-        self._source_head = self._slice_head = self._for_products(source.head_weight())
-        if (head := self._outer_layer(source.output_head)) is not None:
+        self._arguments = to_device(self._runner.embed(ranks.spread(tokens), self._inputs, rows), self._device)
+        self._head = self._runner.load_head(self._device)
+        self._source_head = self._slice_head = self._for_products(head_weight(selection.source))
+        if (head := self._outer_layer(selection.source.output_head)) is not None:
             self._slice_head = self._for_products(self._decode(head))
 
     @torch.no_grad()
@@ -122,7 +123,7 @@ class EndToEnd:
 
         Returns:
             For each block the decoders of its layers that have the width that is trained, or of all where each has its
-            own, with values that float16 holds exactly.
+            own, as they will be stored.
 
         Raises:
             ValueError: the divergence is no longer finite.
@@ -143,8 +144,9 @@ class EndToEnd:
             for index in reversed(range(len(self._blocks))):
                 slope = self._backward(index, states.pop(), slope, step)
             progress.set_postfix_str(f"KL {divergence:.3f}")
+        kind = self._selection.format.decoder_kind
         return {
-            block: {name: each.decoder.to("cpu").stored() for name, each in trained.items()}
+            block: {name: kind.encode(each.values.to("cpu"), each.width) for name, each in trained.items()}
             for block, trained in zip(self._blocks, self._trained, strict=True)
         }
 
@@ -155,7 +157,7 @@ class EndToEnd:
             [(width, decoder)] = layer.decoders.items()
             if not isinstance(self._widths, int) or width == self._widths:
                 trained[name] = TrainedDecoder(
-                    decoder.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
+                    decoder.affine.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
                 )
         return trained
 
@@ -164,13 +166,13 @@ class EndToEnd:
 
     def _width_of(self, layer: str) -> int:
         if isinstance(self._widths, int):
-            return served_width(self._format.widths_of(layer), self._widths)
+            return served_width(self._selection.format.widths_of(layer), self._widths)
         return self._widths[layer]
 
     def _decode(self, layer: QuantizedLayer) -> torch.Tensor:
         """The weight of a layer that has the decoder of one width alone."""
         [width] = layer.decoders
-        return layer.decode(width, self._format.slicing)
+        return layer.decode(width, self._selection.format.slicing)
 
     def _rate(self, width: int, step: int) -> float:
         first = self._settings.rate * 2 ** ((BASE_BITS - width) / 2)
@@ -178,7 +180,7 @@ class EndToEnd:
 
     def _outer_layer(self, name: str | None) -> QuantizedLayer | None:
         """The input embedding or the output head, if it is quantized."""
-        owner = self._source.quantized_owner(name, self._format)
+        owner = self._selection.outer_owner(name)
         return None if owner is None else self._layers(owner)[owner]
 
     def _for_products(self, weight: torch.Tensor) -> torch.Tensor:
@@ -188,13 +190,13 @@ class EndToEnd:
         """A block's parameters as the slice has them, by their names within it, and the codes of its trained layers."""
         name = self._blocks[index]
         layers, trained = self._layers(name), self._trained[index]
-        others = self._source.block_parameters(index, without=layers)
+        others = self._runner.block_parameters(index, without=layers)
         parameters = {key: value.to(self._device) for key, value in others.items()}
         codes: dict[str, torch.Tensor] = {}
         for layer_name, layer in layers.items():
             if layer_name in trained:
                 [width] = layer.decoders
-                sliced = slice_codes(layer.codes, PARENT_BITS, width, self._format.slicing)
+                sliced = slice_codes(layer.codes, PARENT_BITS, width, self._selection.format.slicing)
                 codes[layer_name] = sliced.to(self._device)
                 weight = trained[layer_name].decode(codes[layer_name].float())
             else:
@@ -204,7 +206,7 @@ class EndToEnd:
 
     def _run(self, index: int, parameters: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         with fast_products(self._device):
-            return call_block(self._source.empty_block(index), hidden, self._arguments[index], parameters).float()
+            return call_block(self._runner.empty_block(index), hidden, self._arguments[index], parameters).float()
 
     def _forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         parameters, _ = self._prepare(index)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_matquant.checkpoint import decoder as stored
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.columns import shared
-from vllm_matquant.quantize.decoders import Decoder
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class QuantizedLayer:
 
     Attributes:
         codes: uint8 [out_features, in_features], parent codes.
-        decoders: for each width of the layer, ascending, with values that float16 holds exactly.
+        decoders: for each width of the layer, ascending, as they will be stored.
         errors: relative output error on the calibration text at each width, see :func:`relative_error`, before decoders
             are trained end to end; empty for a method without Hessians.
     """
@@ -41,21 +42,14 @@ class QuantizedLayer:
     def gathered(self, rows: int) -> QuantizedLayer:
         """The whole layer, of ``rows`` rows, where each rank has its :func:`vllm_matquant.quantize.ranks.own_rows`."""
         decoders = {
-            width: Decoder(ranks.gather_rows(each.scale, rows), ranks.gather_rows(each.offset, rows))
-            for width, each in self.decoders.items()
+            width: each.map(lambda part: ranks.gather_rows(part, rows)) for width, each in self.decoders.items()
         }
         return QuantizedLayer(ranks.gather_rows(self.codes, rows), decoders, self.errors)
 
 
 def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
     """The layer whose rows are those of ``parts``, one after the other; without errors."""
-    decoders = {
-        width: Decoder(
-            torch.cat([part.decoders[width].scale for part in parts]),
-            torch.cat([part.decoders[width].offset for part in parts]),
-        )
-        for width in parts[0].decoders
-    }
+    decoders = {width: stored.join_rows([part.decoders[width] for part in parts]) for width in parts[0].decoders}
     return QuantizedLayer(torch.cat([part.codes for part in parts]), decoders)
 
 

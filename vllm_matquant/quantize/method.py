@@ -1,15 +1,16 @@
-"""What a quantization method is: from a decoder block to parent codes and a decoder for each width."""
+"""What a quantization method is: from a transformer block to parent codes and a decoder for each width."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from typing_extensions import Self
 
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
@@ -21,7 +22,7 @@ from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to quantize the linear layers of a decoder block to all ``widths`` at once.
+    """A way to quantize the linear layers of a transformer block to all ``widths`` at once.
 
     Attributes:
         widths: ascending, each in 2..8.
@@ -50,8 +51,27 @@ class Method(ABC):
 
     @property
     def trained_widths(self) -> tuple[int, ...]:
-        """Widths whose decoders are trained so."""
+        """Widths whose decoders are trained end to end."""
         return tuple(width for width in self.widths if self.training and width <= self.training.up_to)
+
+    def work_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """About how much memory it takes at the worst to quantize a block, besides the block and the activations.
+
+        Args:
+            shapes: (out_features, in_features) of the block's layers.
+        """
+        widths, followed = len(self.widths), len(self.followed_widths)
+
+        def layer(rows: int, columns: int) -> int:
+            if not self.needs_calibration:
+                return 4 * columns**2 + 22 * rows * columns
+            # A Hessian of each followed width is taken apart in float64, or the solver has copies of the weights.
+            solving = (12 + 16 * followed) * columns**2 + (14 + 8 * widths + 8 * followed) * rows * columns
+            return max((36 + 20 * followed) * columns**2, solving)
+
+        # Of the others in the meantime: the Hessian, and what is finished.
+        others = sum(4 * columns**2 + 2 * rows * columns for rows, columns in shapes)
+        return others + max(layer(*shape) for shape in shapes)
 
     @abstractmethod
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -75,7 +95,7 @@ class LayerMethod(Method):
             weight = linear.weight[ranks.own_rows(rows)]
             hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
             method = self.with_widths(task.widths.get(name, self.widths))
-            layer = method.quantize(weight, hessian, task.group_sizes[name])
+            layer = method.quantize(weight, hessian, task.group_sizes[name], task.decoder_kind)
             if hessians:
                 count = len(method.widths)
                 errors = relative_error([weight] * count, layer, method.slices(layer.codes), [hessian] * count)
@@ -90,14 +110,18 @@ class LayerMethod(Method):
         return hessians
 
     @abstractmethod
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         """Quantize a layer.
 
         Args:
             weight: float32 [out_features, in_features].
             hessian: float32 [in_features, in_features], mean of x^T x over the calibration tokens.
             group_size: columns that share a decoder; divides in_features.
+            kind: how decoders are stored.
         """
 
     def slices(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        """The codes of each width's slice, uint8 of the shape of the parent ``codes``."""
         return [slice_codes(codes, PARENT_BITS, width, self.slicing) for width in self.widths]

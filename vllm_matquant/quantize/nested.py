@@ -8,15 +8,20 @@ from typing import ClassVar
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs, shared
-from vllm_matquant.quantize.decoders import Decoder, DecoderFit, cell_centres, parent_grid
+from vllm_matquant.quantize.decoders import DecoderFit, cell_centres, parent_grid
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import LayerMethod
 from vllm_matquant.quantize.sequential import measure_drift
+
+# Slices up to this width do not feel the rounding of coarse decoders; what wider ones lose to it, the last bits of
+# their codes make up for in the end.
+ROUGH_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -84,33 +89,49 @@ class Nested(LayerMethod):
                 weight = linears[name].weight[ranks.own_rows(rows)]
                 corrected = {width: weight + weight @ correction for width, correction in corrections.items()}
                 targets = [corrected.get(width, weight) for width in method.widths]
-                layer = method.solve(targets, inputs[method.widths], task.group_sizes[name])
+                layer = method.solve(targets, inputs[method.widths], task.group_sizes[name], task.decoder_kind)
                 errors = relative_error(targets, layer, method.slices(layer.codes), of_width)
                 finished[name] = replace(layer, errors=errors).gathered(rows)
                 yield name, finished[name]
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> QuantizedLayer:
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         count = len(self.widths)
-        return self.solve(
-            [weight] * count, LayerInputs.of([hessian] * count, self.damping, self.activation_order), group_size
-        )
+        inputs = LayerInputs.of([hessian] * count, self.damping, self.activation_order)
+        return self.solve([weight] * count, inputs, group_size, kind)
 
-    def solve(self, weights: Sequence[torch.Tensor], inputs: LayerInputs, group_size: int) -> QuantizedLayer:
+    def solve(
+        self, weights: Sequence[torch.Tensor], inputs: LayerInputs, group_size: int, kind: DecoderKind
+    ) -> QuantizedLayer:
         """Quantize a layer of which each width shall come close to a weight of its own.
 
         Args:
             weights: for each width float32 [out_features, in_features].
             inputs: of the layer.
+            group_size: columns that share a decoder; divides in_features.
+            kind: how decoders are stored.
         """
         solver = ColumnSolver(self.widths, self.lambdas())
-        fits = self._fits(weights, inputs.hessians, group_size)
-        grid = parent_grid(weights[-1], group_size)
-        decoders = [cell_centres(grid, width) for width in self.widths]
-        codes = solver.gptq(weights, inputs.factors, decoders, inputs.order)
-        decoders = self._refit(fits, codes, decoders)
-        for _ in range(self.sweeps):
-            codes = solver.descend(weights, inputs.damped, decoders, codes, inputs.order)
-            decoders = self._refit(fits, codes, decoders)
+        # One for each width, the same where weight and Hessian are.
+        fits = shared(lambda weight, hessian: DecoderFit(weight, hessian, group_size, kind), weights, inputs.hessians)
+
+        parents = parent_grid(weights[-1], group_size)
+        grid = [cell_centres(parents, width) for width in self.widths]
+        decoders = [kind.encode(values, width) for values, width in zip(grid, self.widths, strict=True)]
+        # Where rounding is felt, codes are chosen on what is stored from the first, and a fit must be worth it.
+        values = [decoder.affine for decoder in decoders] if kind.coarse else grid
+        codes = solver.gptq(weights, inputs.factors, values, inputs.order)
+        for sweep in range(self.sweeps + 1):
+            if sweep:
+                codes = solver.descend(weights, inputs.damped, values, codes, inputs.order)
+            if self.refit:
+                previous: Sequence[Affine | Decoder] = decoders if kind.coarse else values
+                slices = zip(fits, self.slices(codes), previous, self.widths, strict=True)
+                decoders = [fit(sliced, start, width) for fit, sliced, start, width in slices]
+            values = [decoder.affine for decoder in decoders]
+        if kind.coarse and self.widths[-1] > ROUGH_BITS:
+            codes = solver.descend(weights, inputs.damped, values, codes, inputs.order, fixed_bits=ROUGH_BITS)
         return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
 
     def lambdas(self) -> list[float]:
@@ -118,15 +139,3 @@ class Nested(LayerMethod):
         weights = [self.growth ** (width - self.widths[0]) for width in self.widths]
         weights[-1] *= self.widest_factor
         return weights
-
-    def _fits(
-        self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], group_size: int
-    ) -> list[DecoderFit]:
-        """One for each width, the same where weight and Hessian are."""
-        return shared(lambda weight, hessian: DecoderFit(weight, hessian, group_size), weights, hessians)
-
-    def _refit(self, fits: Sequence[DecoderFit], codes: torch.Tensor, decoders: Sequence[Decoder]) -> list[Decoder]:
-        if not self.refit:
-            return [decoder.stored() for decoder in decoders]
-        slices = zip(fits, self.slices(codes), decoders, self.widths, strict=True)
-        return [fit(sliced, decoder, width) for fit, sliced, decoder, width in slices]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from vllm_matquant.quantize.columns import ColumnSolver, column_order, damp
 from vllm_matquant.quantize.decoders import DecoderFit
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
-from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.nested import ROUGH_BITS, Nested
 from vllm_matquant.quantize.tuning import TunedLayer, TuningSettings, tune_block
 
 
@@ -47,6 +47,11 @@ class NestedTuned(Nested):
         teacher = self.widths[-1:] if self.tuning.distillation else ()
         return tuple(sorted({*super().followed_widths, *self.tuned_widths, *teacher}))
 
+    def work_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        # Of every layer at once: positions, codes, weights and gradients of each width, and a copy of the block.
+        training = (16 + 20 * len(self.tuned_widths)) * sum(rows * columns for rows, columns in shapes)
+        return max(super().work_bytes(shapes), training + sum(4 * columns**2 for _, columns in shapes))
+
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         hessians = self.collect(task)
         layers = dict(self.solve_stages(task, hessians))
@@ -70,19 +75,23 @@ class NestedTuned(Nested):
         damped = damp(hessian, self.damping)
         order = column_order(hessian, self.activation_order)
         solver = ColumnSolver(self.widths, self.lambdas())
-        fit = DecoderFit(weight, hessian, weight.shape[1] // decoders[self.widths[0]].scale.shape[1])
+        narrowest = decoders[self.widths[0]]
+        group_size = weight.shape[1] // narrowest.affine.scale.shape[1]
+        kind = narrowest.kind
+        fit = DecoderFit(weight, hessian, group_size, kind)
+
+        def descend(fixed_bits: int) -> torch.Tensor:
+            values = [decoders[width].affine for width in self.widths]
+            return solver.descend([weight] * count, [damped] * count, values, codes, order, fixed_bits)
+
         for sweep in range(self.sweeps + 1 if trained < count else 0):
             if sweep:
-                codes = solver.descend(
-                    [weight] * count,
-                    [damped] * count,
-                    [decoders[width] for width in self.widths],
-                    codes,
-                    order,
-                    fixed_bits=self.tuned_widths[-1],
-                )
+                codes = descend(self.tuned_widths[-1])
             for width, sliced in list(zip(self.widths, self.slices(codes), strict=True))[trained:]:
-                decoders[width] = fit(sliced, decoders[width], width)
+                previous = decoders[width]
+                decoders[width] = fit(sliced, previous if kind.coarse else previous.affine, width)
+        if kind.coarse and self.widths[-1] > (fixed := max(ROUGH_BITS, self.tuned_widths[-1])):
+            codes = descend(fixed)
         result = QuantizedLayer(codes, {width: decoders[width] for width in self.widths})
         errors = relative_error([weight] * count, result, self.slices(codes), [hessian] * count)
         return replace(result, errors=errors).gathered(rows)

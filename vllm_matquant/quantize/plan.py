@@ -1,12 +1,12 @@
-"""What a quantization will write, need and take, known before it begins."""
+"""What a quantization will write, need and take, told before it begins: bytes on disk exactly, the rest about."""
 
 from __future__ import annotations
 
 import math
 import resource
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,22 +15,21 @@ import torch
 from vllm_matquant.checkpoint.packing import PACKED_CODES
 from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.quantize.activations import BATCH_TOKENS
-from vllm_matquant.quantize.decoders import DECODER_DTYPE
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.embeddings import part_rows
 from vllm_matquant.quantize.end_to_end import HEAD_TOKENS
 from vllm_matquant.quantize.method import Method
-from vllm_matquant.quantize.probe import Cost
+from vllm_matquant.quantize.probe import Speed
 from vllm_matquant.quantize.report.wording import duration, size
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import Source
 from vllm_matquant.quantize.training import TrainedDecoder
 
 _FLOAT = torch.float32.itemsize
 _SHARD_BYTES = (2**27, 2**31)  # the least and the most that the writer may hold in memory
 _LOGITS_BYTES = 20  # that the comparison of two widths takes for a token and word of the vocabulary
+_DECODING_BYTES = 4 * _FLOAT  # that a weight takes while it is decoded
 _PACKING_BYTES = 8  # that a weight takes while its code is taken apart into bits
-_TRAINED_BYTES = 3 * _FLOAT  # that a weight of one layer takes while its decoder takes a step
-_DECODING_BYTES = 3 * _FLOAT  # that a weight takes while it is decoded
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Plan:
         output: bytes of all of them.
         disk: bytes on the output's disk at the worst: output, finished blocks, and activations if kept there.
         free: bytes free there now.
-        memory: bytes of memory at the worst, by what takes them.
-        seconds: to quantize, without reading and writing files.
+        memory: about how many bytes of memory are needed at the worst, by what takes them.
+        seconds: about how many it takes to quantize, without reading and writing files.
     """
 
     files: dict[int, int]
@@ -65,240 +64,174 @@ class Plan:
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
-def shard_bytes(source: SourceModel) -> int:
-    """What the checkpoint's writer may hold in memory: as much as a decoder block in float32, which must fit anyway."""
+def shard_bytes(source: Source) -> int:
+    """What the writer may hold in memory: as much as a transformer block in float32, which must fit anyway."""
     least, most = _SHARD_BYTES
-    return min(max(_largest_block(source) * _FLOAT, least), most)
+    return min(max(_FLOAT * _weights(_largest_block(source)), least), most)
 
 
 def make_plan(
-    source: SourceModel,
-    output: Path,
+    selection: Selection,
     method: Method,
-    format_: Format,
-    cost: Cost,
+    speed: Speed,
+    output: Path,
     calibration: tuple[int, int],
     held_out: tuple[int, int] = (0, 0),
     *,
-    activations_on_disk: bool,
+    on_disk: bool = False,
 ) -> Plan:
     """Plan a quantization; reads no weights.
 
     Args:
-        cost: of the method, see :func:`vllm_matquant.quantize.probe.measure_cost`.
+        selection: what is quantized.
+        method: how.
+        speed: of the method, see :func:`vllm_matquant.quantize.probe.measure_speed`.
+        output: folder of the checkpoint.
         calibration: windows of the calibration text, and tokens in each; zeros for a method without calibration.
-        held_out: likewise of the held-out text.
+        held_out: windows of the held-out text, and tokens in each; zeros if quality is not to be measured.
+        on_disk: activations are kept in files beside the output.
     """
-    tokens = math.prod(calibration)
-    shards = _shard_sizes(source, format_)
-    files = {
-        width: sum(size for stored, size in shards.items() if stored <= format_.stored_width(width))
-        for width in format_.widths
-    }
-    state = source.hidden_size * _FLOAT
-    calibrating = {"activations": tokens * state * (2 + len(method.followed_widths))}
-    measuring = {"activations of the held-out text": math.prod(held_out) * state * (2 + len(format_.widths))}
-    training = _training_activations(source, method, format_, calibration)
-    # One is gone before the other is made.
-    activations = max(calibrating["activations"], *measuring.values(), sum(training.values()))
-    shapes = source.skeleton.quantized_layers(format_)
-    finished = {name: _finished_bytes(format_, name, *shape) for name, shape in shapes.items()}
-    kept = sum(finished.values()) + _trained_bytes(source, method, format_)
-    outer = source.outer_layers(format_).values()
-    seconds = sum(cost.seconds(*shape, tokens) for shape in source.quantized_linears(format_).values())
-    seconds += sum(_outer_seconds(source, cost, *shape, tokens) for shape in outer)
-    seconds += _training_seconds(source, method, format_, cost, calibration)
+    format_, shards = selection.format, _shard_sizes(selection)
+    kept = sum(_finished_bytes(format_, name, *shape) for name, shape in selection.shapes.items())
+    for name, shape in selection.linears.items():
+        trained = set(method.trained_widths) & set(format_.widths_of(name))
+        kept += len(trained) * _decoder_bytes(format_, name, *shape)
+    activations = _activations(selection, method, calibration, held_out)
+    steps = _steps(selection, method, {} if on_disk else activations, calibration[1], held_out[1])
+    worst = max(steps.values(), key=lambda step: sum(step.values()))
     return Plan(
-        files=files,
+        files={
+            width: sum(count for shard, count in shards.items() if shard <= format_.stored_width(width))
+            for width in format_.widths
+        },
         output=shards.total(),
-        disk=shards.total() + kept + (activations if activations_on_disk else 0),
+        disk=shards.total() + kept + (max(activations.values()) if on_disk else 0),
         free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
-        memory=_peak_memory(
-            source,
-            method,
-            format_,
-            cost,
-            {} if activations_on_disk else calibrating,
-            {} if activations_on_disk else training,
-            {} if activations_on_disk else measuring,
-            calibration[1],
-            held_out[1],
-        ),
-        seconds=seconds,
+        memory={"program": _resident_bytes(), **{part: count for part, count in worst.items() if count}},
+        seconds=_seconds(selection, method, speed, *calibration),
     )
 
 
-def _shard_sizes(source: SourceModel, format_: Format) -> Counter[int]:
+def _seconds(selection: Selection, method: Method, speed: Speed, windows: int, length: int) -> float:
+    tokens = windows * length
+    seconds = sum(speed.seconds(*shape, tokens) for shape in selection.linears.values())
+    for rows, columns in selection.outer.values():  # part by part; no block is run for them
+        part = part_rows(selection.source, rows, columns)
+        seconds += math.ceil(rows / part) * speed.seconds(part, columns, 0) + speed.seconds(0, columns, tokens)
+    if settings := method.training:
+        # A block's weights are in four products, two runs and two gradients, the head's in three.
+        products = 4 * _weights(selection.linears.values()) + 3 * math.prod(_vocabulary(selection.source))
+        step = (products * settings.sequences * length) * speed.product
+        step += _weights(selection.linears.values()) * speed.decoding
+        seconds += len(method.trained_widths) * settings.steps(windows) * step
+    return seconds
+
+
+def _steps(
+    selection: Selection, method: Method, activations: dict[str, int], window: int, held_out: int
+) -> dict[str, dict[str, int]]:
+    """About how many bytes of memory each step of the work needs, by what takes them.
+
+    Args:
+        selection, method: see :func:`make_plan`.
+        activations: bytes of those in memory, by step.
+        window: tokens in a window of the calibration text.
+        held_out: tokens in a window of the held-out text, 0 without one.
+    """
+    source, shapes = selection.source, _largest_block(selection.source)
+    block, largest, rows = _weights(shapes), max(map(math.prod, shapes)), sum(rows for rows, _ in shapes)
+    words, columns = _vocabulary(source)
+    steps = {
+        "calibrating": {
+            "block": _FLOAT * block,
+            "work on its layers": method.work_bytes(shapes),
+            "a batch in the block": BATCH_TOKENS * _FLOAT * rows if method.needs_calibration else 0,
+        },
+        "writing": {
+            "shards to write": min(shard_bytes(source), _shard_sizes(selection).total()),
+            "packing": 2 * largest + _PACKING_BYTES * min(largest, PACKED_CODES),
+        },
+    }
+    for name, shape in selection.outer.items():
+        part = (part_rows(source, *shape), shape[1])
+        steps[name] = {
+            f"codes of {name}": 2 * _finished_bytes(selection.format, name, *shape),  # twice while parts are joined
+            "work on some of its rows": _FLOAT * math.prod(part) + method.work_bytes([part]),
+        }
+    if method.training and method.trained_widths:
+        tokens = method.training.sequences * window
+        inputs = (len(source.runner.block_names) + 1) * source.runner.hidden_size
+        steps["training"] = {
+            # The codes of the parent and of the slice, the weight and its gradient.
+            "block in training": (2 + 2 * products_dtype().itemsize) * block + _DECODING_BYTES * largest,
+            "a batch in the model": tokens * _FLOAT * (2 * rows + inputs),
+            "output head": 2 * _FLOAT * words * columns + _LOGITS_BYTES * words * HEAD_TOKENS,
+        }
+    if held_out:
+        steps["measuring"] = {
+            "block and its slice": (2 * _FLOAT + 2) * block + _DECODING_BYTES * largest,
+            "a batch in the block": BATCH_TOKENS * _FLOAT * rows,
+            "output heads": 2 * _FLOAT * words * columns + _LOGITS_BYTES * words * held_out,
+        }
+    for step, count in activations.items():
+        steps[step]["activations"] = count
+    return steps
+
+
+def _activations(
+    selection: Selection, method: Method, calibration: tuple[int, int], held_out: tuple[int, int]
+) -> dict[str, int]:
+    """Bytes of hidden states, and of decoders in training, in the steps that have some: one is gone before the next."""
+    state = selection.source.runner.hidden_size * _FLOAT
+    found = {"calibrating": math.prod(calibration) * state * (2 + len(method.followed_widths))}
+    if method.trained_widths:
+        groups = sum(
+            rows * columns // selection.format.group_size_of(columns, name)
+            for name, (rows, columns) in selection.linears.items()
+        )
+        found["training"] = 2 * math.prod(calibration) * state + TrainedDecoder.VALUES * groups * _FLOAT
+    if any(held_out):
+        found["measuring"] = math.prod(held_out) * state * (2 + len(selection.format.widths))
+    return found
+
+
+def _shard_sizes(selection: Selection) -> Counter[int]:
     """Bytes of the tensors in the shards of each width."""
     sizes: Counter[int] = Counter()
-    shapes = source.skeleton.quantized_layers(format_)
-    for name, shape in shapes.items():
-        for width, tensors in format_.tensors_of_layer(*shape, name).items():
+    for name, shape in selection.shapes.items():
+        for width, tensors in selection.format.tensors_of_layer(*shape, name).items():
             sizes[width] += sum(spec.nbytes for spec in tensors.values())
-    for name in source.unquantized_names(format_):
-        sizes[BASE_BITS] += source.tensor_spec(name).nbytes
+    for name in selection.unquantized:
+        sizes[BASE_BITS] += selection.source.tensors.spec(name).nbytes
     return sizes
-
-
-def _outer_seconds(source: SourceModel, cost: Cost, rows: int, columns: int, tokens: int) -> float:
-    """To quantize an embedding or output head, part by part; no block is run for it."""
-    part = part_rows(source, rows, columns)
-    return math.ceil(rows / part) * cost.seconds(part, columns, 0) + cost.seconds(0, columns, tokens)
-
-
-def _training_seconds(
-    source: SourceModel, method: Method, format_: Format, cost: Cost, calibration: tuple[int, int]
-) -> float:
-    """To train decoders end to end."""
-    windows, length = calibration
-    if not method.training:
-        return 0.0
-    # A block's weights are in four products: run twice, and two gradients. The head's are in three.
-    weights = 3 / 4 * math.prod(max(source.skeleton.embeddings.values()))
-    weights += sum(rows * columns for rows, columns in source.quantized_linears(format_).values())
-    tokens = method.training.steps(windows) * method.training.sequences * length
-    return len(method.trained_widths) * tokens * weights * cost.training
-
-
-def _training_activations(
-    source: SourceModel, method: Method, format_: Format, calibration: tuple[int, int]
-) -> dict[str, int]:
-    """Bytes that lie in memory or on disk while decoders are trained."""
-    if not method.trained_widths:
-        return {}
-    groups = sum(
-        rows * columns // format_.group_size_of(columns, name)
-        for name, (rows, columns) in source.quantized_linears(format_).items()
-    )
-    return {
-        "activations": 2 * math.prod(calibration) * source.hidden_size * _FLOAT,
-        "decoders in training": TrainedDecoder.VALUES * groups * _FLOAT,
-    }
 
 
 def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
     """Bytes of a layer in the work folder: codes, and the decoders of its widths."""
-    groups = columns // format_.group_size_of(columns, name)
-    return rows * columns + 2 * len(format_.widths_of(name)) * rows * groups * DECODER_DTYPE.itemsize
+    return rows * columns + len(format_.widths_of(name)) * _decoder_bytes(format_, name, rows, columns)
 
 
-def _trained_bytes(source: SourceModel, method: Method, format_: Format) -> int:
-    """Bytes of the decoders in the work folder that training has changed."""
-    return sum(
-        2 * rows * columns // format_.group_size_of(columns, name) * DECODER_DTYPE.itemsize
-        for name, (rows, columns) in source.quantized_linears(format_).items()
-        for width in method.trained_widths
-        if width in format_.widths_of(name)
-    )
+def _decoder_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
+    """Bytes of a layer's decoder of one width."""
+    return format_.decoder_kind.nbytes(rows, columns // format_.group_size_of(columns, name))
 
 
-def _peak_memory(
-    source: SourceModel,
-    method: Method,
-    format_: Format,
-    cost: Cost,
-    calibrating: dict[str, int],
-    training: dict[str, int],
-    measuring: dict[str, int],
-    calibration_window: int,
-    window: int,
-) -> dict[str, int]:
-    """Bytes by what takes them, in the stage of the work that takes most.
-
-    Args:
-        calibrating: activations in memory while blocks are quantized.
-        training: likewise, while decoders are trained.
-        measuring: likewise, while the quality is measured.
-        calibration_window: tokens in a window of the calibration text.
-        window: tokens in a window of the held-out text; 0 without one.
-    """
-    blocks = range(source.block_count)
-    outer = source.outer_layers(format_)
-    stages = [_block_memory(source, index, method, format_, cost) | calibrating for index in blocks]
-    stages += [_outer_memory(source, format_, cost, name, *shape) for name, shape in outer.items()]
-    if method.training and method.trained_widths:
-        tokens = method.training.sequences * calibration_window
-        stages += [_training_memory(source, index, format_, tokens) | training for index in blocks]
-    if window:
-        stages += [_decoded_block_memory(source, index, format_) | measuring for index in blocks]
-        stages.append(_logits_memory(source, outer, window) | measuring)
-    others = [source.tensor_spec(name).nbytes for name in source.unquantized_names(format_)]
-    weights = max(rows * columns for rows, columns in (*source.linears.values(), *outer.values()))
-    stages.append(
-        {
-            "shards to write": min(shard_bytes(source), _shard_sizes(source, format_).total()) + max(others),
-            "packing": 2 * weights + _PACKING_BYTES * min(weights, PACKED_CODES),
-        }
-    )
-    worst = max(stages, key=lambda stage: sum(stage.values()))
-    return {"program": _resident_bytes(), **{part: size for part, size in worst.items() if size}}
+def _largest_block(source: Source) -> list[tuple[int, int]]:
+    """Shapes of the matrices in the transformer block that has most weights."""
+    blocks: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for matrix in source.matrices.values():
+        if matrix.block is not None:
+            blocks[matrix.block].append(matrix.shape)
+    return max(blocks.values(), key=_weights)
 
 
-def _block_memory(source: SourceModel, index: int, method: Method, format_: Format, cost: Cost) -> dict[str, int]:
-    shapes = source.block_linears(index)
-    quantized = [shape for name, shape in shapes.items() if name not in format_.ignored_layers]
-    running = BATCH_TOKENS * _FLOAT * sum(rows for rows, _ in shapes.values())
-    return {
-        "block": _FLOAT * sum(rows * columns for rows, columns in shapes.values()),
-        "work on its layers": cost.peak_bytes(quantized) if quantized else 0,
-        "a batch in the block": running if method.needs_calibration else 0,
-    }
+def _weights(shapes: Iterable[tuple[int, int]]) -> int:
+    return sum(map(math.prod, shapes))
 
 
-def _outer_memory(
-    source: SourceModel, format_: Format, cost: Cost, name: str, rows: int, columns: int
-) -> dict[str, int]:
-    part = part_rows(source, rows, columns)
-    return {
-        # Of all rows twice: while the parts are joined.
-        f"codes of {name}": 2 * _finished_bytes(format_, name, rows, columns),
-        "work on some of its rows": _FLOAT * part * columns + cost.peak_bytes([(part, columns)]),
-    }
-
-
-def _decoded_block_memory(source: SourceModel, index: int, format_: Format) -> dict[str, int]:
-    """Of a block that a slice of it is run beside."""
-    shapes = source.block_linears(index)
-    quantized = {name: shape for name, shape in shapes.items() if name not in format_.ignored_layers}
-    weights = [rows * columns for rows, columns in quantized.values()]
-    return {
-        "block": _FLOAT * sum(rows * columns for rows, columns in shapes.values()),
-        "its codes": sum(_finished_bytes(format_, name, *shape) for name, shape in quantized.items()),
-        "its slice": _FLOAT * sum(weights) + _DECODING_BYTES * max(weights, default=0),
-        "a batch in the block": BATCH_TOKENS * _FLOAT * sum(rows for rows, _ in shapes.values()),
-    }
-
-
-def _training_memory(source: SourceModel, index: int, format_: Format, tokens: int) -> dict[str, int]:
-    """Of a block that the decoders are trained of, on so many tokens in a step."""
-    shapes = source.block_linears(index).values()
-    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
-    weights = [rows * columns for rows, columns in shapes]
-    # Of all layers the codes of the parent and of the slice, the weight and its gradient.
-    block = (2 + 2 * products_dtype().itemsize) * sum(weights)
-    return {
-        "block in training": block + _TRAINED_BYTES * max(weights),
-        "a batch in the block": 2 * tokens * _FLOAT * sum(rows + columns for rows, columns in shapes),
-        "inputs of all blocks": (source.block_count + 1) * tokens * source.hidden_size * _FLOAT,
-        "output head": 2 * _FLOAT * vocabulary * hidden_size,
-        "log-probabilities": _LOGITS_BYTES * vocabulary * HEAD_TOKENS,
-    }
-
-
-def _logits_memory(source: SourceModel, outer: Mapping[str, tuple[int, int]], window: int) -> dict[str, int]:
-    vocabulary, hidden_size = max(source.skeleton.embeddings.values())
-    quantized = source.output_head is not None and source.owner(source.output_head) in outer
-    copies = 2 * _FLOAT + 1 if quantized else _FLOAT  # the source's, and a slice's with its codes
-    return {
-        "output head": copies * vocabulary * hidden_size,
-        "log-probabilities": _LOGITS_BYTES * vocabulary * window,
-    }
-
-
-def _largest_block(source: SourceModel) -> int:
-    """Weights in the linear layers of the largest decoder block."""
-    blocks = (source.block_linears(index).values() for index in range(source.block_count))
-    return max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
+def _vocabulary(source: Source) -> tuple[int, int]:
+    """Shape of the largest matrix with a row for each token, (0, 0) without one."""
+    return max((matrix.shape for matrix in source.matrices.values() if matrix.block is None), default=(0, 0))
 
 
 def _resident_bytes() -> int:

@@ -20,7 +20,8 @@ from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import Head, SourceModel
+from vllm_matquant.quantize.runner import Head
+from vllm_matquant.quantize.source import Source
 
 _DECODED_WEIGHTS = 2**22  # at a time
 
@@ -38,14 +39,14 @@ class HeldOut:
 
     def __init__(
         self,
-        source: SourceModel,
+        source: Source,
         tokens: torch.Tensor,
         format_: Format,
         embedding: QuantizedLayer | None = None,
         folder: Path | None = None,
     ) -> None:
         self._source, self._tokens, self._format = source, tokens, format_
-        self._activations = Activations(source, tokens, format_.widths, folder, exact=True)
+        self._activations = Activations(source.runner, tokens, format_.widths, folder, exact=True)
         if embedding is None:
             return
         for width, hidden in self._activations.slices.items():
@@ -53,7 +54,7 @@ class HeldOut:
             def rows(ids: torch.Tensor, width: int = width) -> torch.Tensor:
                 return embedding[ids].decode(width, format_.slicing)
 
-            source.embed(ranks.spread(tokens), hidden, rows)
+            source.runner.embed(ranks.spread(tokens), hidden, rows)
 
     def advance(self, task: BlockTask, layers: Mapping[str, QuantizedLayer]) -> None:
         """Go through a block.
@@ -70,14 +71,14 @@ class HeldOut:
         Args:
             quantized_head: the output head, or the embedding that it is tied to; None if it is not quantized.
         """
-        head = self._source.load_head()
+        head = self._source.runner.load_head()
         weight = None if quantized_head is None else torch.empty(quantized_head.codes.shape)
         windows, length = self._tokens.shape
         predicted = windows * (length - 1)
         losses = dict.fromkeys([None, *self._format.widths], 0.0)
         divergence = dict.fromkeys(self._format.widths, 0.0)
-        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. Likewise
-        # one width's head, decoded for each window anew, which takes less time than the product with it.
+        # One window at a time: its logits over a whole vocabulary are larger than its hidden states by far. So are
+        # those of one width's head, decoded for each window anew, which takes less time than the product with it.
         for window, following in enumerate(ranks.spread(self._tokens)[:, 1:, None]):
             expected = _log_probabilities(head, self._activations.reference[window])
             losses[None] -= float(expected.gather(1, following).double().sum())

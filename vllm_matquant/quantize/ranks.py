@@ -150,7 +150,8 @@ def gather_rows(part: torch.Tensor, rows: int) -> torch.Tensor:
     whole[own_rows(rows)] = part
     with _together():
         for rank in range(count()):
-            dist.broadcast(whole[_rows_of(rank, rows)], src=rank)
+            # As bytes: gloo does not know every dtype.
+            dist.broadcast(whole[_rows_of(rank, rows)].view(torch.uint8), src=rank)
     return whole
 
 

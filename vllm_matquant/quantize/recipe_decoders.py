@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.quantize.activations import Activations
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.selection import Selection
+from vllm_matquant.quantize.source import Source
 
 
 @torch.no_grad()
 def train_recipe(
-    source: SourceModel,
+    source: Source,
     checkpoint: Checkpoint,
     widths: Mapping[str, int],
     tokens: torch.Tensor,
@@ -36,8 +37,7 @@ def train_recipe(
         folder: on whose disk to keep what would else be in memory, see :class:`Activations`.
 
     Returns:
-        The decoder of each layer, with values that float16 holds exactly; those of embeddings and output heads are as
-        before.
+        The decoder of each layer, of the checkpoint's kind; those of embeddings and output heads are as before.
 
     Raises:
         ValueError: the divergence is no longer finite.
@@ -50,17 +50,13 @@ def train_recipe(
                 [width] = widths_of(layer)
                 stored = checkpoint.format.stored_width(width)
                 codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
-                layers[layer] = QuantizedLayer(codes, {width: _plain_decoder(checkpoint, layer, width)})
+                layers[layer] = QuantizedLayer(codes, {width: checkpoint.decoder(layer, width)})
         return layers
 
-    activations = Activations(source, tokens, (), folder)
-    for index in range(source.block_count):
-        activations.advance(source.load_block(index), lambda width: {})
-    training = EndToEnd(source, checkpoint.format, widths, load, tokens, activations.reference, settings, folder)
+    activations = Activations(source.runner, tokens, (), folder)
+    for index in range(len(source.runner.block_names)):
+        activations.advance(source.runner.load_block(index), lambda width: {})
+    selection = Selection(source, checkpoint.format)
+    training = EndToEnd(selection, widths, load, tokens, activations.reference, settings, folder)
     trained = {name: decoder for block in training.train().values() for name, decoder in block.items()}
-    return {layer: trained.get(layer) or _plain_decoder(checkpoint, layer, width) for layer, width in widths.items()}
-
-
-def _plain_decoder(checkpoint: Checkpoint, layer: str, width: int) -> Decoder:
-    plain = checkpoint.decoder(layer, width).affine
-    return Decoder(plain.scale, plain.offset)
+    return {layer: trained.get(layer) or checkpoint.decoder(layer, width) for layer, width in widths.items()}

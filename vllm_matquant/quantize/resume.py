@@ -24,16 +24,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vllm_matquant.checkpoint.decoder import KINDS, Decoder, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish_json, read_json, sync_file, sync_folder
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.quantize.decoders import DECODER_DTYPE, Decoder
 from vllm_matquant.quantize.layer import QuantizedLayer
 
 WORK_FOLDER = ".matquant-resume"
 _SETTINGS = "settings.json"
 _PUBLISHING = "publishing"
-_ERRORS = "errors"  # key in the metadata of a block's file
+# Keys in the metadata of a block's file.
+_ERRORS = "errors"
+_KIND = "decoder_kind"
 
 
 class ResumeError(CheckpointError):
@@ -87,18 +89,23 @@ class WorkFolder:
             count += 1
         return count
 
-    def save(self, block: str, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Keep a block's layers, given by their full names; they are there after a crash or not at all."""
+    def save(self, block: str, layers: Mapping[str, QuantizedLayer], kind: DecoderKind) -> None:
+        """Keep a block's layers; they are there after a crash or not at all.
+
+        Args:
+            block: full name of the block, or of a layer outside of blocks.
+            layers: by their full names.
+            kind: of their decoders.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
             tensors[f"{name}.codes"] = layer.codes.contiguous()
-            for width, decoder in layer.decoders.items():
-                tensors[f"{name}.scale{width}"] = decoder.scale.to(DECODER_DTYPE).contiguous()
-                tensors[f"{name}.offset{width}"] = decoder.offset.to(DECODER_DTYPE).contiguous()
+            for decoder in layer.decoders.values():
+                tensors |= _tensors(name, decoder)
         errors = {name: list(layer.errors.items()) for name, layer in layers.items()}
         path = self._file(block)
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={_ERRORS: json.dumps(errors)})
+        save_file(tensors, temporary, metadata={_ERRORS: json.dumps(errors), _KIND: kind.name})
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(self.path)
@@ -114,11 +121,7 @@ class WorkFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for block, decoders in blocks.items():
-            tensors = {
-                f"{name}.{part}": values.to(DECODER_DTYPE).contiguous()
-                for name, decoder in decoders.items()
-                for part, values in (("scale", decoder.scale), ("offset", decoder.offset))
-            }
+            tensors = {key: part for named in decoders.items() for key, part in _tensors(*named).items()}
             save_file(tensors, temporary / f"{block}.safetensors")
             sync_file(temporary / f"{block}.safetensors")
         sync_folder(temporary)
@@ -142,8 +145,9 @@ class WorkFolder:
         read_header(path)
         layers: dict[str, QuantizedLayer] = {}
         with safe_open(path, framework="pt") as file:
+            kind = KINDS[file.metadata()[_KIND]]
             for name, errors in json.loads(file.metadata()[_ERRORS]).items():
-                decoders = {r: _decoder(file, f"{name}.scale{r}", f"{name}.offset{r}") for r in widths_of(name)}
+                decoders = {width: _decoder(file, name, width, kind) for width in widths_of(name)}
                 layers[name] = QuantizedLayer(file.get_tensor(f"{name}.codes"), decoders, dict(errors))
         for width in sorted({width for layer in layers.values() for width in layer.decoders}):
             trained = self._trained(width) / path.name
@@ -151,9 +155,8 @@ class WorkFolder:
                 continue
             read_header(trained)
             with safe_open(trained, framework="pt") as file:
-                tensors = sorted(file.keys())
-                for name in {tensor.rpartition(".")[0] for tensor in tensors}:
-                    layers[name].decoders[width] = _decoder(file, f"{name}.scale", f"{name}.offset")
+                for name in sorted({tensor.rpartition(".")[0] for tensor in file.keys()}):  # noqa: SIM118
+                    layers[name].decoders[width] = _decoder(file, name, width, kind)
         return layers
 
     def begin_publishing(self) -> None:
@@ -173,8 +176,12 @@ class WorkFolder:
         return self.path / f"trained-{width}"
 
 
-def _decoder(file: Any, scale: str, offset: str) -> Decoder:
-    return Decoder(file.get_tensor(scale).float(), file.get_tensor(offset).float())
+def _tensors(layer: str, decoder: Decoder) -> dict[str, torch.Tensor]:
+    return decoder.map(torch.Tensor.contiguous).named(layer)
+
+
+def _decoder(file: Any, layer: str, width: int, kind: DecoderKind) -> Decoder:
+    return kind.from_tensors(lambda name: file.get_tensor(f"{layer}.{name}"), width)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

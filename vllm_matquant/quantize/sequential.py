@@ -27,7 +27,7 @@ class Drift:
 
     Attributes:
         hessian: float32 [in_features, in_features], mean of x_r^T x_r over the calibration tokens.
-        cross: likewise of (x - x_r)^T x_r.
+        cross: float32 [in_features, in_features], mean of (x - x_r)^T x_r over the same tokens.
     """
 
     hessian: torch.Tensor

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Affine, middle_code
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.decoders import Decoder
 
 _BETAS = 0.9, 0.99  # of Adam
 _TINY = 1e-12
@@ -30,8 +30,8 @@ class TrainedDecoder:
 
     VALUES: ClassVar[int] = 7  # float32 values kept for each group
 
-    def __init__(self, start: Decoder, width: int, allocate: Allocate | None = None) -> None:
-        self.width, self.middle = width, (2**width - 1) / 2
+    def __init__(self, start: Affine, width: int, allocate: Allocate | None = None) -> None:
+        self.width, self.middle = width, middle_code(width)
         allocate = allocate or start.scale.new_empty
         self._start_scale, self._scale, self._centre = allocate((3, *start.scale.shape))
         self._moments = allocate((2, 2, *start.scale.shape)).zero_()
@@ -40,9 +40,9 @@ class TrainedDecoder:
         self._centre.copy_(start.offset + self.middle * start.scale)
 
     @property
-    def decoder(self) -> Decoder:
-        """As it is now."""
-        return Decoder(self._scale, self._centre - self.middle * self._scale)
+    def values(self) -> Affine:
+        """Scale and offset as they are now."""
+        return Affine(self._scale, self._centre - self.middle * self._scale)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Weights of ``codes``, both float32 [out_features, in_features]."""

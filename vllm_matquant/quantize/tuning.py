@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.decoders import Decoder
 from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.source import call_block, run_block
+from vllm_matquant.quantize.runner import call_block, run_block
 from vllm_matquant.quantize.training import TrainedDecoder, batches
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
@@ -76,15 +76,15 @@ class TunedLayer:
         self._widths = widths
         self._coupling = settings.coupling
         self._positions, self._decoders = [], []
-        group_size = weight.shape[1] // layer.decoders[widths[0]].scale.shape[1]
+        group_size = weight.shape[1] // layer.decoders[widths[0]].affine.scale.shape[1]
         for width in widths:
-            decoder = layer.decoders[width].to(device)
+            values = layer.decoders[width].affine.to(device)
             codes = slice_codes(layer.codes, PARENT_BITS, width, "truncate").to(device).float()
-            scale, offset = (values.repeat_interleave(group_size, dim=1) for values in (decoder.scale, decoder.offset))
+            scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (values.scale, values.offset))
             exact = (weight.to(device) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny) + 0.5
             # Inside the cell that the solver chose: next to the border where the solver overruled the nearest level.
             self._positions.append(torch.clamp(exact, codes + _MARGIN, codes + 1 - _MARGIN))
-            self._decoders.append(TrainedDecoder(decoder, width))
+            self._decoders.append(TrainedDecoder(values, width))
         self._codes = self._nested_codes()
 
     def weights(self) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ class TunedLayer:
         lowest = tuned << (PARENT_BITS - widest)
         parents = self._start.codes.to(torch.int32).clamp(lowest, lowest + 2 ** (PARENT_BITS - widest) - 1)
         decoders = {
-            width: trained.decoder.to("cpu").stored()
+            width: self._start.decoders[width].kind.encode(trained.values.to("cpu"), width)
             for width, trained in zip(self._widths, self._decoders, strict=True)
         }
         return parents.to(torch.uint8), decoders

@@ -71,9 +71,10 @@ class Law:
         low_bits: bits of a weight in low precision.
         high_bits: of all others; 16 where they are not quantized.
         r2: share of the variance of log delta that the law explains.
-        held_out_r2: likewise of observations that the law was not fitted to (5 folds).
+        held_out_r2: share of the variance of log delta that the law explains of observations that it was not fitted to
+            (5 folds).
         held_out_error: median of |predicted / measured - 1| of these.
-        mix_error: likewise, of single mixes instead of their mean.
+        mix_error: median of |predicted / measured - 1| of single mixes instead of their mean.
         intervals: the 95 % interval of each constant.
         observations: how many it was fitted to.
         left_out: how many more had no positive mean delta, whose logarithm does not exist.
@@ -141,7 +142,7 @@ def fit_law(observations: Sequence[Observation], low_bits: float, high_bits: flo
     Args:
         observations: of one model or several.
         low_bits: see :class:`Law`.
-        high_bits: likewise.
+        high_bits: bits of all other weights; 16 where they are not quantized.
         seed: of folds and bootstrap.
 
     Raises:

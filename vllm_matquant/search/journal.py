@@ -77,7 +77,10 @@ class Journal:
         return value
 
     def tensors(self, key: str, run: Callable[[], tuple[dict[str, torch.Tensor], int]]) -> dict[str, torch.Tensor]:
-        """Likewise, tensors by their names: ``run`` makes them and says what they cost. The key names their file."""
+        """The tensors of this key, by their names; ``run`` makes them, and says what they cost, if there are none yet.
+
+        The key names their file.
+        """
         if self._path is None:
             return run()[0]
         file = self._path.with_name(f"{key}.safetensors")

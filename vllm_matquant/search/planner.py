@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.measure.sliced import SlicedModel
 from vllm_matquant.search.budget import Costs, spent
 from vllm_matquant.search.divergence import Divergence, fisher_samples
@@ -75,11 +76,11 @@ class Planner:
         key = f"kl/{share}/{self._digits(widths)}"
         return float(self._measure(key, lambda: self._divergence.of(widths, share)))
 
-    def kl_with(self, widths: Mapping[str, int], decoders: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def kl_with(self, widths: Mapping[str, int], decoders: Mapping[str, Decoder]) -> float:
         """The divergence with decoders of these widths' own; the journal keeps one for the widths."""
 
         def measured() -> float:
-            with self.model.other_decoders(widths, decoders):
+            with self.model.other_decoders(decoders):
                 return self._divergence.of(widths)
 
         return float(self._measure(f"own kl/{self._digits(widths)}", measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
-from vllm_matquant.serve.files import fetch, opened
+from vllm_matquant.serve.files import fetch, identity, opened
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
@@ -40,6 +40,7 @@ class MatquantConfig(QuantizationConfig):
         model: the checkpoint's folder, or its name on a hub.
         revision: of the hub's files.
         served: what is served, by the checkpoint's names of layers; None until that is settled.
+        checkpoint: what tells the checkpoint from any other, None until it is settled.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
@@ -48,6 +49,7 @@ class MatquantConfig(QuantizationConfig):
         self.model = ""
         self.revision: str | None = None
         self.served: Served | None = None
+        self.checkpoint: Hashable = None
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
@@ -97,7 +99,9 @@ class MatquantConfig(QuantizationConfig):
             local = Path(self.model).is_dir()
             # A size depends on the tensors that are not quantized too: the narrowest shards tell of them.
             wanted = ["*.json", *([shard_pattern(BASE_BITS)] if request.memory else [])]
-            checkpoint = opened(fetch(self.model, self.revision, cache, wanted))
+            folder = fetch(self.model, self.revision, cache, wanted)
+            checkpoint = opened(folder)
+            self.checkpoint = identity(folder)
             self.served = request.served(checkpoint, logger.info, partial=not local)
             if local:
                 checkpoint.check(*self.served.resident)
@@ -121,7 +125,7 @@ class MatquantConfig(QuantizationConfig):
                 ignored,
                 f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
             )
-        return MatquantLinearMethod(self.format, self._current(), parts, self.model)
+        return MatquantLinearMethod(self.format, self._current(), parts, self.checkpoint)
 
     def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
         name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")
@@ -131,7 +135,7 @@ class MatquantConfig(QuantizationConfig):
         else:
             name = name or next(iter(self.quantized_embeddings), "")  # vLLM's Llama gives its embedding no name
             quantized = name in self.quantized_embeddings
-        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.model) if quantized else None
+        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.checkpoint) if quantized else None
 
     def _current(self) -> Served:
         """What is served, by vLLM's names of layers."""

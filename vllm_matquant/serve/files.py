@@ -47,7 +47,12 @@ def opened(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: config.json, the index or a recipe is at fault.
     """
-    return _opened(folder.resolve(), _version(folder / CONFIG_FILE), _version(folder / INDEX_FILE))
+    return _opened(*identity(folder))
+
+
+def identity(folder: Path) -> tuple[Path, tuple[int, int], tuple[int, int]]:
+    """What tells the checkpoint that a folder holds now from any other, and from what may take its place there."""
+    return folder.resolve(), _version(folder / CONFIG_FILE), _version(folder / INDEX_FILE)
 
 
 @functools.lru_cache(maxsize=4)
@@ -56,7 +61,7 @@ def _opened(folder: Path, config: tuple[int, int], index: tuple[int, int]) -> Ch
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """What tells a file from what may take its place."""
+    """Time and size of a file, zeros where there is none."""
     if not path.is_file():
         return 0, 0
     status = path.stat()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,16 +35,18 @@ class MatquantLinearMethod(LinearMethodBase):
         checkpoint_format: the checkpoint's format.
         served: what the server holds.
         parts: names in the checkpoint of the layers that this layer fuses, in the order of its output partitions.
-        model: which checkpoint it is: layers of the same one share memory. Without a name they share none.
+        checkpoint: which one it is: layers of the same checkpoint share memory. By default they share none.
     """
 
     weight: PackedWeight
 
-    def __init__(self, checkpoint_format: Format, served: Served, parts: Sequence[str], model: str = "") -> None:
+    def __init__(
+        self, checkpoint_format: Format, served: Served, parts: Sequence[str], checkpoint: Hashable = None
+    ) -> None:
         self.format = checkpoint_format
         self.served = served
         self.parts = list(parts)
-        self.model = model
+        self.checkpoint = checkpoint
 
     def create_weights(
         self,
@@ -88,7 +90,11 @@ class MatquantLinearMethod(LinearMethodBase):
         """
         cut, device = self.stored.cut, layer.get_parameter(WEIGHT_BASE).device
         rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        shared = SharedPlanes(_store, self.model, ", ".join(self.parts), rank) if self.model else None
+        shared = None
+        if self.checkpoint is not None:
+            # Recipes may have decoders of their own for a width that other slices have too.
+            decoders = tuple(each.decoders_file for each in self.served.resident)
+            shared = SharedPlanes(_store, (self.checkpoint, decoders), ", ".join(self.parts), rank)
         self.weight = self.kernel.pack(
             self.stored.take(layer), cut.in_features, cut.group_size, device, self.served.activation_bits, shared
         )

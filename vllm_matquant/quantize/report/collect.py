@@ -15,11 +15,11 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.pipeline import Outcome
 from vllm_matquant.quantize.report.card import read_license
 from vllm_matquant.quantize.report.data import LayerRow, Report
-from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.source import Source
 
 
 def collect_report(
-    source: SourceModel,
+    source: Source,
     output: Path,
     method: Method,
     outcome: Outcome,
@@ -59,6 +59,6 @@ def collect_report(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         software={**versions(), **{name: str(value) for name, value in describe_machine().items()}},
         command=command,
-        source_bytes=sum(path.stat().st_size for path in source.files if path.suffix == ".safetensors"),
+        source_bytes=sum(path.stat().st_size for path in source.tensors.files if path.suffix == ".safetensors"),
         license=read_license(source.folder),
     )

@@ -128,7 +128,7 @@ class WidthRow(NamedTuple):
     """What a reader wants to know of one width; None where it was not measured, or is not finite.
 
     ``bits_per_weight`` counts codes and decoder of the quantized layers, ``bytes`` every file that serving reads.
-    ``gap`` is the log-perplexity minus the source's, in nats per token; ``kl`` likewise.
+    ``gap`` is the log-perplexity minus the source's and ``kl`` the KL divergence from the source, in nats per token.
     """
 
     bits: int

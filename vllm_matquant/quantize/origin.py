@@ -1,0 +1,48 @@
+"""What a checkpoint comes from: all that its bytes depend on, to be written down and compared."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_matquant.checkpoint.manifest import describe_files, versions
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.quantization_config import format_to_config
+from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.checkpoint.staging import is_copied
+from vllm_matquant.measure.windows import Windows
+from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.machine import describe_machine
+from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.source import Source
+
+
+def read_source(source: Source) -> dict[str, Any]:
+    """Read all of the source once, before the long work: size and SHA-256 of its files.
+
+    Raises:
+        TensorValueError: a tensor holds NaN or infinity.
+    """
+    files = [source.folder / CONFIG_FILE, *source.tensors.files]
+    total = 2 * sum(path.stat().st_size for path in files)
+    with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
+        described = describe_files(files, progress.update)
+        source.tensors.check_values(progress.update)
+    return described
+
+
+def describe_settings(source: Source, method: Method, format_: Format, calibration: Windows | None) -> dict[str, Any]:
+    """What the checkpoint's bytes depend on besides the source's weights and the calibration text."""
+    copied = [path for path in source.folder.iterdir() if path.is_file() and is_copied(path.name)]
+    return {
+        "copied": describe_files(copied),
+        "tokens": hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest() if calibration else None,
+        "method": {"name": method.name, **asdict(method)},
+        "format": format_to_config(format_),
+        "versions": versions(),
+        "machine": describe_machine(),
+        "ranks": ranks.count(),
+    }
