@@ -237,17 +237,10 @@ def wheel(sdist: Path) -> Path:
     """The wheel that pip builds from the source distribution, without the CUDA kernels, which take long."""
     scripts = sysconfig.get_path("scripts")  # cmake
     folder = sdist.parent
+    # pip would take a wheel that it has once built of a file in this place.
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-cache-dir", "--no-build-isolation", "--no-deps"]
     build = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--no-build-isolation",
-            "--no-deps",
-            f"--wheel-dir={folder}",
-            str(sdist),
-        ],
+        [*pip, f"--wheel-dir={folder}", str(sdist)],
         env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "MATQUANT_CUDA": "OFF"},
         capture_output=True,
         text=True,

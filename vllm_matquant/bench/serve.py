@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -23,6 +24,7 @@ from vllm_matquant.checkpoint.spec import WIDTHS
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 48
 PROMPT_TOKENS = 16  # where there is no tokenizer
+MODEL_LENGTH = 1024  # at most
 UNQUANTIZED_BITS = 16
 COLUMNS = ("bits", "output_tokens_per_s", "resident_bytes", "load_seconds", "batch")
 
@@ -68,7 +70,7 @@ def serve_one(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
     llm = LLM(
         str(folder),
         additional_config=settings,
-        max_model_len=1024,
+        max_model_len=min(MODEL_LENGTH, read_json(folder / CONFIG_FILE).get("max_position_embeddings", MODEL_LENGTH)),
         max_num_seqs=load.batch,
         skip_tokenizer_init=not has_tokenizer,
     )
@@ -121,7 +123,15 @@ def bench_serve(
         models.append((reference, None, {"bits": UNQUANTIZED_BITS}))
     for model, part, named in [*models, *((folder, part, part.label) for part in slices)]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            yield named | pool.submit(serve_one, model, part, load).result()
+            yield named | pool.submit(_serve_or_say_why, model, part, load).result()
+
+
+def _serve_or_say_why(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
+    """As :func:`serve_one`, with errors that another process can be told of: not all of vLLM's can."""
+    try:
+        return serve_one(folder, part, load)
+    except ValueError as error:
+        raise ValueError(f"{folder}: vLLM refuses to serve it: {error}") from None
 
 
 def bench_llama_cpp(python: Path, folder: Path, output_tokens: int, threads: int) -> list[dict[str, Any]]:
