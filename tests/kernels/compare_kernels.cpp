@@ -68,8 +68,7 @@ class Layer {
 
     std::vector<uint8_t> multiply(const Kernel& kernel) const {
         const int64_t spans = count_spans(case_.columns, case_.group_size);
-        std::vector<uint8_t> activations(spans * case_.tokens * kSpanSteps *
-                                         kernel.step_bytes(case_.activation_bits));
+        std::vector<uint8_t> activations(spans * case_.tokens * kSpanSteps * kernel.step_bytes(case_.activation_bits));
         std::vector<Factor> factors(spans * case_.tokens);
         std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
         const Product product = {.columns = case_.columns,

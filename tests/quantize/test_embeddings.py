@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.test_plan import NO_TIME, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
@@ -209,8 +209,8 @@ def test_resume(
     save = WorkFolder.save
     names: list[str] = []
 
-    def interrupted(self: WorkFolder, block: str, layers: Any) -> None:
-        save(self, block, layers)
+    def interrupted(self: WorkFolder, block: str, layers: Any, kind: DecoderKind) -> None:
+        save(self, block, layers, kind)
         names.append(block)
         if len(names) == saved:
             raise KeyboardInterrupt
@@ -262,7 +262,8 @@ def test_parts_of_the_rows_make_the_whole(sources: dict[bool, Path], monkeypatch
     for rows in (7, VOCABULARY):
         monkeypatch.setattr(embeddings, "part_rows", lambda *_, rows=rows: rows)
         counted: list[int] = []
-        seen.append(quantize_rows(source, HEAD, METHODS["nested"]((2, 8)), 32, None, counted.append))  # type: ignore[arg-type]
+        method = METHODS["nested"]((2, 8))
+        seen.append(quantize_rows(source, HEAD, method, 32, AFFINE_INT8, None, counted.append))  # type: ignore[arg-type]
         assert sum(counted) == VOCABULARY
         assert max(counted) == rows
     assert seen[0].errors == pytest.approx(seen[1].errors, rel=1e-3)
@@ -278,7 +279,7 @@ def test_memory_of_a_large_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
     # A part that safetensors reads is a view of the mapped file, whose size would count.
     monkeypatch.setattr(source.tensors, "read_rows", lambda name, rows: weight[rows].clone())
     with torch.no_grad(), PeakBytes() as memory:
-        quantize_rows(source, HEAD, method, 64, torch.eye(256))  # type: ignore[arg-type]
+        quantize_rows(source, HEAD, method, 64, AFFINE_INT8, torch.eye(256))  # type: ignore[arg-type]
     foreseen = sum(_steps(Selection(source, format_), method, {}, 0, 0)[HEAD].values())
     assert memory.peak < 4 * 40_000 * 256  # less than the weights in float32
     assert 0.7 * memory.peak < foreseen < 2 * memory.peak

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.test_plan import NO_TIME
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
@@ -24,7 +25,7 @@ from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
-from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.plan import make_plan
@@ -153,6 +154,31 @@ def test_group_sizes(
         values = checkpoint.decoder(f"model.layers.1.{layer}", 4).affine
         assert values.scale.shape == values.offset.shape == (64, expected)
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("method", ["nested", "nested-tuned", "matgptq", "gptq", "rtn"])
+def test_decoder_kinds(method: str, kind: DecoderKind, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, output = SourceModel(llama), tmp_path / "output"
+    chosen = METHODS[method]((3,) if method == "gptq" else (2, 8))
+    if isinstance(chosen, Nested):
+        chosen = with_settings(chosen, ["end_to_end.up_to=0"])
+    format_ = plan_format(source, chosen, 32, [], decoder_kind=kind)
+    errors = quantize(source, output, chosen, format_, CalibrationSettings(str(text_file), 4, 32)).errors
+    checkpoint = open_checkpoint(output)
+    assert checkpoint.format.decoder_kind is kind
+    assert all(result.passed for result in verify(output))
+    widest = chosen.widths[-1]
+    limit = 0.5 if method in ("gptq", "matgptq") else LIMITS[8]
+    assert distance(logits(llama, checkpoint, widest), logits(llama)) < limit
+    assert all(layer_errors[widest] < 0.2 for layer_errors in errors.values())
+
+
+def test_decoders_of_whole_rows_are_float16(llama: Path) -> None:
+    source, method = SourceModel(llama), Nested(WIDTHS)
+    assert plan_format(source, method, "channel", []).decoder_kind is AFFINE_FLOAT16
+    assert plan_format(source, method, "auto", []).decoder_kind is AFFINE_INT8
+    assert plan_format(source, method, "channel", [], decoder_kind=AFFINE_INT8).decoder_kind is AFFINE_INT8
 
 
 def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
