@@ -107,7 +107,7 @@ def test_the_package_imports_nothing_until_it_is_asked(tmp_path: Path) -> None:
         import sys
         import vllm_matquant
         print(not {"torch", "numpy", "transformers", "vllm"} & set(sys.modules))
-        import vllm_matquant.quantize.methods, vllm_matquant.search.budget, vllm_matquant.serve.precision
+        import vllm_matquant.quantize.methods, vllm_matquant.search.budget, vllm_matquant.serve.request
         import inspect
         exported = {name: getattr(vllm_matquant, name) for name in vllm_matquant.__all__}
         print(set(exported) <= set(dir(vllm_matquant)), "vllm" in sys.modules)

@@ -220,8 +220,8 @@ def test_resume(
     output = tmp_path / "resumed" / "nested"
     save = WorkFolder.save
 
-    def interrupted(self: WorkFolder, block: str, layers: Any) -> None:
-        save(self, block, layers)
+    def interrupted(self: WorkFolder, *arguments: Any) -> None:
+        save(self, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -230,7 +230,7 @@ def test_resume(
     assert status == 130
     assert said.endswith(f": interrupted; no checkpoint was written to {output}")
     status, said = refusal(capsys, *arguments, output)
-    assert "work folder: found unfinished work, 1 of 2 blocks, expected none, or leave to resume" in said
+    assert "work folder: found unfinished work, 1 of 2 blocks, expected none. Use --resume to go on" in said
     status, said = refusal(capsys, *arguments, output, "--resume", "--seed", 1)
     assert "calibration.seed: found 1, expected 0. Run with what the unfinished work began with" in said
     assert run_quantize([*arguments, str(output), "--resume"]) == 0
