@@ -42,7 +42,7 @@ TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
 SETTINGS_FILE = "settings.json"
 RECORD_FILE = "record.json"  # in a model's folder: how it was made
-WEIGHTS_FILE = "weights.safetensors"  # likewise, of a peer: its dequantized weights
+WEIGHTS_FILE = "weights.safetensors"  # a peer's dequantized weights
 LOG_LINES = 15  # of a failed command's log, to be shown
 
 Row = dict[str, Any]

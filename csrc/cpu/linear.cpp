@@ -69,7 +69,7 @@ class Scratch {
 
 // As many bits as lose nothing that matters: for float32 what keeps its precision. Where all that is active of a
 // segment are slices of 2 bits, activations of 8 bits change the model's predictions by less than a hundredth of what
-// these slices do already (docs/cpu-kernels.md).
+// these slices do already (docs/design/cpu-kernels.md).
 int activation_bits_of(const Weight& weight, bool narrow, Element element) {
     if (weight.activation_bits) {
         return static_cast<int>(*weight.activation_bits);

@@ -13,7 +13,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 
 PARTS = {"affine-float16": ("scale", "offset"), "affine-int8": ("scale", "centre", "step")}
-"""What the decoders of each kind consist of, as docs/format.md has it."""
+"""What the decoders of each kind consist of, as docs/reference/format.md has it."""
 
 
 @dataclass
@@ -58,5 +58,5 @@ def decoder_names(kind: DecoderKind, width: int) -> set[str]:
 
 
 def decoder_bytes(kind: DecoderKind, rows: int, groups: int) -> int:
-    """Bytes of one width's decoder of a layer, as docs/format.md has it."""
+    """Bytes of one width's decoder of a layer, as docs/reference/format.md has it."""
     return {"affine-float16": 4 * rows * groups, "affine-int8": 2 * rows * groups + 4 * rows}[kind.name]

@@ -148,6 +148,21 @@ def test_encoding_takes_the_nearest_multiples_of_the_smallest_steps(width: int, 
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_what_steps_reach_exactly_is_kept(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    parts = {
+        "scale": torch.randint(0, 256, (6, 9), generator=generator, dtype=torch.uint8),
+        "centre": torch.randint(-127, 128, (6, 9), generator=generator, dtype=torch.int8),
+        "step": torch.rand(6, 2, generator=generator).bfloat16(),
+    }
+    parts["scale"][:, 0], parts["centre"][:, 1] = 255, -127
+    step = parts["step"].double()
+    scale = parts["scale"] * step[:, :1]
+    values = Affine(scale, parts["centre"] * step[:, 1:] - (2**width - 1) / 2 * scale)
+    assert same_decoder(AFFINE_INT8.encode(values, width), Decoder(AFFINE_INT8, width, parts))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_how_far_weights_may_move(width: int) -> None:
     """Half a step of the scale for each code from the middle, half a step of the centre, and float32's rounding."""
     for seed, (rows, groups) in enumerate(SHAPES):
@@ -161,6 +176,30 @@ def test_how_far_weights_may_move(width: int) -> None:
         rounding = 2**-22 * (values.scale.amax(1, keepdim=True) * 2**width + values.offset.abs().amax(1, keepdim=True))
         assert (moved <= bound + rounding).all()
         assert (moved > 0).any()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_offsets_that_suit_the_stored_scales_take_the_place_of_those_given(kind: DecoderKind, width: int) -> None:
+    values = random_affine(5, 7, seed=width)
+    asked: list[torch.Tensor] = []
+
+    def offsets_for(scale: torch.Tensor) -> torch.Tensor:
+        asked.append(scale)
+        return -3 * scale + values.scale
+
+    decoder = kind.encode(values, width, offsets_for)
+    kind.check(decoder, "layer", Path("file"))
+    assert [scale.dtype for scale in asked] == [torch.float32]
+    assert torch.equal(asked[0], decoder.affine.scale)
+    assert torch.equal(decoder.affine.scale, kind.encode(values, width).affine.scale)
+    wanted = Affine(asked[0], -3 * asked[0] + values.scale)
+    if kind is AFFINE_FLOAT16:
+        assert same_decoder(decoder, kind.encode(wanted, width))
+    else:
+        step = decoder.parts["step"][:, 1:].double()
+        centre = wanted.offset.double() + (2**width - 1) / 2 * wanted.scale.double()
+        assert ((decoder.parts["centre"] * step - centre).abs() <= step * (0.5 + 1e-9)).all()
+        assert (centre.abs().amax(1) >= step[:, 0] * 126).all()
 
 
 def test_float16_decoders_are_rounded_to_float16() -> None:

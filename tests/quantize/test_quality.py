@@ -62,7 +62,8 @@ def test_same_figures_as_of_the_whole_model(
         bits_for = [(expression.removeprefix("embed|"), own) for expression, own in bits_for]
     format_ = plan_format(source, chosen, 32, [], bits_for=bits_for, quantize_embeddings=embeddings)
     outcome = quantize(source, tmp_path / "output", chosen, format_, settings, held_out=TOKENS)
-    expected = list(evaluate(open_checkpoint(tmp_path / "output"), model, TOKENS, widths))
+    checkpoint = open_checkpoint(tmp_path / "output")
+    expected = list(evaluate(checkpoint, model, TOKENS, [checkpoint.slice(width) for width in widths]))
     assert [row["bits"] for row in outcome.quality] == list(widths)
     for found, row in zip(outcome.quality, expected, strict=True):
         assert found == pytest.approx(row, rel=1e-3, abs=1e-6)

@@ -236,7 +236,7 @@ class DecoderKind(ABC):
             where: the file to name in an error.
 
         Raises:
-            DecoderValueError: a value is not finite, or a scale is negative.
+            DecoderValueError: a value is not finite or too large, or a scale or step is negative.
         """
         for part, wrong, expected in self.faults(decoder.parts):
             if wrong.any():

@@ -73,7 +73,7 @@ class TensorValueError(CheckpointError):
 
 
 class DecoderValueError(CheckpointError):
-    """A scale or an offset is not finite, or a scale is negative."""
+    """A stored value of a decoder is not finite or too large, or a scale or step is negative."""
 
 
 class ChecksumError(CheckpointError):

@@ -21,7 +21,6 @@ from vllm_matquant.checkpoint.names import (
     INDEX_FILE,
     WEIGHT_BASE,
     plane_name,
-    shard_pattern,
     shard_width,
 )
 from vllm_matquant.checkpoint.packing import unpack_codes
@@ -32,7 +31,13 @@ from vllm_matquant.checkpoint.slice import Slice, choose_slice
 from vllm_matquant.checkpoint.slice_maker import SliceMaker
 from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.checkpoint.tensor_files import TensorFiles
-from vllm_matquant.checkpoint.validate import check_index, check_layer_count, expected_tensors, read_index
+from vllm_matquant.checkpoint.validate import (
+    check_files_are_there,
+    check_index,
+    check_layer_count,
+    expected_tensors,
+    read_index,
+)
 
 
 @dataclass
@@ -132,15 +137,7 @@ class Checkpoint:
         Raises:
             MissingFileError: some are not in the folder.
         """
-        missing = [name for name in served.files if not (self.folder / name).is_file()]
-        if missing:
-            raise MissingFileError(
-                self.folder,
-                f"files of {served.name}",
-                "no " + ", no ".join(missing),
-                "every file that holds some of its tensors",
-                f"The folder serves {_listed(self.servable_widths)}; {_how_to_get(missing, self.folder)}",
-            )
+        check_files_are_there(self.folder, served.files, f"files of {served.name}", lambda: self.servable_widths)
         return [self.folder / name for name in served.files]
 
     def check(self, *slices: Slice, values: bool = True) -> None:
@@ -296,18 +293,3 @@ def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_value
     if check_files:
         checkpoint._check_everything(total_size, check_values)
     return checkpoint
-
-
-def _listed(widths: tuple[int, ...]) -> str:
-    return f"{', '.join(map(str, widths))} bits" if widths else "no width"
-
-
-def _how_to_get(missing: list[str], folder: Path) -> str:
-    """What brings missing shards and recipes' decoders into a folder."""
-    widths = [width for width in map(shard_width, missing) if width is not None]
-    patterns = [shard_pattern(max(widths))] if widths else []
-    patterns += [name for name in missing if shard_width(name) is None]
-    include = " ".join(f"'{pattern}'" for pattern in patterns)
-    return (
-        f"get these files from where it comes from, such as: hf download NAME --local-dir {folder} --include {include}"
-    )

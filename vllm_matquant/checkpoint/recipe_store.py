@@ -37,7 +37,8 @@ def add_recipes(
         decoders: by the recipes' names, the decoder of every layer for those with decoders of their own.
 
     Raises:
-        DecoderValueError: a value is not finite, or a scale is negative; nothing of this recipe is written.
+        DecoderValueError: a value is not finite or too large, or a scale or step is negative; nothing of this recipe is
+            written.
         OSError: a file cannot be written.
     """
     folder = checkpoint.folder

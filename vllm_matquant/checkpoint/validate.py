@@ -4,7 +4,7 @@ it lies in; the index and the headers of the shards must say the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     ConfigError,
     IndexFileError,
+    MissingFileError,
     MissingTensorError,
     TensorDtypeError,
     TensorShapeError,
@@ -22,7 +23,14 @@ from vllm_matquant.checkpoint.errors import (
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
-from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, is_plain_name, shard_name, shard_width
+from vllm_matquant.checkpoint.names import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    is_plain_name,
+    shard_name,
+    shard_pattern,
+    shard_width,
+)
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton
 from vllm_matquant.checkpoint.spec import BASE_BITS, UNQUANTIZED_DTYPES, Format
@@ -65,6 +73,38 @@ def read_index(folder: Path) -> tuple[dict[str, str], int]:
     for file in sorted({file.name for file in folder.glob("*.safetensors")} - set(weight_map.values())):
         raise IndexFileError(path, "files in the folder", f"{file}, which is not listed", "the listed shards only")
     return weight_map, total_size
+
+
+def check_files_are_there(
+    folder: Path, files: Sequence[str], subject: str, servable_widths: Callable[[], Sequence[int]]
+) -> None:
+    """Check that a folder holds some files.
+
+    Args:
+        folder: the checkpoint's.
+        files: their names in it: shards, and files of decoders that belong to recipes.
+        subject: what to call them in an error.
+        servable_widths: gives the widths that the folder serves, for an error.
+
+    Raises:
+        MissingFileError: some are not there; the message names them and says how to get them.
+    """
+    missing = [name for name in files if not (folder / name).is_file()]
+    if not missing:
+        return
+    widths = [width for width in map(shard_width, missing) if width is not None]
+    patterns = [shard_pattern(max(widths))] if widths else []
+    patterns += [name for name in missing if shard_width(name) is None]
+    include = " ".join(f"'{pattern}'" for pattern in patterns)
+    served = ", ".join(map(str, servable_widths()))
+    raise MissingFileError(
+        folder,
+        subject,
+        "no " + ", no ".join(missing),
+        "every file that holds some of its tensors",
+        f"The folder serves {f'{served} bits' if served else 'no width'}; get the files from where it comes from, such "
+        f"as: hf download NAME --local-dir {folder} --include {include}",
+    )
 
 
 def check_layer_count(config: dict[str, Any], tensors: int, where: Path) -> None:

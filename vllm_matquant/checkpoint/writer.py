@@ -90,7 +90,7 @@ class CheckpointWriter:
         Raises:
             ConfigError: the group size does not divide in_features.
             TensorDtypeError, TensorShapeError, MissingTensorError, UnexpectedTensorError: not as the format has it.
-            DecoderValueError: a value is not finite, or a scale is negative.
+            DecoderValueError: a value is not finite or too large, or a scale or step is negative.
             ValueError: a decoder is of another kind or width.
         """
         if codes.dtype != CODE_DTYPE:
