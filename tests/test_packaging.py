@@ -17,7 +17,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import vllm_matquant
 from tests.quantize.tiny_sources import write_source
@@ -168,6 +167,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     """What a module cannot be imported without is a dependency; what a function asks for may be of an extra."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required, extras = declared(project["dependencies"]), project["optional-dependencies"]
     # torch brings triton wherever it has kernels for it.

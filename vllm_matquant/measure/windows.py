@@ -241,7 +241,7 @@ def _check_count(name: str, found: int, samples: int, count: int) -> None:
     if found < samples * count:
         raise TextError(
             f"{name}: found {found:,} tokens, expected at least {samples * count:,} ({samples} x {count}). "
-            "Give a longer text or fewer samples"
+            "Give a longer text, or ask for fewer windows (--samples, or --held-out-samples of a held-out text)"
         )
 
 
