@@ -79,7 +79,7 @@ class Calibrated(RoundToNearest):
             task.activations.outputs(task.block)
         assert all(name in hessians._owner for name in task.linears)
         for name, linear in task.linears.items():
-            yield name, self.quantize(linear.weight, None, task.group_sizes[name])
+            yield name, self.quantize(linear.weight, None, task.group_sizes[name], task.decoder_kind)
 
 
 source, method = SourceModel(folder), Calibrated((2, 8))

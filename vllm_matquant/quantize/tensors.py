@@ -97,11 +97,16 @@ class SafetensorsFolder:
         Raises:
             TensorValueError: a tensor holds NaN or infinity.
         """
-        for name in self.names:
-            tensor = self.read(name)
-            if not all(part.isfinite().all() for part in tensor.flatten().split(_CHECKED_VALUES)):
-                raise TensorValueError(self._folder / self._file_of[name], name, "NaN or infinity", "finite weights")
-            progress(tensor.nbytes)
+        for path in self.files:
+            # Opened once for all of its tensors: each opening reads the header anew.
+            with safe_open(path, framework="pt") as file:
+                for name in self.names:
+                    if self._file_of[name] != path.name:
+                        continue
+                    tensor = file.get_tensor(name)
+                    if not all(part.isfinite().all() for part in tensor.flatten().split(_CHECKED_VALUES)):
+                        raise TensorValueError(path, name, "NaN or infinity", "finite weights")
+                    progress(tensor.nbytes)
 
 
 def _locate(folder: Path) -> dict[str, str]:
