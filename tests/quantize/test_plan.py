@@ -167,7 +167,8 @@ def test_70b(llama_70b: Path, text_file: Path, tmp_path: Path) -> None:
     # 80 blocks of 64 rows of heads, 8 of keys and values: from the architecture's definition.
     weights = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672)
     others = 2 * (2 * 128_256 * 8192 + 161 * 8192)
-    decoder = weights // 128 * 4
+    rows = 80 * (2 * 8192 + 2 * 1024 + 2 * 28_672 + 8192)
+    decoder = weights // 128 * 2 + rows * 4  # a scale and a centre for each group, two steps for each row
     assert plan.files[2] == weights // 4 + decoder + others
     assert plan.files[4] == plan.files[2] + 2 * weights // 8 + decoder
     assert plan.files[8] == plan.files[4] + 4 * weights // 8 + decoder == plan.output

@@ -69,8 +69,9 @@ class Method(ABC):
             solving = (12 + 16 * followed) * columns**2 + (14 + 8 * widths + 8 * followed) * rows * columns
             return max((36 + 20 * followed) * columns**2, solving)
 
-        # Of the others in the meantime: the Hessian, and what is finished.
-        others = sum(4 * columns**2 + 2 * rows * columns for rows, columns in shapes)
+        # Of the others in the meantime: the Hessian, if there is one, and what is finished.
+        hessian = 4 if self.needs_calibration else 0
+        others = sum(hessian * columns**2 + 2 * rows * columns for rows, columns in shapes)
         return others + max(layer(*shape) for shape in shapes)
 
     @abstractmethod
