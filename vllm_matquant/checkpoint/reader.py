@@ -60,6 +60,7 @@ class Checkpoint:
     weight_map: dict[str, str]
     recipes: list[Recipe]
     _files: TensorFiles = field(repr=False)
+    _maker: SliceMaker | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def shards(self) -> dict[int, list[str]]:
@@ -240,7 +241,10 @@ class Checkpoint:
 
     @property
     def _slice_maker(self) -> SliceMaker:
-        return SliceMaker(self.folder, self.format, self.layers, self.weight_map, self.recipes)
+        # Kept, for it finds once what all slices share; recipes that are added later come with another format.
+        if self._maker is None or self._maker.format is not self.format:
+            self._maker = SliceMaker(self.folder, self.format, self.layers, self.weight_map, self.recipes)
+        return self._maker
 
     def _check_everything(self, total_size: int, values: bool) -> None:
         """Check every file that is in the folder."""

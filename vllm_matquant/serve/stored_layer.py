@@ -165,10 +165,9 @@ class StoredLayer:
     def _parameter(self, name: str, data: torch.Tensor, weight_loader: Callable[..., None]) -> Parameter:
         """A parameter of vLLM's that tensor parallelism cuts as the tensor ``name`` must be cut."""
         partitions, cut = self.owners[name], self.cut
-        groups = cut.in_features // cut.group_size
         if name == WEIGHT_BASE or name.startswith("weight_plane"):
             parameter = _WeightOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
-        elif cut.per_channel or data.shape[1] != groups or name.startswith("weight_step"):
+        elif cut.per_channel or name.startswith("weight_step"):
             parameter = _ChannelScaleOfParts(data=data, output_dim=0, weight_loader=weight_loader)
         else:
             parameter = _GroupScaleOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
