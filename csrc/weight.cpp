@@ -77,13 +77,12 @@ int64_t Segment::out_features() const {
     return sum;
 }
 
-int64_t Segment::find_decoder(int64_t width) const {
-    const auto found = std::find(decoder_widths.begin(), decoder_widths.end(), width);
-    STD_TORCH_CHECK(found != decoder_widths.end(), "active_width: found ", width,
-                    ", expected one of the resident decoder_widths ", to_string(decoder_widths));
+void Segment::check_active(int64_t width) const {
+    const bool found = std::find(decoder_widths.begin(), decoder_widths.end(), width) != decoder_widths.end();
+    STD_TORCH_CHECK(found, "active_width: found ", width, ", expected one of the resident decoder_widths ",
+                    to_string(decoder_widths));
     STD_TORCH_CHECK(width <= resident_width, "active_width: found ", width, ", expected at most the resident width ",
                     resident_width);
-    return found - decoder_widths.begin();
 }
 
 std::shared_ptr<const Weight> weight_of(int64_t id) {

@@ -21,7 +21,8 @@ const char* to_string(DecoderKind kind);
 
 // Output partitions (q, k, v of a fused layer) that have the same planes and decoders in memory.
 struct Segment {
-    torch::stable::Tensor planes, decoders;
+    torch::stable::Tensor planes;
+    torch::stable::Tensor decoders;       // uint8 [bytes], those of each width, one after the other
     torch::stable::Tensor active_width;   // int32 [partitions]: what is read now
     std::vector<int64_t> decoder_widths;  // resident, in the order of `decoders`
     std::vector<int64_t> output_sizes;    // of the partitions
@@ -29,8 +30,8 @@ struct Segment {
 
     int64_t out_features() const;
 
-    // Where in `decoder_widths` an active width is. An error if it has no decoder, or not all of its planes.
-    int64_t find_decoder(int64_t width) const;
+    // An error if a width cannot be active: it has no decoder, or not all of its planes.
+    void check_active(int64_t width) const;
 };
 
 // A linear layer, or a rank's cut of one. Never changed once it is in the registry.

@@ -30,7 +30,7 @@ struct Rows {
     const uint8_t* decoders;  // of the width
     int64_t columns, group_size;
     int64_t tiles, tile_rows;
-    DecoderKind kind;
+    DecoderForm form;
     int width;
     int pairs;  // of planes, the others are single
 
@@ -58,8 +58,8 @@ struct Rows {
         float scale, offset;
     };
     Decoder decoder(int64_t tile_row, int64_t lane, int64_t group) const {
-        const uint8_t* row = decoders + tile_row * decoder_bytes(kind, groups());
-        if (kind == DecoderKind::kAffineFloat16) {
+        const uint8_t* row = decoders + tile_row * decoder_bytes(form, groups());
+        if (form == DecoderForm::kFloat16) {
             const Half* halves = reinterpret_cast<const Half*>(row) + group * 2 * kTileRows + lane;
             return {halves[0], halves[kTileRows]};
         }
@@ -117,16 +117,15 @@ Tensor embedding(const Tensor& rows, const Tensor& handle, int64_t columns, Scal
     }
     const int width = *segment.active_width.const_data_ptr<int32_t>();
     const int64_t tile_rows = segment.planes.size(1);
-    const int64_t decoder = segment.find_decoder(width) * tile_rows;
+    segment.check_active(width);
     const Rows source = {
         .planes = segment.planes.const_data_ptr<uint8_t>(),
-        .decoders = static_cast<const uint8_t*>(segment.decoders.const_data_ptr()) +
-                    decoder * decoder_bytes(weight->decoder_kind, weight->groups()),
+        .decoders = segment.decoders.const_data_ptr<uint8_t>() + prepared.segments().front().decoders[width],
         .columns = columns,
         .group_size = weight->group_size,
         .tiles = segment.planes.size(2),
         .tile_rows = tile_rows,
-        .kind = weight->decoder_kind,
+        .form = form_of(weight->decoder_kind, width),
         .width = width,
         .pairs = prepared.paired() ? width / 2 : 1,
     };

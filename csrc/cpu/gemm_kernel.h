@@ -115,13 +115,14 @@ struct Decoder {
     }
 };
 
-// The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The kind is told apart for each
-// group: a branch that always goes the same way costs less than kernels for each kind would.
+// The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The form is told apart for each
+// group: a branch that always goes the same way costs less than kernels for each form would.
 template <class Lanes>
 class RowDecoders {
   public:
-    RowDecoders(const Product& product, const TileRow& row) : kind_(product.decoder_kind), data_(row.decoders) {
-        if (kind_ == DecoderKind::kAffineFloat16) {
+    RowDecoders(const Product& product, const TileRow& row)
+        : form_(form_of(product.decoder_kind, row.width)), data_(row.decoders) {
+        if (form_ == DecoderForm::kFloat16) {
             return;
         }
         uint16_t steps[2 * kTileRows];
@@ -134,7 +135,7 @@ class RowDecoders {
     }
 
     MATQUANT_INLINE Decoder<Lanes> of_group(int64_t group) const {
-        if (kind_ == DecoderKind::kAffineFloat16) {
+        if (form_ == DecoderForm::kFloat16) {
             constexpr int64_t kBytes = 4 * kTileRows;
             const uint8_t* decoder = data_ + group * kBytes;
             __builtin_prefetch(decoder + kPrefetchBytes);
@@ -154,7 +155,7 @@ class RowDecoders {
   private:
     static constexpr int64_t kPrefetchBytes = 256;
 
-    DecoderKind kind_;
+    DecoderForm form_;
     const uint8_t* data_;
     float negative_middle_ = 0.0f;
     alignas(64) float steps_[2 * kTileRows];  // of the scales, of the centres

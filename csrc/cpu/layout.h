@@ -52,8 +52,8 @@ inline std::vector<TileRows> split_into_tiles(const std::vector<int64_t>& output
 // Bytes of the decoders of a row of tiles at one width. In float16: [groups, 2 (scale, offset), 16 rows]. In int8:
 // steps in bfloat16 [2 (of scales, of centres), 16], then for each group uint8 [16] codes of scales and int8 [16] of
 // centres.
-constexpr int64_t decoder_bytes(DecoderKind kind, int64_t groups) {
-    return kind == DecoderKind::kAffineFloat16 ? groups * 2 * kTileRows * 2 : (2 + groups) * 2 * kTileRows;
+constexpr int64_t decoder_bytes(DecoderForm form, int64_t groups) {
+    return form == DecoderForm::kFloat16 ? groups * 2 * kTileRows * 2 : (2 + groups) * 2 * kTileRows;
 }
 
 }  // namespace matquant::cpu

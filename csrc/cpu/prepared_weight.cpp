@@ -23,17 +23,13 @@ void check_layout(const Weight& weight, const Segment& segment) {
                     weight.group_size, ", expected a multiple of ", kStepColumns, " or at least the ", weight.columns,
                     " columns");
     const int64_t rows = static_cast<int64_t>(split_into_tiles(segment.output_sizes).size());
-    const int64_t widths = static_cast<int64_t>(segment.decoder_widths.size());
     check_tensor("planes", segment.planes, ScalarType::Byte,
                  {segment.resident_width, rows, ceil_div(weight.columns, kTileColumns), kPlaneBytes});
-    switch (weight.decoder_kind) {
-        case DecoderKind::kAffineFloat16:
-            return check_tensor("decoders", segment.decoders, ScalarType::Half,
-                                {widths, rows, weight.groups(), 2, kTileRows});
-        case DecoderKind::kAffineInt8:
-            return check_tensor("decoders", segment.decoders, ScalarType::Byte,
-                                {widths, rows, decoder_bytes(weight.decoder_kind, weight.groups())});
+    int64_t bytes = 0;
+    for (const int64_t width : segment.decoder_widths) {
+        bytes += rows * decoder_bytes(form_of(weight.decoder_kind, static_cast<int>(width)), weight.groups());
     }
+    check_tensor("decoders", segment.decoders, ScalarType::Byte, {bytes});
 }
 
 void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
@@ -62,7 +58,15 @@ PreparedWeight::PreparedWeight(const Weight& weight) : paired_(is_paired(weight.
     int64_t begin = 0;
     for (const Segment& segment : weight.segments) {
         const int64_t count = segment.planes.size(1);
-        segments_.push_back({begin, begin + count, count * segment.planes.size(2) * kPlaneBytes});
+        Rows& rows = segments_.emplace_back();
+        rows.begin = begin;
+        rows.end = begin + count;
+        rows.plane_stride = count * segment.planes.size(2) * kPlaneBytes;
+        int64_t first = 0;
+        for (const int64_t width : segment.decoder_widths) {
+            rows.decoders[width] = first;
+            first += count * decoder_bytes(form_of(weight.decoder_kind, width), weight.groups());
+        }
         begin += count;
     }
 }
@@ -90,20 +94,20 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
     for (size_t index = 0; index < weight.segments.size(); ++index) {
         const Segment& segment = weight.segments[index];
         const uint8_t* planes = segment.planes.const_data_ptr<uint8_t>();
-        const uint8_t* decoders = static_cast<const uint8_t*>(segment.decoders.const_data_ptr());
+        const uint8_t* decoders = segment.decoders.const_data_ptr<uint8_t>();
         const int32_t* active_width = segment.active_width.const_data_ptr<int32_t>();
         const std::vector<int32_t> widths(active_width, active_width + segment.output_sizes.size());
         const std::vector<TileRows> tile_rows = split_into_tiles(segment.output_sizes);
         const int64_t rows = static_cast<int64_t>(tile_rows.size());
         const int64_t row_bytes = segments_[index].plane_stride / rows;
-        const int64_t decoder_size = decoder_bytes(weight.decoder_kind, weight.groups());
         for (int64_t row = 0; row < rows; ++row) {
             const TileRows& part = tile_rows[row];
             const int32_t width = widths[part.partition];
-            const int64_t decoder = segment.find_decoder(width);
+            segment.check_active(width);
+            const int64_t decoder_size = decoder_bytes(form_of(weight.decoder_kind, width), weight.groups());
             plan->rows.push_back({planes + 2 * row * row_bytes, planes + row * row_bytes,
-                                  decoders + (decoder * rows + row) * decoder_size, width, first + part.first,
-                                  part.count});
+                                  decoders + segments_[index].decoders[width] + row * decoder_size, width,
+                                  first + part.first, part.count});
         }
         plan->narrow.push_back(
             std::all_of(widths.begin(), widths.end(), [](int32_t width) { return width == kMinWidth; }));

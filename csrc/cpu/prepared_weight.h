@@ -1,6 +1,7 @@
 // What the CPU keeps with a weight: where its rows of tiles are, and who multiplies them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -27,8 +28,9 @@ class PreparedWeight : public Weight::Prepared {
   public:
     // Of one segment.
     struct Rows {
-        int64_t begin, end;    // rows of tiles in the plan
-        int64_t plane_stride;  // bytes of a plane
+        int64_t begin, end;                           // rows of tiles in the plan
+        int64_t plane_stride;                         // bytes of a plane
+        std::array<int64_t, kMaxWidth + 1> decoders;  // for each width that has some, where they begin
     };
 
     // Of segments whose planes and decoders have been checked.

@@ -17,12 +17,12 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
     const int tile_row = blockIdx.x, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const Partition partition(shape, tile_row);
     const int width = arguments.active_width[partition.index];
-    const int decoder = shape.decoder_of(width);
+    const uint32_t first_decoders = shape.decoders_of(width);
 
     const int steps = shape.steps();
     const int workers = gridDim.y * kWarps, worker = blockIdx.y * kWarps + warp;
     const int first_token = blockIdx.z * token_tiles * kTokens;
-    const Share share = {tile_row, decoder, first_token,
+    const Share share = {tile_row, first_decoders, first_token,
                          static_cast<int>(static_cast<long long>(worker) * steps / workers),
                          static_cast<int>(static_cast<long long>(worker + 1) * steps / workers)};
 
@@ -32,7 +32,7 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
         multiply_steps<Element, kind, bits, token_tiles, groups>(                                              \
             arguments, shape, share, memory + warp * stages(bits) * stage_bytes(kind, bits, groups), results); \
         break;
-    switch (decoder == kNone ? 0 : width) {
+    switch (first_decoders == kNone ? 0 : width) {
         MATQUANT_WIDTH(2)
         MATQUANT_WIDTH(3)
         MATQUANT_WIDTH(4)

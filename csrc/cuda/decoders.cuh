@@ -1,7 +1,7 @@
 // The decoders of a lane's rows: what a group's give in a product, what they give for one weight.
 //
-// Weights are scale * c + offset (affine-float16), or scale * (c - middle) + centre, with scale and centre whole
-// multiples of two steps that a row has (affine-int8).
+// Weights are scale * c + offset (float16), or scale * (c - middle) + centre, with scale and centre whole multiples of
+// two steps that a row has (int8).
 #pragma once
 
 #include "cuda/shape.cuh"
@@ -9,9 +9,9 @@
 namespace matquant::cuda {
 
 // Bytes of the decoders of a row of tiles.
-template <DecoderKind kind>
+template <DecoderForm form>
 __device__ uint32_t row_bytes(const Shape& shape) {
-    return step_bytes(kind) + shape.groups * group_bytes(kind);
+    return step_bytes(form) + shape.groups * group_bytes(form);
 }
 
 // The middle of a width's codes.
@@ -22,11 +22,11 @@ constexpr float kMiddle = ((1 << width) - 1) / 2.0f;
 constexpr float kCentreBias = 128.0f;
 
 // Those of one group, of rows g and g + 8 of each row tile; `memory` is what the lanes of row g read.
-template <DecoderKind kind>
+template <DecoderForm form>
 class GroupDecoders;
 
 template <>
-class GroupDecoders<DecoderKind::kAffineFloat16> {
+class GroupDecoders<DecoderForm::kFloat16> {
   public:
     __device__ void load(const uint8_t* memory) {
         unpack(*reinterpret_cast<const uint4*>(memory), scales_);
@@ -48,7 +48,7 @@ class GroupDecoders<DecoderKind::kAffineFloat16> {
 };
 
 template <>
-class GroupDecoders<DecoderKind::kAffineInt8> {
+class GroupDecoders<DecoderForm::kInt8> {
   public:
     __device__ void load(const uint8_t* memory) {
         const uint4 run = *reinterpret_cast<const uint4*>(memory);
@@ -77,7 +77,7 @@ class GroupDecoders<DecoderKind::kAffineInt8> {
     uint32_t words_[4];
 };
 
-// The steps of affine-int8 of rows g and g + 8 of a row tile.
+// The steps of decoders in int8, of rows g and g + 8 of a row tile.
 struct RowSteps {
     float2 scale, centre;
 

@@ -13,15 +13,15 @@ __device__ float2 without_magic(uint32_t word, int exponent) {
     return {Element::to_float(values[0]) - magic, Element::to_float(values[1]) - magic};
 }
 
-// Scale and offset of rows g + 8 half of a row tile; `steps` and `memory` are where those of affine-int8 and a group's
-// decoders begin.
-template <DecoderKind kind, int width>
+// Scale and offset of rows g + 8 half of a row tile; `steps` and `memory` are where those of a row of tiles and a
+// group's decoders begin.
+template <DecoderForm form, int width>
 __device__ float2 scale_and_offset(const uint8_t* steps, const uint8_t* memory, int g, int row_tile, int half) {
-    GroupDecoders<kind> decoders;
-    decoders.load(memory + g * group_bytes(kind) / 8);
+    GroupDecoders<form> decoders;
+    decoders.load(memory + g * group_bytes(form) / 8);
     const float2 scales = decoders.scale(row_tile), addends = decoders.addend(row_tile);
     const float scale = half == 0 ? scales.x : scales.y, addend = half == 0 ? addends.x : addends.y;
-    if constexpr (kind == DecoderKind::kAffineFloat16) {
+    if constexpr (form == DecoderForm::kFloat16) {
         return {scale, addend};
     } else {
         const RowSteps step(steps, g, row_tile);
@@ -31,13 +31,13 @@ __device__ float2 scale_and_offset(const uint8_t* steps, const uint8_t* memory, 
 }
 
 // One warp's tile to `output` [rows, columns], columns of whole steps.
-template <class Element, DecoderKind kind, int width, int groups>
+template <class Element, DecoderForm form, int width, int groups>
 __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, typename Element::Type* output,
                                 const Shape& shape, int tile, int first_row, int rows, int lane) {
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
     using Upper = Part<Element, kUpperBits, kLowerBits>;
     using Lower = Part<Element, larger(kLowerBits, 1), 0>;
-    const Stage<kind, width> stage(planes, lane, 0);
+    const Stage<form, width> stage(planes, lane, 0);
     TileWords words = {};
     stage.load_base(0, words.base);
 #pragma unroll
@@ -61,8 +61,8 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
                 const int group = groups == 1   ? (tile / kStepTiles) >> shape.group_shift
                                   : groups == 2 ? tile
                                                 : min(2 * tile + run, shape.groups - 1);
-                const uint8_t* memory = decoders + step_bytes(kind) + group * group_bytes(kind);
-                const float2 decoder = scale_and_offset<kind, width>(decoders, memory, lane / 4, row_tile, half);
+                const uint8_t* memory = decoders + step_bytes(form) + group * group_bytes(form);
+                const float2 decoder = scale_and_offset<form, width>(decoders, memory, lane / 4, row_tile, half);
                 uint4 packed;
                 auto* values = reinterpret_cast<typename Element::Type*>(&packed);
 #pragma unroll
@@ -99,10 +99,10 @@ __device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const
         return;
     }
     const int width = active_width[partition.index];
-    const int decoder = shape.decoder_of(width);
-    if (tile >= shape.tile_columns || decoder == kNone) {
+    const uint32_t first_decoders = shape.decoders_of(width);
+    if (tile >= shape.tile_columns || first_decoders == kNone) {
         // A width without decoders gives nothing that could be mistaken for weights.
-        const float value = decoder == kNone ? __int_as_float(0x7fffffff) : 0.0f;
+        const float value = first_decoders == kNone ? __int_as_float(0x7fffffff) : 0.0f;
         for (int row = 0; row < rows; ++row) {
             auto* values = output + static_cast<size_t>(partition.first_row + row) * steps * kStepTiles * kTileColumns;
             values[tile * kTileColumns + lane] = Element::from_float(value);
@@ -112,12 +112,15 @@ __device__ void dequantize(const uint8_t* planes, const uint8_t* decoders, const
     }
     const size_t index = static_cast<size_t>(blockIdx.x) * shape.tile_columns + tile;
     planes += index * shape.resident_width * kPlaneBytes;
-    decoders += (static_cast<size_t>(decoder) * shape.tile_rows + blockIdx.x) * row_bytes<kind>(shape);
-#define MATQUANT_WIDTH(bits)                                                                                           \
-    case bits:                                                                                                         \
-        dequantize_tile<Element, kind, bits, groups>(planes, decoders, output, shape, tile, partition.first_row, rows, \
-                                                     lane);                                                            \
-        break;
+    decoders += first_decoders;
+#define MATQUANT_WIDTH(bits)                                                                                          \
+    case bits: {                                                                                                      \
+        constexpr DecoderForm kForm = form_of(kind, bits);                                                            \
+        const uint8_t* row_decoders = decoders + static_cast<size_t>(blockIdx.x) * row_bytes<kForm>(shape);           \
+        dequantize_tile<Element, kForm, bits, groups>(planes, row_decoders, output, shape, tile, partition.first_row, \
+                                                      rows, lane);                                                    \
+        break;                                                                                                        \
+    }
     switch (width) {
         MATQUANT_WIDTH(2)
         MATQUANT_WIDTH(3)

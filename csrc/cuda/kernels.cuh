@@ -22,8 +22,9 @@
             {input, planes, decoders, active_width, bias, output, partial_sums, arrivals}, shape, memory); \
     }
 
+// Six blocks fit a multiprocessor: without a number the compiler aims at more, and spills.
 #define MATQUANT_DEQUANTIZE_KERNEL(name, element, kind, groups)                                   \
-    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads)                        \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads, 6)                     \
         name(MATQUANT_DEQUANTIZE_PARAMETERS(element)) {                                           \
         matquant::cuda::dequantize<matquant::cuda::element, matquant::DecoderKind::kind, groups>( \
             planes, decoders, active_width, output, shape);                                       \

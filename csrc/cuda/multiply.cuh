@@ -2,7 +2,7 @@
 //
 // Within a group, with the weight scale * c + offset, the magic value m of dequantize.cuh and A = m + c,
 //     sum_k x_k (scale c_k + offset)  =  scale (sum_k x_k A_k - sum_k x_k m_k) + offset sum_k x_k.
-// The two sums without codes are one product with constants, its upper rows -m and its lower rows 1. With affine-int8's
+// The two sums without codes are one product with constants, its upper rows -m and its lower rows 1. With int8's
 // scale * (c - middle) + centre they are -(m + middle) and 1. Its scales and centres are multiples of the rows' steps.
 // Where there are registers for two sums of each result, they are summed as such, and multiplied by the steps at the
 // end.
@@ -65,7 +65,8 @@ template <class Element, DecoderKind kind, int width, int token_tiles, int group
 __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape& shape, const Share& share,
                                uint8_t* memory, Sums (&results)[token_tiles][kRowTiles]) {
     constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
-    constexpr bool kHasSteps = kind == DecoderKind::kAffineInt8;
+    constexpr DecoderForm kForm = form_of(kind, width);
+    constexpr bool kHasSteps = kForm == DecoderForm::kInt8;
     constexpr bool kScarce = kHasSteps && groups == 4;  // registers are
     constexpr bool kStepsAtEnd = kHasSteps && token_tiles == 1 && !kScarce;
     constexpr int kStageCount = stages(width);
@@ -79,18 +80,17 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
 
     // In registers, where there are enough: what is computed anew for each step takes from the integer pipe, of which
     // there is least.
-    int lane = threadIdx.x % kLanes, decoders_of_lane = lane / 4 * (group_bytes(kind) / 8);
+    int lane = threadIdx.x % kLanes, decoders_of_lane = lane / 4 * (group_bytes(kForm) / 8);
     if (!kScarce) {
         asm("" : "+r"(lane), "+r"(decoders_of_lane));
     }
-    Copier<Element, kind, width, groups> copier(arguments, shape, share, lane);
+    Copier<Element, kForm, width, groups> copier(arguments, shape, share, lane);
 #pragma unroll
     for (int index = 0; index < kStageCount - 1; ++index) {
         copier.copy_next(memory + index * kBytes);
     }
     const uint8_t* row_decoders =
-        arguments.decoders +
-        static_cast<size_t>(share.decoder * shape.tile_rows + share.tile_row) * row_bytes<kind>(shape);
+        arguments.decoders + share.first_decoders + static_cast<size_t>(share.tile_row) * row_bytes<kForm>(shape);
     Sums centres[token_tiles][kRowTiles] = {};
     Input<Element, token_tiles> input_of_steps(arguments, shape, share, lane);
     int current = 0, free = (kStageCount - 1) * kBytes;
@@ -102,7 +102,7 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
         wait_for_copies<kStageCount - 2>();
         __syncwarp();  // all lanes' copies have come, and all lanes are done with the stage that is copied to next
         copier.copy_next(memory + free);
-        const Stage<kind, width> stage(memory + current, lane, decoders_of_lane);
+        const Stage<kForm, width> stage(memory + current, lane, decoders_of_lane);
         free = current;
         current = current == (kStageCount - 1) * kBytes ? 0 : current + kBytes;
 
@@ -134,7 +134,7 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                     }
                 }
             }
-            GroupDecoders<kind> decoders[kParts];
+            GroupDecoders<kForm> decoders[kParts];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
                 stage.load_decoders(groups == 1 ? 0 : first * kParts + part, decoders[part]);

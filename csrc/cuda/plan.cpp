@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -79,9 +80,8 @@ std::pair<int, int> grouping_of(int64_t group_size, int64_t columns) {
     return {1, shift};
 }
 
-void check_bytes(const char* name, const Tensor& tensor, int64_t size) {
-    STD_TORCH_CHECK(tensor.numel() * size < int64_t{1} << 32, name, ": found ", tensor.numel() * size,
-                    " bytes, expected below 2^32");
+void check_bytes(const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.numel() < int64_t{1} << 32, name, ": found ", tensor.numel(), " bytes, expected below 2^32");
 }
 
 Layer describe(const Weight& weight, const Segment& segment) {
@@ -105,16 +105,18 @@ Layer describe(const Weight& weight, const Segment& segment) {
                     segment.resident_width, " planes, expected ", kBaseBits, " to ", kMaxWidth);
     check_tensor("planes", segment.planes, ScalarType::Byte,
                  {tile_rows, tile_columns, segment.resident_width, kPlaneBytes});
-    check_bytes("planes", segment.planes, 1);
-    const int64_t widths = static_cast<int64_t>(segment.decoder_widths.size());
-    if (weight.decoder_kind == DecoderKind::kAffineFloat16) {
-        check_tensor("decoders", segment.decoders, ScalarType::Half, {widths, tile_rows, weight.groups(), 8, 2, 8});
-        check_bytes("decoders", segment.decoders, 2);
-    } else {
-        const int64_t bytes = step_bytes(weight.decoder_kind) + weight.groups() * group_bytes(weight.decoder_kind);
-        check_tensor("decoders", segment.decoders, ScalarType::Byte, {widths, tile_rows, bytes});
-        check_bytes("decoders", segment.decoders, 1);
+    check_bytes("planes", segment.planes);
+    std::fill(std::begin(shape.first_decoders), std::end(shape.first_decoders), kNone);
+    int64_t decoder_bytes = 0;
+    for (const int64_t width : segment.decoder_widths) {
+        if (width <= segment.resident_width) {  // of a wider one not all planes are there
+            shape.first_decoders[width - kMinWidth] = static_cast<uint32_t>(decoder_bytes);
+        }
+        const DecoderForm form = form_of(weight.decoder_kind, width);
+        decoder_bytes += tile_rows * (step_bytes(form) + weight.groups() * group_bytes(form));
     }
+    check_tensor("decoders", segment.decoders, ScalarType::Byte, {decoder_bytes});
+    check_bytes("decoders", segment.decoders);
     check_device("decoders", segment.decoders, segment.planes);
     check_device("active_width", segment.active_width, segment.planes);
     shape.rows = static_cast<int32_t>(rows);
@@ -123,15 +125,6 @@ Layer describe(const Weight& weight, const Segment& segment) {
     shape.resident_width = static_cast<int32_t>(segment.resident_width);
     shape.groups = static_cast<int32_t>(weight.groups());
     shape.group_shift = shift;
-    shape.decoders_of_widths = ~uint64_t{0};
-    for (int64_t index = 0; index < widths; ++index) {
-        const int64_t width = segment.decoder_widths[index];
-        if (width <= segment.resident_width) {  // of a wider one not all planes are there
-            const int place = static_cast<int>(width - kBaseBits) * 8;
-            shape.decoders_of_widths &= ~(uint64_t{kNone} << place);
-            shape.decoders_of_widths |= static_cast<uint64_t>(index) << place;
-        }
-    }
     return {shape, groups};
 }
 

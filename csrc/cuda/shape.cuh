@@ -32,7 +32,7 @@ template <class Element>
 struct Arguments {
     const typename Element::Type* input;  // [tokens, steps * kStepColumns], zero past the layer's columns
     const uint8_t* planes;                // [tile rows, tile columns, resident width, kPlaneBytes]
-    const uint8_t* decoders;              // [decoder widths, tile rows, decoders.cuh: row_bytes]
+    const uint8_t* decoders;              // of each width [tile rows, decoders.cuh: row_bytes]
     const int32_t* active_width;          // [partitions]
     const typename Element::Type* bias;   // [rows] or nullptr
     typename Element::Type* output;       // [tokens, rows]
@@ -43,7 +43,7 @@ struct Arguments {
 // A row of tiles, the tokens that it is multiplied with, and the steps of it that a warp takes.
 struct Share {
     int tile_row;
-    int decoder;  // its width's
+    uint32_t first_decoders;  // the byte where those of its width begin
     int first_token;
     int begin, end;
 };

@@ -5,19 +5,13 @@
 #include "cuda/tile.h"
 #include "decoder.h"
 
-#ifdef __CUDACC__
-#define MATQUANT_HOST_DEVICE __host__ __device__
-#else
-#define MATQUANT_HOST_DEVICE
-#endif
-
 namespace matquant::cuda {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kMaxPartitions = 8;
 constexpr int kBaseBits = 2;
-constexpr int kNone = 0xff;
+constexpr uint32_t kNone = 0xffffffff;
 
 // A warp takes its tiles in steps of two: 128 columns. `groups` is the number of groups in a step: 1 (of 128 columns or
 // more), 2 or 4.
@@ -25,11 +19,11 @@ constexpr int kStepTiles = 2;
 constexpr int kStepColumns = kStepTiles * kTileColumns;
 
 // Bytes of the decoders of a row of tiles: before its groups, and of each group.
-MATQUANT_HOST_DEVICE constexpr int step_bytes(DecoderKind kind) {
-    return kind == DecoderKind::kAffineInt8 ? 2 * kTileRows * 2 : 0;
+MATQUANT_HOST_DEVICE constexpr int step_bytes(DecoderForm form) {
+    return form == DecoderForm::kInt8 ? 2 * kTileRows * 2 : 0;
 }
-MATQUANT_HOST_DEVICE constexpr int group_bytes(DecoderKind kind) {
-    return 2 * kTileRows * (kind == DecoderKind::kAffineInt8 ? 1 : 2);
+MATQUANT_HOST_DEVICE constexpr int group_bytes(DecoderForm form) {
+    return 2 * kTileRows * (form == DecoderForm::kInt8 ? 1 : 2);
 }
 
 // A segment of a weight and a product, as the host describes them.
@@ -43,24 +37,26 @@ struct Shape {
     int32_t groups;
     int32_t group_shift;  // a group has 2^shift steps; unused where a step has several
     int32_t partitions;
-    int32_t partition_tiles[kMaxPartitions];  // where each begins, in rows of tiles
-    int32_t partition_rows[kMaxPartitions];   // and in outputs
-    uint64_t decoders_of_widths;              // a byte for each of 2..8: the index of its decoders, kNone without
+    int32_t partition_tiles[kMaxPartitions];             // where each begins, in rows of tiles
+    int32_t partition_rows[kMaxPartitions];              // and in outputs
+    uint32_t first_decoders[kMaxWidth - kMinWidth + 1];  // for each width the byte where its decoders begin, or kNone
 
     MATQUANT_HOST_DEVICE int steps() const { return (tile_columns + kStepTiles - 1) / kStepTiles; }
 
-    MATQUANT_HOST_DEVICE int decoder_of(int width) const {
-        if (width < kBaseBits || width > kMaxWidth) {
-            return kNone;
+    MATQUANT_HOST_DEVICE uint32_t decoders_of(int width) const {
+        uint32_t result = kNone;
+        // All of them, for a kernel's parameters have no addresses that could be computed.
+        for (int place = 0; place <= kMaxWidth - kMinWidth; ++place) {
+            result = width == kMinWidth + place ? first_decoders[place] : result;
         }
-        return static_cast<int>(decoders_of_widths >> (width - kBaseBits) * 8 & 0xff);
+        return result;
     }
 };
 
 // Steps that a warp has under way, and what one takes of shared memory.
 MATQUANT_HOST_DEVICE constexpr int stages(int width) { return width <= 4 ? 3 : 2; }
 MATQUANT_HOST_DEVICE constexpr int stage_bytes(DecoderKind kind, int width, int groups) {
-    return kStepTiles * width * kPlaneBytes + groups * group_bytes(kind);
+    return kStepTiles * width * kPlaneBytes + groups * group_bytes(form_of(kind, width));
 }
 
 MATQUANT_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }

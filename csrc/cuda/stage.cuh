@@ -8,7 +8,7 @@ namespace matquant::cuda {
 
 // What one lane copies for each step of a warp's share, one after the other. Offsets have 32 bits: to compute them is
 // most of what is to be done besides the products.
-template <class Element, DecoderKind kind, int width, int groups>
+template <class Element, DecoderForm form, int width, int groups>
 class Copier {
   public:
     __device__ Copier(const Arguments<Element>& arguments, const Shape& shape, const Share& share, int lane)
@@ -16,8 +16,8 @@ class Copier {
         tile_bytes_ = shape.resident_width * kPlaneBytes;
         const int first_tile = share.tile_row * shape.tile_columns + share.begin * kStepTiles;
         weights_ = static_cast<uint32_t>(first_tile) * tile_bytes_ + lane * 16;
-        decoders_ = static_cast<uint32_t>(share.decoder * shape.tile_rows + share.tile_row) * row_bytes<kind>(shape) +
-                    step_bytes(kind) + lane % kGroupLanes * 16;
+        decoders_ = share.first_decoders + static_cast<uint32_t>(share.tile_row) * row_bytes<form>(shape) +
+                    step_bytes(form) + lane % kGroupLanes * 16;
         single_ = shape.tile_columns % kStepTiles == 0 ? -1 : shape.tile_columns / kStepTiles;
     }
 
@@ -50,13 +50,13 @@ class Copier {
             if (groups >= kGroupsAtOnce || lane_ < groups * kGroupLanes) {
                 // The last step may have fewer groups.
                 const int group = groups == 1 ? first : min(first + copied + lane_ / kGroupLanes, shape_.groups - 1);
-                copy_async(target + copied * group_bytes(kind),
-                           arguments_.decoders + (decoders_ + static_cast<uint32_t>(group) * group_bytes(kind)));
+                copy_async(target + copied * group_bytes(form),
+                           arguments_.decoders + (decoders_ + static_cast<uint32_t>(group) * group_bytes(form)));
             }
         }
     }
 
-    static constexpr int kGroupLanes = group_bytes(kind) / 16;  // lanes that copy a group's decoders
+    static constexpr int kGroupLanes = group_bytes(form) / 16;  // lanes that copy a group's decoders
     static constexpr int kGroupsAtOnce = kLanes / kGroupLanes;
 
     const Arguments<Element>& arguments_;
@@ -110,7 +110,7 @@ class Input {
 };
 
 // One lane's view of a step in shared memory.
-template <DecoderKind kind, int width>
+template <DecoderForm form, int width>
 class Stage {
   public:
     __device__ Stage(const uint8_t* memory, int lane, int decoders_of_lane)
@@ -135,8 +135,8 @@ class Stage {
         words[3] = run.w;
     }
 
-    __device__ void load_decoders(int group, GroupDecoders<kind>& decoders) const {
-        decoders.load(decoders_ + group * group_bytes(kind));
+    __device__ void load_decoders(int group, GroupDecoders<form>& decoders) const {
+        decoders.load(decoders_ + group * group_bytes(form));
     }
 
   private:

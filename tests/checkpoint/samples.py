@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderForm, DecoderKind
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 
-PARTS = {"affine-float16": ("scale", "offset"), "affine-int8": ("scale", "centre", "step")}
-"""What the decoders of each kind consist of, as docs/reference/format.md has it."""
+PARTS = {"float16": ("scale", "offset"), "int8": ("scale", "centre", "step")}
+"""What the decoders of each form consist of, as docs/reference/format.md has it."""
 
 
 @dataclass
@@ -27,8 +27,10 @@ class Sample:
     unquantized: dict[str, torch.Tensor]
 
 
-def random_decoder(kind: DecoderKind, width: int, rows: int, groups: int, generator: torch.Generator) -> Decoder:
-    """Scales in 0..1 and offsets around 0, as a kind stores them."""
+def random_decoder(
+    kind: DecoderKind | DecoderForm, width: int, rows: int, groups: int, generator: torch.Generator
+) -> Decoder:
+    """Scales in 0..1 and offsets around 0, as a kind or form stores them."""
     scale = torch.rand(rows, groups, generator=generator)
     return kind.encode(Affine(scale, torch.randn(rows, groups, generator=generator)), width)
 
@@ -43,7 +45,7 @@ def open_slice(folder: Path, which: Any = None, *, values: bool = True) -> Check
 def same_decoder(found: Decoder, expected: Decoder) -> bool:
     """Whether two decoders are the same in every stored byte."""
     return (
-        (found.kind, found.width) == (expected.kind, expected.width)
+        (found.form, found.width) == (expected.form, expected.width)
         and found.parts.keys() == expected.parts.keys()
         and all(
             found.parts[part].dtype == tensor.dtype and torch.equal(found.parts[part], tensor)
@@ -54,9 +56,9 @@ def same_decoder(found: Decoder, expected: Decoder) -> bool:
 
 def decoder_names(kind: DecoderKind, width: int) -> set[str]:
     """Names, within a layer, of the tensors of one width's decoder."""
-    return {f"weight_{part}{width}" for part in PARTS[kind.name]}
+    return {f"weight_{part}{width}" for part in PARTS[kind.form(width).name]}
 
 
-def decoder_bytes(kind: DecoderKind, rows: int, groups: int) -> int:
+def decoder_bytes(form: DecoderForm, rows: int, groups: int) -> int:
     """Bytes of one width's decoder of a layer, as docs/reference/format.md has it."""
-    return {"affine-float16": 4 * rows * groups, "affine-int8": 2 * rows * groups + 4 * rows}[kind.name]
+    return {"float16": 4 * rows * groups, "int8": 2 * rows * groups + 4 * rows}[form.name]

@@ -15,10 +15,13 @@ from tests.checkpoint.samples import PARTS, decoder_bytes, random_decoder, same_
 from vllm_matquant.checkpoint.decoder import (
     AFFINE_FLOAT16,
     AFFINE_INT8,
+    FLOAT16,
+    FORMS,
+    INT8,
     KINDS,
     Affine,
     Decoder,
-    DecoderKind,
+    DecoderForm,
     dequantize,
     join_rows,
 )
@@ -28,6 +31,13 @@ from vllm_matquant.checkpoint.spec import WIDTHS
 SHAPES = [(1, 1), (3, 1), (5, 3), (7, 11)]  # rows and groups
 BFLOAT16 = st.integers(0, 0x7EFF).map(lambda bits: torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item())
 """Steps from 0 to 1.7e38."""
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: form.name)
+def form(request: pytest.FixtureRequest) -> DecoderForm:
+    """Each form of decoders."""
+    found: DecoderForm = request.param
+    return found
 
 
 def float32(value: Fraction) -> float:
@@ -59,7 +69,7 @@ def stored(scale: int, centre: int, steps: tuple[float, float], width: int) -> D
         "centre": torch.tensor([[centre]], dtype=torch.int8),
         "step": torch.tensor([steps], dtype=torch.bfloat16),
     }
-    return Decoder(AFFINE_INT8, width, parts)
+    return Decoder(INT8, width, parts)
 
 
 def check_meaning(decoder: Decoder) -> None:
@@ -86,22 +96,22 @@ def test_what_8_bit_decoders_mean(width: int, shape: tuple[int, int]) -> None:
             "centre": torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8),
             "step": torch.rand(shape[0], 2, generator=generator).mul(8).exp().bfloat16(),
         }
-        check_meaning(Decoder(AFFINE_INT8, width, parts))
+        check_meaning(Decoder(INT8, width, parts))
 
 
 @given(st.integers(0, 255), st.integers(-128, 127), st.tuples(BFLOAT16, BFLOAT16), st.sampled_from(WIDTHS))
 def test_what_8_bit_decoders_mean_at_any_steps(scale: int, centre: int, steps: tuple[float, float], width: int) -> None:
     """Also where one step is far below the last bit of the other, or below float32's normal numbers."""
     decoder = stored(scale, centre, steps, width)
-    if not any(wrong.any() for _, wrong, _ in AFFINE_INT8.faults(decoder.parts)):
+    if not any(wrong.any() for _, wrong, _ in INT8.faults(decoder.parts)):
         check_meaning(decoder)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_weights_are_rounded_once(width: int, kind: DecoderKind) -> None:
+def test_weights_are_rounded_once(width: int, form: DecoderForm) -> None:
     for seed, (rows, groups) in enumerate(SHAPES):
         generator = torch.Generator().manual_seed(seed)
-        decoder = random_decoder(kind, width, rows, groups, generator)
+        decoder = random_decoder(form, width, rows, groups, generator)
         codes = torch.randint(0, 2**width, (rows, 8 * groups), generator=generator, dtype=torch.uint8)
         weights = decoder.decode(codes)
         assert weights.dtype == torch.float32
@@ -115,7 +125,7 @@ def test_weights_are_rounded_once(width: int, kind: DecoderKind) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_middle_of_the_codes_has_the_weight_of_the_centre(width: int) -> None:
-    decoder = AFFINE_INT8.encode(random_affine(6, 5, width), width)
+    decoder = INT8.encode(random_affine(6, 5, width), width)
     centre = decoder.parts["centre"] * decoder.parts["step"][:, 1:].float()
     torch.testing.assert_close(decoder.affine.centre(width), centre, rtol=0, atol=2e-6 * centre.abs().max().item())
     ends = decoder.affine.decode(torch.tensor([[0, 2**width - 1] * 5] * 6, dtype=torch.uint8).view(6, 10))
@@ -127,8 +137,8 @@ def test_the_middle_of_the_codes_has_the_weight_of_the_centre(width: int) -> Non
 def test_encoding_takes_the_nearest_multiples_of_the_smallest_steps(width: int, magnitude: float) -> None:
     for seed, (rows, groups) in enumerate(SHAPES):
         values = random_affine(rows, groups, seed, magnitude)
-        decoder = AFFINE_INT8.encode(values, width)
-        AFFINE_INT8.check(decoder, "layer", Path("file"))
+        decoder = INT8.encode(values, width)
+        decoder.check("layer", Path("file"))
         scales, offsets = exactly(values.scale), exactly(values.offset)
         middle = Fraction(2**width - 1, 2)
         centres = [
@@ -159,7 +169,7 @@ def test_what_steps_reach_exactly_is_kept(width: int) -> None:
     step = parts["step"].double()
     scale = parts["scale"] * step[:, :1]
     values = Affine(scale, parts["centre"] * step[:, 1:] - (2**width - 1) / 2 * scale)
-    assert same_decoder(AFFINE_INT8.encode(values, width), Decoder(AFFINE_INT8, width, parts))
+    assert same_decoder(INT8.encode(values, width), Decoder(INT8, width, parts))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -167,7 +177,7 @@ def test_how_far_weights_may_move(width: int) -> None:
     """Half a step of the scale for each code from the middle, half a step of the centre, and float32's rounding."""
     for seed, (rows, groups) in enumerate(SHAPES):
         values = random_affine(rows, groups, seed)
-        decoder = AFFINE_INT8.encode(values, width)
+        decoder = INT8.encode(values, width)
         codes = torch.arange(2**width).repeat(groups).expand(rows, -1).to(torch.uint8)
         exact = dequantize(codes.double(), values.scale.double(), values.offset.double())
         moved = (decoder.decode(codes).double() - exact).abs()
@@ -179,7 +189,7 @@ def test_how_far_weights_may_move(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_offsets_that_suit_the_stored_scales_take_the_place_of_those_given(kind: DecoderKind, width: int) -> None:
+def test_offsets_that_suit_the_stored_scales_take_the_place_of_those_given(form: DecoderForm, width: int) -> None:
     values = random_affine(5, 7, seed=width)
     asked: list[torch.Tensor] = []
 
@@ -187,14 +197,14 @@ def test_offsets_that_suit_the_stored_scales_take_the_place_of_those_given(kind:
         asked.append(scale)
         return -3 * scale + values.scale
 
-    decoder = kind.encode(values, width, offsets_for)
-    kind.check(decoder, "layer", Path("file"))
+    decoder = form.encode(values, width, offsets_for)
+    decoder.check("layer", Path("file"))
     assert [scale.dtype for scale in asked] == [torch.float32]
     assert torch.equal(asked[0], decoder.affine.scale)
-    assert torch.equal(decoder.affine.scale, kind.encode(values, width).affine.scale)
+    assert torch.equal(decoder.affine.scale, form.encode(values, width).affine.scale)
     wanted = Affine(asked[0], -3 * asked[0] + values.scale)
-    if kind is AFFINE_FLOAT16:
-        assert same_decoder(decoder, kind.encode(wanted, width))
+    if form is FLOAT16:
+        assert same_decoder(decoder, form.encode(wanted, width))
     else:
         step = decoder.parts["step"][:, 1:].double()
         centre = wanted.offset.double() + (2**width - 1) / 2 * wanted.scale.double()
@@ -204,7 +214,7 @@ def test_offsets_that_suit_the_stored_scales_take_the_place_of_those_given(kind:
 
 def test_float16_decoders_are_rounded_to_float16() -> None:
     values = random_affine(5, 3, seed=0)
-    decoder = AFFINE_FLOAT16.encode(values, 4)
+    decoder = FLOAT16.encode(values, 4)
     for part in ("scale", "offset"):
         found, wanted = decoder.parts[part], getattr(values, part)
         assert found.dtype == torch.float16
@@ -213,12 +223,12 @@ def test_float16_decoders_are_rounded_to_float16() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rows_of_zeros(kind: DecoderKind, width: int) -> None:
+def test_rows_of_zeros(form: DecoderForm, width: int) -> None:
     values = random_affine(4, 3, seed=0)
     values.scale[1], values.offset[1] = 0.0, 0.0  # nothing but zeros
     values.scale[2] = 0.0  # one weight for all codes
-    decoder = kind.encode(values, width)
-    kind.check(decoder, "layer", Path("file"))
+    decoder = form.encode(values, width)
+    decoder.check("layer", Path("file"))
     codes = torch.randint(0, 2**width, (4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     weights = decoder.decode(codes)
     assert not weights[1].any()
@@ -229,18 +239,18 @@ def test_rows_of_zeros(kind: DecoderKind, width: int) -> None:
 
 @pytest.mark.parametrize("bad", [-1e-6, -1.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["scale", "offset"])
-def test_values_that_no_decoder_may_have_are_refused(kind: DecoderKind, name: str, bad: float) -> None:
+def test_values_that_no_decoder_may_have_are_refused(form: DecoderForm, name: str, bad: float) -> None:
     values = random_affine(4, 3, seed=1)
     getattr(values, name)[2, 1] = bad
-    decoder = kind.encode(values, 3)
+    decoder = form.encode(values, 3)
     if name == "offset" and math.isfinite(bad):
-        kind.check(decoder, "some.layer", Path("file"))
+        decoder.check("some.layer", Path("file"))
         return
-    part, column = {AFFINE_FLOAT16: (name, 1), AFFINE_INT8: ("step", "[01]")}[kind]
+    part, column = {FLOAT16: (name, 1), INT8: ("step", "[01]")}[form]
     with pytest.raises(
         DecoderValueError, match=rf"^file: some\.layer\.weight_{part}3: found .* in row 2, column {column}"
     ):
-        kind.check(decoder, "some.layer", Path("file"))
+        decoder.check("some.layer", Path("file"))
 
 
 @pytest.mark.parametrize("column", [0, 1])
@@ -248,38 +258,38 @@ def test_values_that_no_decoder_may_have_are_refused(kind: DecoderKind, name: st
     ("bad", "found"), [(-1.0, "-1.0"), (math.nan, "nan"), (math.inf, "inf"), (2.0**112, r"5\.19.*e\+33")]
 )
 def test_steps_that_give_no_weights_are_refused(bad: float, found: str, column: int) -> None:
-    decoder = AFFINE_INT8.encode(random_affine(4, 3, seed=1), 3)
+    decoder = INT8.encode(random_affine(4, 3, seed=1), 3)
     decoder.parts["step"][1, column] = bad
     message = (
         rf"weight_step3: found {found} in row 1, column {column} \(as torch.bfloat16\), expected finite .* from 0 up"
     )
     with pytest.raises(DecoderValueError, match=message):
-        AFFINE_INT8.check(decoder, "some.layer", Path("file"))
+        decoder.check("some.layer", Path("file"))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_steps_give_finite_weights(width: int, sign: int) -> None:
     decoder = stored(255, sign * 127, (2.0**111, 2.0**111), width)
-    AFFINE_INT8.check(decoder, "layer", Path("file"))
+    decoder.check("layer", Path("file"))
     assert decoder.decode(torch.tensor([[0, 2**width - 1]], dtype=torch.uint8)).isfinite().all()
 
 
 @pytest.mark.parametrize(
     "rows", [slice(1, 4), slice(None, None, 2), torch.tensor([4, 0, 4]), torch.arange(5) > 2, slice(0, 0)]
 )
-def test_rows_of_a_decoder(kind: DecoderKind, rows: slice | torch.Tensor) -> None:
-    decoder = random_decoder(kind, 5, 5, 3, torch.Generator().manual_seed(2))
+def test_rows_of_a_decoder(form: DecoderForm, rows: slice | torch.Tensor) -> None:
+    decoder = random_decoder(form, 5, 5, 3, torch.Generator().manual_seed(2))
     part = decoder[rows]
-    assert (part.kind, part.width) == (kind, 5)
+    assert (part.form, part.width) == (form, 5)
     assert torch.equal(part.affine.scale, decoder.affine.scale[rows])
     assert torch.equal(part.affine.offset, decoder.affine.offset[rows])
     assert torch.equal(decoder.affine[rows].offset, decoder.affine.offset[rows])
 
 
 @pytest.mark.parametrize("heights", [[5], [1, 4], [2, 0, 3]])
-def test_rows_come_together_again(kind: DecoderKind, heights: list[int]) -> None:
-    decoder = random_decoder(kind, 6, 5, 3, torch.Generator().manual_seed(3))
+def test_rows_come_together_again(form: DecoderForm, heights: list[int]) -> None:
+    decoder = random_decoder(form, 6, 5, 3, torch.Generator().manual_seed(3))
     ends = [sum(heights[: number + 1]) for number in range(len(heights))]
     parts = [decoder[end - height : end] for height, end in zip(heights, ends, strict=True)]
     assert same_decoder(join_rows(parts), decoder)
@@ -287,15 +297,15 @@ def test_rows_come_together_again(kind: DecoderKind, heights: list[int]) -> None
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stored_tensors(kind: DecoderKind, width: int, shape: tuple[int, int]) -> None:
-    decoder = random_decoder(kind, width, *shape, torch.Generator().manual_seed(4))
+def test_stored_tensors(form: DecoderForm, width: int, shape: tuple[int, int]) -> None:
+    decoder = random_decoder(form, width, *shape, torch.Generator().manual_seed(4))
     named = decoder.named("model.some.layer")
-    assert list(named) == [f"model.some.layer.weight_{part}{width}" for part in PARTS[kind.name]]
-    specs = kind.parts(*shape)
+    assert list(named) == [f"model.some.layer.weight_{part}{width}" for part in PARTS[form.name]]
+    specs = form.parts(*shape)
     for tensor, spec in zip(named.values(), specs.values(), strict=True):
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape)
-    assert kind.nbytes(*shape) == sum(tensor.nbytes for tensor in named.values()) == decoder_bytes(kind, *shape)
-    assert same_decoder(kind.from_tensors(lambda name: named[f"model.some.layer.{name}"], width), decoder)
+    assert form.nbytes(*shape) == sum(tensor.nbytes for tensor in named.values()) == decoder_bytes(form, *shape)
+    assert same_decoder(form.from_tensors(lambda name: named[f"model.some.layer.{name}"], width), decoder)
     assert same_decoder(decoder.to("cpu"), decoder)
 
 
@@ -303,6 +313,15 @@ def test_kinds_by_name() -> None:
     assert KINDS == {"affine-float16": AFFINE_FLOAT16, "affine-int8": AFFINE_INT8}
     assert {name: kind.name for name, kind in KINDS.items()} == dict(zip(KINDS, KINDS, strict=True))
     assert [kind.format_version for kind in KINDS.values()] == [1, 2]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_wide_decoders_are_in_float16_whatever_their_kind(width: int) -> None:
+    assert AFFINE_FLOAT16.form(width) is FLOAT16
+    assert AFFINE_INT8.form(width) is (INT8 if width <= 4 else FLOAT16)
+    values = random_affine(3, 2, seed=width)
+    for kind in KINDS.values():
+        assert same_decoder(kind.encode(values, width), kind.form(width).encode(values, width))
 
 
 @pytest.mark.parametrize("group_size", [None, 4, 5, 12, 20])

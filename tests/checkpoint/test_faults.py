@@ -511,7 +511,7 @@ DECODER_FAULTS = {
             in_quantization(group_size=32), errors.TensorShapeError, "weight_centre2", "found [96, 1], expected [96, 2]"
         ),
         "no centre": fault(
-            remove_tensor(f"{LAYER}.weight_centre8"), errors.MissingTensorError, f"{LAYER}.weight_centre8"
+            remove_tensor(f"{LAYER}.weight_centre4"), errors.MissingTensorError, f"{LAYER}.weight_centre4"
         ),
         "no step": fault(remove_tensor(f"{LAYER}.weight_step2"), errors.MissingTensorError, f"{LAYER}.weight_step2"),
         "scale of float16": fault(
@@ -552,7 +552,18 @@ DECODER_FAULTS = {
             f"{LAYER}.weight_step3: found inf in row 5, column 1 (as torch.bfloat16)",
         ),
         "negative step": fault(
-            set_value(f"{LAYER}.weight_step8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_step8: found -0.5"
+            set_value(f"{LAYER}.weight_step3", -0.5), errors.DecoderValueError, f"{LAYER}.weight_step3: found -0.5"
+        ),
+        "no offset of a wide decoder": fault(
+            remove_tensor(f"{LAYER}.weight_offset8"), errors.MissingTensorError, f"{LAYER}.weight_offset8"
+        ),
+        "wide scale in 8 bits": fault(
+            replace_tensor(f"{LAYER}.weight_scale5", lambda scale: scale.byte()),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_scale5: found torch.uint8, expected torch.float16",
+        ),
+        "negative wide scale": fault(
+            set_value(f"{LAYER}.weight_scale8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_scale8: found -0.5"
         ),
     },
 }

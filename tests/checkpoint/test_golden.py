@@ -118,7 +118,8 @@ def test_products(name: str, which: str) -> None:
         base, planes = pack_codes(codes << (8 - decoder.width), decoder.width)
         segment = StoredSegment(base, planes, [decoder], [rows], [decoder.width])
         for dtype in (torch.bfloat16, torch.float32):
-            kernel = select_kernel(Request("cpu", dtype, (decoder.width,), columns, group_size, decoder.kind))
+            kind = checkpoint.format.decoder_kind
+            kernel = select_kernel(Request("cpu", dtype, (decoder.width,), columns, group_size, kind))
             assert kernel.name == "cpu"
             weight = kernel.pack([segment], columns, group_size, "cpu")
             product = kernel.linear(dense_input(columns).to(dtype), weight.handle, rows)

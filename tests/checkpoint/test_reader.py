@@ -139,7 +139,7 @@ def test_resident_bytes_count_codes_and_one_decoder(shared_sample: Any) -> None:
     for width in shared_sample.format.widths:
         weights = sum(math.prod(shape) for shape in checkpoint.layers.values())
         decoders = sum(
-            decoder_bytes(shared_sample.format.decoder_kind, rows, columns // (64 if columns == 64 else 32))
+            decoder_bytes(shared_sample.format.decoder_kind.form(width), rows, columns // (64 if columns == 64 else 32))
             for rows, columns in checkpoint.layers.values()
         )
         assert checkpoint.slice(width).resident_bytes == weights * width // 8 + decoders

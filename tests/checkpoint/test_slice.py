@@ -92,7 +92,10 @@ def test_a_width_where_layers_have_their_own(write: Callable[..., Any], tmp_path
         weights = sum(codes.numel() for codes in sample.codes.values())
         assert served.average_bits == pytest.approx(sum(bits.values()) / weights)
         groups = {layer: 1 if codes.shape[1] == 64 else 3 for layer, codes in sample.codes.items()}
-        decoders = sum(decoder_bytes(kind, len(codes), groups[layer]) for layer, codes in sample.codes.items())
+        decoders = sum(
+            decoder_bytes(kind.form(served.widths[layer]), len(codes), groups[layer])
+            for layer, codes in sample.codes.items()
+        )
         assert served.resident_bytes == sum(bits.values()) // 8 + decoders
         assert (served.narrowest, served.widest, served.width) == (width, own, width)
         assert {shard_width(file) for file in served.files} == set(range(2, width + 1))

@@ -40,7 +40,7 @@ def test_group_sizes_of_single_layers(kind: DecoderKind) -> None:
     for layer, size in sizes.items():
         (scale,) = (spec for name, spec in format.tensors_of_layer(16, 256, layer)[4].items() if "scale" in name)
         assert scale.shape == (16, 256 // size)
-        assert format.resident_bytes(16, 256, 4, layer) == 16 * 256 // 2 + decoder_bytes(kind, 16, 256 // size)
+        assert format.resident_bytes(16, 256, 4, layer) == 16 * 256 // 2 + decoder_bytes(kind.form(4), 16, 256 // size)
 
 
 LAYER_WIDTHS = [((2, 4, 8), (4, 8)), ((2, 8), (3, 5)), (WIDTHS, (2, 3)), (WIDTHS, (8,)), ((3, 6), (2,)), ((2,), (7,))]
@@ -70,7 +70,8 @@ def test_shards_hold_what_a_width_reads_of_a_layer_with_others(
         # Nothing more but decoders next to these planes: a narrow slice pays for no wide one.
         assert {name for name in names - needed if "plane" in name} == set()
         assert {int(name[-1]) for name in names - needed} <= {each for each in own if each <= max(served, read)}
-        assert format.resident_bytes(48, 96, width, "a") == 48 * 96 * served // 8 + decoder_bytes(kind, 48, 96 // 32)
+        decoders = decoder_bytes(kind.form(served), 48, 96 // 32)
+        assert format.resident_bytes(48, 96, width, "a") == 48 * 96 * served // 8 + decoders
 
 
 def test_columns_must_fill_bytes() -> None:

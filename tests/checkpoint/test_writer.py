@@ -67,7 +67,7 @@ def decoders_with(part: str, value: Any, kind: DecoderKind = AFFINE_INT8) -> dic
         parts[part] = value
     else:
         parts[part][1, 0] = value
-    return spoilt | {4: Decoder(kind, 4, parts)}
+    return spoilt | {4: Decoder(kind.form(4), 4, parts)}
 
 
 def values_with(name: str, value: float, kind: DecoderKind) -> dict[int, Decoder]:
@@ -157,9 +157,9 @@ def test_shard_bytes_bound_the_shards(write: Callable[..., Any], tmp_path: Path)
             CODES,
             decoders(2, 4, kind=AFFINE_FLOAT16),
             ValueError,
-            "found affine-float16 of width 2, expected affine-int8",
+            "found float16 of width 2, expected int8",
         ),
-        (CODES, decoders(4) | {2: decoders(4)[4]}, ValueError, "of width 4, expected affine-int8 of width 2"),
+        (CODES, decoders(4) | {2: decoders(4)[4]}, ValueError, "of width 4, expected int8 of width 2"),
     ],
 )
 def test_bad_layer(
@@ -268,7 +268,7 @@ def test_caller_may_reuse_its_memory(tmp_path: Path, kind: DecoderKind) -> None:
             writer.finish({"model_type": "llama"})
         with safe_open(tmp_path / "out" / STAGING_FOLDER / shard_name(2, 1, 1), framework="pt") as shard:
             assert shard.get_tensor("norm").all()
-            found = kind.from_tensors(lambda name: shard.get_tensor(f"layer.{name}"), 2)
+            found = kind.form(2).from_tensors(lambda name: shard.get_tensor(f"layer.{name}"), 2)
             assert same_decoder(found, expected)
 
 

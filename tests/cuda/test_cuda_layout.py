@@ -9,7 +9,7 @@ import torch
 
 from tests.cuda.random_layers import CUDA, KINDS, make_layer
 from tests.kernels.random_layers import make_decoder
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, DecoderKind
+from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout
@@ -71,12 +71,15 @@ def test_every_value_of_a_decoder_has_its_place(groups: int, output_sizes: list[
     for kind in KINDS:
         decoders = [make_decoder(kind, width, rows, groups, generator) for width in (2, 5)]
         packed = cuda_layout.pack_decoders(decoders, output_sizes)
+        sizes = [256 + 128 * groups if decoder.form is INT8 else 256 * groups for decoder in decoders]
+        tiles = padded_row(rows - 1, output_sizes) // 64 + 1
+        each = [part.view(tiles, -1) for part in packed.split([tiles * size for size in sizes])]
         for slot, row, group in itertools.product((0, 1), range(0, rows, 5), range(groups)):
             parts, padded = decoders[slot].parts, padded_row(row, output_sizes)
-            of_tile, g, place = packed[slot, padded // 64], padded % 8, padded % 64 // 8
-            if kind is AFFINE_FLOAT16:
+            of_tile, g, place = each[slot][padded // 64], padded % 8, padded % 64 // 8
+            if decoders[slot].form is FLOAT16:
                 expected = [parts["scale"][row, group], parts["offset"][row, group]]
-                assert of_tile[group, g, :, place].tolist() == expected
+                assert of_tile.view(torch.float16).view(groups, 8, 2, 8)[group, g, :, place].tolist() == expected
                 continue
             at = 256 + 128 * group + 16 * g + place
             assert of_tile[at] == parts["scale"][row, group]

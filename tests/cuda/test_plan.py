@@ -92,27 +92,37 @@ def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, gri
         (AFFINE_FLOAT16, 128, 1, 2, 4 * 3 * (2 * 1024 + 256)),
         (AFFINE_INT8, 128, 1, 4, 4 * 3 * (4 * 1024 + 128)),
         (AFFINE_FLOAT16, 64, 1, 5, 4 * 3 * (4 * 1024 + 2 * 256)),  # slices of 4 bits take more than those of 5
-        (AFFINE_INT8, 32, 1, 8, 4 * 2 * (8 * 1024 + 4 * 128)),
+        (AFFINE_INT8, 32, 1, 8, 4 * 2 * (8 * 1024 + 4 * 256)),
+        (AFFINE_INT8, 64, 1, 5, 4 * 3 * (4 * 1024 + 2 * 128)),
         (AFFINE_INT8, 128, 24, 2, 4 * 3 * (2 * 1024 + 128)),
         (AFFINE_FLOAT16, 128, 65, 8, 0),
     ],
 )
 def test_shared_memory(kind, group_size, tokens, width, expected) -> None:
-    assert plan_of(make_layer([70], 600, group_size, [width], kind=kind), tokens).shared_bytes == expected
+    layer = make_layer([70], 600, group_size, sorted({2, width}), kind=kind)
+    assert layer.weight.decoder_kind is kind
+    assert plan_of(layer, tokens).shared_bytes == expected
 
 
 def test_the_shape_that_kernels_are_passed() -> None:
+    none = 2**32 - 1
     layer = make_segments([([100, 30], (2, 5)), ([70], (4,))], 1100, 256)
     first, second = cuda_launch.plans_of(make_input(3, 1100, torch.float16), layer.weight, None, 1)
     assert (first.first_output, second.first_output) == (0, 130)
     # Tokens, output stride, rows, tile rows, tile columns, resident width, groups, shift, partitions; where partitions
-    # begin; which decoders are those of a width.
-    *numbers, widths = struct.unpack("<9i8i8i4x8s", bytes(first.shape.tolist()))
-    assert numbers == [3, 200, 130, 3, 18, 5, 5, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
-    assert list(widths) == [0, 255, 255, 1, 255, 255, 255, 255]
-    *numbers, widths = struct.unpack("<9i8i8i4x8s", bytes(second.shape.tolist()))
-    assert numbers == [3, 200, 70, 2, 18, 4, 5, 1, 1, *[0] * 16]
-    assert list(widths) == [255, 255, 0, 255, 255, 255, 255, 255]
+    # begin; the byte where the decoders of a width begin.
+    numbers = list(struct.unpack("<9i8i8i7I", bytes(first.shape.tolist())))
+    assert numbers[:25] == [3, 200, 130, 3, 18, 5, 5, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
+    assert numbers[25:] == [0, none, none, 3 * 5 * 256, none, none, none]
+    numbers = list(struct.unpack("<9i8i8i7I", bytes(second.shape.tolist())))
+    assert numbers[:25] == [3, 200, 70, 2, 18, 4, 5, 1, 1, *[0] * 16]
+    assert numbers[25:] == [none, none, 0, none, none, none, none]
+
+    mixed = make_segments([([100], (5, 3, 8))], 1100, 256, kind=AFFINE_INT8)
+    [plan] = cuda_launch.plans_of(make_input(3, 1100, torch.float16), mixed.weight, None, 1)
+    wide, narrow = 2 * 5 * 256, 2 * (256 + 5 * 128)
+    numbers = list(struct.unpack("<9i8i8i7I", bytes(plan.shape.tolist())))
+    assert numbers[25:] == [none, wide, none, 0, none, none, wide + narrow]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def changed(tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Call
             "planes: found strides .* expected a contiguous tensor",
         ),
         (changed("decoders", lambda decoders: decoders.int()), "decoders: found dtype Int, expected"),
-        (changed("decoders", lambda decoders: decoders[:, :1]), "decoders: found shape"),
+        (changed("decoders", lambda decoders: decoders[:-1]), "decoders: found shape"),
         (changed("active_width", lambda width: width.long()), "active_width: found dtype Long, expected Int"),
         (changed("active_width", lambda width: width.repeat(2)), r"active_width: found shape \[2\], expected \[1\]"),
     ],

@@ -52,7 +52,8 @@ struct Case {
 
 class Layer {
   public:
-    explicit Layer(const Case& shape) : case_(shape), rows_(ceil_div(shape.outputs, kTileRows)) {
+    explicit Layer(const Case& shape)
+        : case_(shape), form_(form_of(shape.decoder_kind, shape.width)), rows_(ceil_div(shape.outputs, kTileRows)) {
         const int64_t tiles = ceil_div(shape.columns, kTileColumns);
         groups_ = ceil_div(shape.columns, shape.group_size);
         row_bytes_ = tiles * kPlaneBytes;
@@ -60,7 +61,7 @@ class Layer {
         for (uint8_t& byte : planes_) {
             byte = static_cast<uint8_t>(random_());
         }
-        decoders_.resize(rows_ * decoder_bytes(shape.decoder_kind, groups_));
+        decoders_.resize(rows_ * decoder_bytes(form_, groups_));
         fill_decoders();
         input_ = elements(shape.tokens * shape.columns);
         bias_ = elements(shape.outputs);
@@ -90,8 +91,8 @@ class Layer {
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
             tile_rows.push_back({planes_.data() + 2 * row * row_bytes_, planes_.data() + row * row_bytes_,
-                                 decoders_.data() + row * decoder_bytes(case_.decoder_kind, groups_), case_.width,
-                                 first, std::min(kTileRows, case_.outputs - first)});
+                                 decoders_.data() + row * decoder_bytes(form_, groups_), case_.width, first,
+                                 std::min(kTileRows, case_.outputs - first)});
         }
         kernel.multiply(product, tile_rows.data(), rows_);
         return output;
@@ -104,15 +105,14 @@ class Layer {
     uint16_t half() { return static_cast<uint16_t>((random_() & 0x83ff) | (12 + random_() % 6) << 10); }
 
     void fill_decoders() {
-        const int64_t row_bytes = decoder_bytes(case_.decoder_kind, groups_);
+        const int64_t row_bytes = decoder_bytes(form_, groups_);
         for (size_t byte = 0; byte < decoders_.size(); byte += 2) {
             // Codes of 8 bits are any bytes, their steps are the upper halves of floats around 1.
-            const bool step = case_.decoder_kind == DecoderKind::kAffineInt8 && byte % row_bytes < 4 * kTileRows;
+            const bool step = form_ == DecoderForm::kInt8 && byte % row_bytes < 4 * kTileRows;
             const float value = std::exp2(std::normal_distribution<float>()(random_));
-            const uint16_t bits = step ? bfloat16(value)
-                                  : case_.decoder_kind == DecoderKind::kAffineFloat16
-                                      ? half()
-                                      : static_cast<uint16_t>(random_());
+            const uint16_t bits = step                             ? bfloat16(value)
+                                  : form_ == DecoderForm::kFloat16 ? half()
+                                                                   : static_cast<uint16_t>(random_());
             std::memcpy(decoders_.data() + byte, &bits, 2);
         }
     }
@@ -148,6 +148,7 @@ class Layer {
 
     std::mt19937 random_{1};
     Case case_;
+    DecoderForm form_;
     int64_t rows_, groups_, row_bytes_;
     std::vector<uint8_t> planes_;
     std::vector<uint8_t> decoders_;

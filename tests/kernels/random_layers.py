@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_matquant.checkpoint import decoder
-from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import Decoder, DecoderForm, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.support import CPU
@@ -114,9 +114,9 @@ class Layer:
 
 
 def affine_of(stored: Decoder) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset in float64 [N, groups], by the definition of the kinds; offsets rounded to float32."""
+    """Scale and offset in float64 [N, groups], by the definition of the forms; offsets rounded to float32."""
     parts = {name: part.double().numpy() for name, part in stored.parts.items()}
-    if stored.kind.name == "affine-float16":
+    if stored.form.name == "float16":
         return parts["scale"], parts["offset"]
     scale, centre = (
         parts[name] * parts["step"][:, column : column + 1] for column, name in enumerate(("scale", "centre"))
@@ -144,16 +144,19 @@ def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.nda
     return rounded, largest
 
 
-def make_decoder(kind: DecoderKind, width: int, rows: int, groups: int, generator: torch.Generator) -> Decoder:
-    """Every value that a decoder of the kind can store, within reason."""
-    if kind.name == "affine-float16":
+def make_decoder(
+    kind: DecoderKind | DecoderForm, width: int, rows: int, groups: int, generator: torch.Generator
+) -> Decoder:
+    """Every value that a decoder of the kind or form can store, within reason."""
+    form = kind.form(width) if isinstance(kind, DecoderKind) else kind
+    if form.name == "float16":
         scale = torch.rand(rows, groups, generator=generator) / 2**width
         return Decoder(
-            kind, width, {"scale": scale.half(), "offset": torch.randn(rows, groups, generator=generator).half()}
+            form, width, {"scale": scale.half(), "offset": torch.randn(rows, groups, generator=generator).half()}
         )
     step = torch.rand(rows, 2, generator=generator) / torch.tensor([255 * 2**width, 127])
     return Decoder(
-        kind,
+        form,
         width,
         {
             "scale": torch.randint(0, 256, (rows, groups), dtype=torch.uint8, generator=generator),

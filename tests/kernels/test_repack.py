@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.random_layers import make_decoder
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, FLOAT16, INT8
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, ops
@@ -79,9 +79,9 @@ def test_planes_lie_in_pairs_where_no_width_parts_them(decoder_widths, resident_
 def test_every_float16_decoder_has_its_place(output_sizes):
     rows, groups = sum(output_sizes), 3
     generator = torch.Generator().manual_seed(rows)
-    decoders = [make_decoder(AFFINE_FLOAT16, width, rows, groups, generator) for width in (3, 5)]
+    decoders = [make_decoder(FLOAT16, width, rows, groups, generator) for width in (3, 5)]
     result = PAIRS.pack_decoders(decoders, output_sizes)
-    assert result.dtype == torch.float16
+    assert result.dtype == torch.uint8
     assert result.is_contiguous()
     expected = torch.zeros(2, tile_of_row(rows - 1, output_sizes)[0] + 1, groups, 2, 16, dtype=torch.float16)
     for row in range(rows):
@@ -89,14 +89,14 @@ def test_every_float16_decoder_has_its_place(output_sizes):
         for index, decoder in enumerate(decoders):
             expected[index, tile, :, 0, lane] = decoder.parts["scale"][row]
             expected[index, tile, :, 1, lane] = decoder.parts["offset"][row]
-    assert torch.equal(result, expected)
+    assert torch.equal(result, expected.flatten().view(torch.uint8))
 
 
 @pytest.mark.parametrize("output_sizes", [[1], [16], [37], [5, 16, 18]])
 def test_every_8_bit_decoder_has_its_place(output_sizes):
     rows, groups = sum(output_sizes), 3
     generator = torch.Generator().manual_seed(rows)
-    decoders = [make_decoder(AFFINE_INT8, width, rows, groups, generator) for width in (3, 5)]
+    decoders = [make_decoder(INT8, width, rows, groups, generator) for width in (3, 5)]
     result = PAIRS.pack_decoders(decoders, output_sizes)
     assert result.dtype == torch.uint8
     assert result.is_contiguous()
@@ -112,7 +112,15 @@ def test_every_8_bit_decoder_has_its_place(output_sizes):
                 begin = 64 + 32 * group + lane
                 expected[index, tile, begin] = decoder.parts["scale"][row, group]
                 expected[index, tile, begin + 16] = int(decoder.parts["centre"][row, group]) % 256
-    assert np.array_equal(result.numpy(), expected)
+    assert np.array_equal(result.numpy(), expected.ravel())
+
+
+def test_decoders_of_several_forms_lie_one_after_the_other():
+    generator = torch.Generator().manual_seed(0)
+    decoders = [make_decoder(AFFINE_INT8, width, 20, 3, generator) for width in (8, 2, 5, 4)]
+    alone = [PAIRS.pack_decoders([decoder], [20]) for decoder in decoders]
+    assert [len(part) for part in alone] == [2 * 3 * 64, 2 * (64 + 3 * 32), 2 * 3 * 64, 2 * (64 + 3 * 32)]
+    assert torch.equal(PAIRS.pack_decoders(decoders, [20]), torch.cat(alone))
 
 
 @pytest.mark.parametrize(

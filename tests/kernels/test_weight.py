@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from dataclasses import replace
 
@@ -174,7 +175,6 @@ def test_users_of_a_layer_share_its_tensors(kind):
         {"cut": (1, 2)},
         {"resident": [(2, 4, 5)]},
         {"resident": [(4,)]},
-        {"kind": AFFINE_INT8},
     ],
 )
 def test_other_layers_cuts_layouts_and_widths_have_tensors_of_their_own(other):
@@ -203,7 +203,7 @@ def test_planes_lie_in_pairs_unless_a_width_of_the_weight_parts_one():
 @both_kinds
 def test_bytes_are_those_of_planes_and_decoders(kind):
     weight, _ = make_mixed([32, 16], 128, 64, [(2, 4), (3,)], kind)
-    decoder_bytes = kind.nbytes(32, 2) * 2 + kind.nbytes(16, 2)
+    decoder_bytes = sum(kind.form(width).nbytes(rows, 2) for rows, width in ((32, 2), (32, 4), (16, 3)))
     assert weight.resident_bytes == 32 * 128 * 4 // 8 + 16 * 128 * 3 // 8 + decoder_bytes
 
 
@@ -211,9 +211,8 @@ def test_decoders_of_several_kinds_are_refused():
     layer = make_layer([20], 96, 32)
     odd = make_decoder(AFFINE_INT8, 4, 20, 3, torch.Generator())
     segment = stored_segment(layer.codes, layer.decoders | {4: odd}, [20], [2, 4])
-    with pytest.raises(
-        ValueError, match=r"decoders: found the kinds \['affine-float16', 'affine-int8'\], expected one"
-    ):
+    found = re.escape("decoders: found the forms {2: 'float16', 4: 'int8'} by width, expected those of one kind")
+    with pytest.raises(ValueError, match=found):
         CPU.pack([segment], 96, 32, "cpu")
 
 
@@ -245,10 +244,10 @@ def test_a_weight_that_cannot_be(changed, message):
         ({}, {"planes": torch.zeros(8, 4, 2, 64, dtype=torch.int8)}, "planes: found dtype Char, expected Byte"),
         ({}, {"planes": torch.zeros(8, 4, 64, 2).byte().mT}, "planes: found strides .*, expected a contiguous"),
         ({"in_features": 32}, {}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 4, 1, 64\]"),
-        ({}, {"decoders": torch.zeros(7, 4, 1, 2, 16).half()}, r"decoders: found .*, expected \[7, 4, 2, 2, 16\]"),
-        ({}, {"decoders": torch.zeros(7, 4, 2, 2, 16)}, "decoders: found dtype Float, expected Half"),
-        ({"decoder_kind": "affine-int8"}, {}, "decoders: found dtype Half, expected Byte"),
-        ({"decoder_kind": "affine-int8"}, {"decoders": torch.zeros(7, 4, 64).byte()}, r"expected \[7, 4, 128\]"),
+        ({}, {"decoders": torch.zeros(7 * 4 * 64).byte()}, r"decoders: found .*, expected \[3584\]"),
+        ({}, {"decoders": torch.zeros(3584)}, "decoders: found dtype Float, expected Byte"),
+        # Three of width 2 to 4 with 64 bytes of steps and 32 of each group, four wider ones with 64 of each group.
+        ({"decoder_kind": "affine-int8", "group_size": 16}, {}, r"decoders: found shape \[3584\], expected \[6400\]"),
         ({}, {"active_width": torch.tensor([4])}, "active_width: found dtype Long, expected Int"),
         (
             {},
@@ -265,7 +264,7 @@ def test_a_weight_that_cannot_be(changed, message):
             {"decoder_widths": [2, 2, 3, 4, 5, 6, 7]},
             r"decoder_widths: found .*, expected different widths in 2\.\.8",
         ),
-        ({}, {"decoder_widths": [2, 3, 4]}, r"decoders: found shape .*, expected \[3, 4, 2, 2, 16\]"),
+        ({}, {"decoder_widths": [2, 3, 4]}, r"decoders: found shape .*, expected \[1536\]"),
         ({}, {"output_sizes": []}, "output_sizes: found none, expected at least one"),
         ({}, {"output_sizes": [20, 0]}, r"output_sizes: found \[20, 0\], expected positive sizes"),
         ({}, {"output_sizes": [20, 40]}, r"planes: found shape \[8, 4, 2, 64\], expected \[8, 5, 2, 64\]"),

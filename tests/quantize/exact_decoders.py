@@ -1,4 +1,4 @@
-"""Decoders whose values are stored as they are: what solvers do without the rounding of a kind that is served."""
+"""Decoders whose values are stored as they are: what solvers do without the rounding of a form that is served."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind, OffsetsFor, TensorSpec
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderForm, DecoderKind, OffsetsFor, TensorSpec
 
 
-class ExactKind(DecoderKind):
+class ExactForm(DecoderForm):
     """Scale and offset in float32."""
 
     name = "exact"
-    format_version = 2
 
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
         return dict.fromkeys(("scale", "offset"), TensorSpec(torch.float32, (out_features, groups)))
@@ -30,7 +29,7 @@ class ExactKind(DecoderKind):
         return []
 
 
-EXACT = ExactKind()
+EXACT = DecoderKind("exact", 2, ExactForm(), ExactForm())
 
 
 def exact(scale: torch.Tensor, offset: torch.Tensor, width: int) -> Decoder:
@@ -40,7 +39,7 @@ def exact(scale: torch.Tensor, offset: torch.Tensor, width: int) -> Decoder:
 
 def assert_same_decoders(found: Decoder, expected: Decoder) -> None:
     """The same tensors are stored."""
-    assert (found.kind, found.width, found.parts.keys()) == (expected.kind, expected.width, expected.parts.keys())
+    assert (found.form, found.width, found.parts.keys()) == (expected.form, expected.width, expected.parts.keys())
     for name, part in found.parts.items():
         assert part.dtype == expected.parts[name].dtype
         assert torch.equal(part, expected.parts[name]), name

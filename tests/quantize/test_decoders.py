@@ -10,7 +10,7 @@ import torch
 
 from tests.quantize.conftest import Layer
 from tests.quantize.exact_decoders import EXACT
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, KINDS, Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import KINDS, Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.quantize import decoders
 from vllm_matquant.quantize.decoders import (
@@ -105,11 +105,10 @@ def test_refit_is_no_worse_than_what_it_starts_from(
     weight, hessian = random_layer(33, 96, seed)
     codes, previous = rounded_to_nearest(weight, 32, width)
     fitted = refit(weight, codes, hessian, previous, width, kind)
-    assert (fitted.kind, fitted.width) == (kind, width)
+    assert (fitted.form, fitted.width) == (kind.form(width), width)
     before = objective(weight, hessian, kind.encode(previous, width).decode(codes))
     after = objective(weight, hessian, fitted.decode(codes))
-    # At 8 bits the rounding of what is stored is as large as the steps of the codes.
-    assert (after <= before * (1.001 if width < 7 else 1.5)).all()
+    assert (after <= before * 1.001).all()
     assert after.sum() < before.sum()
     assert (fitted.affine.scale >= 0).all()
 
@@ -126,18 +125,6 @@ def test_offsets_make_up_for_the_rounding_of_scales(
     fitted = refit(weight, codes, hessian, previous, width, kind)
     after, before = (objective(weight, hessian, decoder.decode(codes)).sum() for decoder in (fitted, both))
     assert after < before * 1.02
-
-
-@pytest.mark.parametrize("width", [2, 6, 8])
-def test_a_stored_decoder_is_kept_where_no_other_is_better(random_layer: Callable[..., Layer], width: int) -> None:
-    weight, hessian = random_layer(64, 96, seed=width)
-    codes, grid = rounded_to_nearest(weight, 32, width)
-    stored = AFFINE_INT8.encode(grid, width)
-    fresh, kept = (refit(weight, codes, hessian, start, width, AFFINE_INT8) for start in (stored.affine, stored))
-    before, after, chosen = (objective(weight, hessian, each.decode(codes)) for each in (stored, fresh, kept))
-    torch.testing.assert_close(chosen, torch.minimum(before, after), rtol=1e-3, atol=0)
-    if width == 8:  # where some rows are better off with what they had
-        assert ((before < after) & (kept.parts["scale"] == stored.parts["scale"]).all(1)).any()
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -106,7 +106,7 @@ def served_widths(widths: dict[str, int]) -> Served:
 
 def own_decoder(plain: Decoder) -> Decoder:
     """What a recipe has in the place of a plain decoder."""
-    return plain.kind.encode(Affine(plain.affine.scale * 1.25, plain.affine.offset * 0.75), plain.width)
+    return plain.form.encode(Affine(plain.affine.scale * 1.25, plain.affine.offset * 0.75), plain.width)
 
 
 def reference_model(folder: Path, widths: int | dict[str, int], own_decoders: bool = False) -> torch.nn.Module:

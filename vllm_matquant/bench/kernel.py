@@ -74,14 +74,14 @@ class Layer:
             ]
             planes = PAIRS.pack_planes(packed[0], packed[1:], [rows])
             values = Affine(*torch.rand(2, rows, groups, generator=generator))
-            decoders = PAIRS.pack_decoders([settings.decoder_kind.encode(values, WIDTHS[-1])], [rows])
             self.planes.append(planes)
-            self.weights.append({width: self._weight(planes[:width], decoders) for width in settings.widths})
+            self.weights.append({width: self._weight(planes[:width], values) for width in settings.widths})
         self.uses = 0
 
-    def _weight(self, planes: torch.Tensor, decoders: torch.Tensor) -> PackedWeight:
+    def _weight(self, planes: torch.Tensor, values: Affine) -> PackedWeight:
         # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
         width = len(planes)
+        decoders = PAIRS.pack_decoders([self.settings.decoder_kind.encode(values, width)], [self.rows])
         resident = ResidentSegment(planes, decoders, (width,), (self.rows,), width)
         segment = PackedSegment(resident, torch.tensor([width], dtype=torch.int32))
         settings = self.settings

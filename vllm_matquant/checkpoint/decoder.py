@@ -1,25 +1,27 @@
 """Decoders: how the r-bit codes of a layer become its weights, and how that is stored.
 
-A :class:`DecoderKind` is one way to store decoders. The checkpoint's format names its kind, and whoever needs to know
-what decoders consist of asks the kind: the writer and the reader for names, dtypes and shapes, the quantizer for the
-nearest values that can be stored, the kernels for what they read.
+The weight of code t in a row and group of columns is ``scale * t + offset``. A :class:`DecoderForm` is one way to store
+that for a layer and width r:
 
-Both kinds here are affine: the weight of code t in a row and group of columns is ``scale * t + offset``. They differ in
-what they store of each width r:
-
-==================  ==================================================  ============================================
-kind                tensors of a layer ``L``                            what they mean
-==================  ==================================================  ============================================
-``affine-float16``  ``L.weight_scale{r}``, ``L.weight_offset{r}``       scale and offset
-                    float16 [out_features, groups]
-``affine-int8``     ``L.weight_scale{r}`` uint8,                        multiples of the row's two steps: the scale, and
-                    ``L.weight_centre{r}`` int8                         the centre, which is the weight in the middle of
-                    [out_features, groups],                             the codes, ``offset + (2^r - 1) / 2 * scale``
-                    ``L.weight_step{r}`` bfloat16 [out_features, 2]
-==================  ==================================================  ============================================
+===========  ==================================================  ======================================================
+form         tensors of a layer ``L``                            what they mean
+===========  ==================================================  ======================================================
+``FLOAT16``  ``L.weight_scale{r}``, ``L.weight_offset{r}``       scale and offset
+             float16 [out_features, groups]
+``INT8``     ``L.weight_scale{r}`` uint8,                        multiples of the row's two steps: the scale, and the
+             ``L.weight_centre{r}`` int8                         centre, which is the weight in the middle of the codes,
+             [out_features, groups],                             ``offset + (2^r - 1) / 2 * scale``
+             ``L.weight_step{r}`` bfloat16 [out_features, 2]
+===========  ==================================================  ======================================================
 
 A centre hardly depends on the scale, where an offset does, so that few bits are enough for it. The steps have float32's
 range; their low precision costs nothing, since the multiples are taken of the step as it is stored.
+
+A :class:`DecoderKind`, which the checkpoint's format names, says which form the decoders of each width have:
+``affine-float16`` gives all of them FLOAT16; ``affine-int8`` gives INT8 to widths up to 4, and FLOAT16 to wider ones,
+whose codes are so fine that the rounding of a centre to 8 bits would be as coarse. Whoever needs to know what decoders
+consist of asks the kind: the writer and the reader for names, dtypes and shapes, the quantizer for the nearest values
+that can be stored, the kernels for what they read.
 """
 
 from __future__ import annotations
@@ -129,19 +131,19 @@ class Decoder:
     """The decoder of a layer at one width, as it is stored: what a checkpoint holds and what is served.
 
     Attributes:
-        kind: how it is stored.
+        form: how it is stored.
         width: bits of the codes that it decodes.
-        parts: its tensors by the names that the kind gives them; rows are the first dimension of each.
+        parts: its tensors by the names that the form gives them; rows are the first dimension of each.
     """
 
-    kind: DecoderKind
+    form: DecoderForm
     width: int
     parts: Mapping[str, torch.Tensor]
 
     @cached_property
     def affine(self) -> Affine:
         """Scale and offset that the stored values mean, float32 [out_features, groups] each."""
-        return self.kind.affine(self.parts, self.width)
+        return self.form.affine(self.parts, self.width)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Weights of ``codes`` (uint8 [out_features, in_features]): float32 [out_features, in_features]."""
@@ -156,12 +158,28 @@ class Decoder:
         return self.map(lambda part: part.to(device))
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Decoder:
-        """A decoder of the same kind and width whose parts are those that ``change`` makes of this one's."""
-        return Decoder(self.kind, self.width, {name: change(part) for name, part in self.parts.items()})
+        """A decoder of the same form and width whose parts are those that ``change`` makes of this one's."""
+        return Decoder(self.form, self.width, {name: change(part) for name, part in self.parts.items()})
 
     def named(self, layer: str) -> dict[str, torch.Tensor]:
         """The stored tensors by their names in a checkpoint."""
         return {f"{layer}.{part_name(part, self.width)}": tensor for part, tensor in self.parts.items()}
+
+    def check(self, layer: str, where: Path) -> None:
+        """Refuse values that give no weights.
+
+        Args:
+            layer: the layer to name in an error.
+            where: the file to name in an error.
+
+        Raises:
+            DecoderValueError: a value is not finite or too large, or a scale or step is negative.
+        """
+        for part, wrong, expected in self.form.faults(self.parts):
+            if wrong.any():
+                values, place = self.parts[part], wrong.nonzero()[0].tolist()
+                found = f"{values[tuple(place)].item()} in row {place[0]}, column {place[1]} (as {values.dtype})"
+                raise DecoderValueError(where, f"{layer}.{part_name(part, self.width)}", found, expected)
 
 
 def part_name(part: str, width: int) -> str:
@@ -170,18 +188,16 @@ def part_name(part: str, width: int) -> str:
 
 
 def join_rows(decoders: list[Decoder]) -> Decoder:
-    """The decoder whose rows are those of ``decoders``, one after the other; all of one kind and width."""
+    """The decoder whose rows are those of ``decoders``, one after the other; all of one form and width."""
     first = decoders[0]
     parts = {name: torch.cat([decoder.parts[name] for decoder in decoders]) for name in first.parts}
-    return Decoder(first.kind, first.width, parts)
+    return Decoder(first.form, first.width, parts)
 
 
-class DecoderKind(ABC):
-    """A way to store decoders: names, dtypes, shapes and validity of their tensors, and the values that these mean."""
+class DecoderForm(ABC):
+    """A way to store a width's decoders: names, dtypes, shapes and validity of their tensors, and what these mean."""
 
-    name: ClassVar[str]  # in config.json
-    format_version: ClassVar[int]  # the first version of the format that has this kind
-    coarse: ClassVar[bool] = False  # wide slices feel the rounding to what is stored: solvers must mind it
+    name: ClassVar[str]  # in messages
 
     @abstractmethod
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
@@ -189,13 +205,13 @@ class DecoderKind(ABC):
 
     @abstractmethod
     def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
-        """The decoder of this kind that is nearest to ``values``.
+        """The decoder of this form that is nearest to ``values``.
 
         What it stores is no fixed point: to encode the values of a decoder may give another one. Keep the decoder.
 
         Args:
             values: floating point; what no decoder may have, values that are not finite and negative scales, gives a
-                decoder that :meth:`check` refuses.
+                decoder that :meth:`Decoder.check` refuses.
             width: bits of the codes.
             offsets_for: gives the offsets that suit the scales as they are stored, to take the place of those in
                 ``values``.
@@ -227,23 +243,6 @@ class DecoderKind(ABC):
         """
         return Decoder(self, width, {part: tensor(part_name(part, width)) for part in self.parts(1, 1)})
 
-    def check(self, decoder: Decoder, layer: str, where: Path) -> None:
-        """Refuse a decoder that gives no weights.
-
-        Args:
-            decoder: of this kind.
-            layer: the layer to name in an error.
-            where: the file to name in an error.
-
-        Raises:
-            DecoderValueError: a value is not finite or too large, or a scale or step is negative.
-        """
-        for part, wrong, expected in self.faults(decoder.parts):
-            if wrong.any():
-                values, place = decoder.parts[part], wrong.nonzero()[0].tolist()
-                found = f"{values[tuple(place)].item()} in row {place[0]}, column {place[1]} (as {values.dtype})"
-                raise DecoderValueError(where, f"{layer}.{part_name(part, decoder.width)}", found, expected)
-
 
 _FINITE = "finite values"
 _NOT_NEGATIVE = "finite values from 0 up"
@@ -251,11 +250,10 @@ _STEPS = "finite values from 0 up to 2^111"
 
 
 @dataclass(frozen=True)
-class AffineFloat16(DecoderKind):
-    """Scale and offset in float16: the decoders of format version 1."""
+class Float16Form(DecoderForm):
+    """Scale and offset in float16."""
 
-    name = "affine-float16"
-    format_version = 1
+    name = "float16"
 
     def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
         spec = TensorSpec(torch.float16, (out_features, groups))
@@ -278,12 +276,10 @@ class AffineFloat16(DecoderKind):
 
 
 @dataclass(frozen=True)
-class AffineInt8(DecoderKind):
+class Int8Form(DecoderForm):
     """Scale and centre as whole multiples, of 8 bits, of two steps that a row has."""
 
-    name = "affine-int8"
-    format_version = 2
-    coarse = True
+    name = "int8"
 
     SCALE_LEVELS: ClassVar[int] = 255  # a scale is 0 to 255 steps
     CENTRE_LEVELS: ClassVar[int] = 127  # a centre is -127 to 127 steps
@@ -352,7 +348,41 @@ def _multiples(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     return (values.double() / torch.where(step > 0, step, 1.0)).nan_to_num_().round()
 
 
-AFFINE_FLOAT16 = AffineFloat16()
-AFFINE_INT8 = AffineInt8()
+FLOAT16 = Float16Form()
+INT8 = Int8Form()
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """How a checkpoint stores decoders: a form for each width.
+
+    Attributes:
+        name: in config.json.
+        format_version: the first version of the format that has this kind.
+        narrow: form of the decoders of widths up to 4.
+        wide: form of those of wider ones.
+    """
+
+    name: str
+    format_version: int
+    narrow: DecoderForm
+    wide: DecoderForm
+
+    def form(self, width: int) -> DecoderForm:
+        """How the decoders of a width are stored."""
+        return self.narrow if width <= WIDEST_NARROW else self.wide
+
+    def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
+        """The decoder of a width that is nearest to ``values``, see :meth:`DecoderForm.encode`."""
+        return self.form(width).encode(values, width, offsets_for)
+
+
+WIDEST_NARROW = 4  # csrc/decoder.h has it too
+
+AFFINE_FLOAT16 = DecoderKind("affine-float16", 1, FLOAT16, FLOAT16)
+AFFINE_INT8 = DecoderKind("affine-int8", 2, INT8, FLOAT16)
 KINDS: dict[str, DecoderKind] = {kind.name: kind for kind in (AFFINE_FLOAT16, AFFINE_INT8)}
 """The kinds of decoders that the format has, by their names in config.json."""
+
+FORMS: tuple[DecoderForm, ...] = (FLOAT16, INT8)
+"""The forms that there are."""

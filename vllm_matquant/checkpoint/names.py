@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vllm_matquant.checkpoint.decoder import KINDS
+from vllm_matquant.checkpoint.decoder import FORMS
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -19,7 +19,7 @@ REPORT_PAGE_FILE = f"{REPORT_FOLDER}/index.html"
 DOCUMENT_FILES = (MODEL_CARD_FILE, REPORT_DATA_FILE, REPORT_PAGE_FILE)
 
 WEIGHT_BASE = "weight_base"
-_PARTS = "|".join(sorted({part for kind in KINDS.values() for part in kind.parts(1, 1)}))
+_PARTS = "|".join(sorted({part for form in FORMS for part in form.parts(1, 1)}))
 _SUFFIX = re.compile(rf"weight_(?:base|(?:plane|{_PARTS})\d+)")
 _RECIPE_PATH = rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*"  # without its suffix
 _RECIPE = re.compile(rf"{_RECIPE_PATH}\.json")

@@ -161,7 +161,7 @@ class Checkpoint:
                 names = (name for layer, width in served.widths.items() for name in maker.decoder_names(layer, width))
                 self._files.check_decoders_file(own, names)
             for layer, width in served.widths.items() if values else ():
-                self._files.check_decoder(kind, layer, width, own)
+                self._files.check_decoder(kind.form(width), layer, width, own)
 
     def tensors(self, *slices: Slice) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what serving slices side by side needs, each once, file by file.
@@ -233,7 +233,8 @@ class Checkpoint:
             width: of the model.
             file: where to read it; by default the shards. See :attr:`Slice.decoders_file`.
         """
-        return self._files.decoder(self.format.decoder_kind, layer, self.format.width_of(layer, width), file)
+        own = self.format.width_of(layer, width)
+        return self._files.decoder(self.format.decoder_kind.form(own), layer, own, file)
 
     def close(self) -> None:
         """Let go of the files that were opened to read tensors; they are opened again when they are needed."""

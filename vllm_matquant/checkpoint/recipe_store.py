@@ -77,10 +77,11 @@ def _publish(checkpoint: Checkpoint, recipe: Recipe, decoders: Mapping[str, Deco
     tensors: dict[str, torch.Tensor] = {}
     for layer, width in recipe.widths.items():
         decoder = decoders[layer].map(lambda part: part.detach().cpu().contiguous())
-        if (decoder.kind, decoder.width) != (checkpoint.format.decoder_kind, width):
-            found, expected = f"{decoder.kind.name} of width {decoder.width}", checkpoint.format.decoder_kind.name
-            raise ValueError(f"{recipe.name}: decoder of {layer}: found {found}, expected {expected} of width {width}")
-        decoder.kind.check(decoder, layer, own)
+        form = checkpoint.format.decoder_kind.form(width)
+        if (decoder.form, decoder.width) != (form, width):
+            found = f"{decoder.form.name} of width {decoder.width}"
+            raise ValueError(f"{recipe.name}: decoder of {layer}: found {found}, expected {form.name} of width {width}")
+        decoder.check(layer, own)
         tensors |= decoder.named(layer)
     publish_json(path, replace(recipe, own_decoders=False, kl=None).to_dict(checkpoint.format, checkpoint.layers))
     publish(own, lambda temporary: save_tensors(tensors, temporary))

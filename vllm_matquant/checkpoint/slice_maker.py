@@ -57,7 +57,7 @@ class SliceMaker:
 
     def decoder_names(self, layer: str, width: int) -> list[str]:
         """Names of the tensors of a layer's decoder at one of its widths."""
-        return [f"{layer}.{part_name(part, width)}" for part in self.format.decoder_kind.parts(1, 1)]
+        return [f"{layer}.{part_name(part, width)}" for part in self.format.decoder_kind.form(width).parts(1, 1)]
 
     def places(self, widths: Mapping[str, int], own_decoders: str | None) -> dict[str, str]:
         """The file of each tensor that serving these widths needs.

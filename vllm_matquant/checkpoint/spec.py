@@ -154,7 +154,6 @@ class Format:
         The decoder of width r lies with the plane of width r, or with what the first width that reads it adds.
         """
         groups = in_features // self.group_size_of(in_features, layer)
-        decoder = self.decoder_kind.parts(out_features, groups)
         plane = TensorSpec(CODE_DTYPE, (out_features, in_features // 8))
         stored: defaultdict[int, dict[str, TensorSpec]] = defaultdict(dict)
         stored[BASE_BITS][WEIGHT_BASE] = TensorSpec(CODE_DTYPE, (out_features, in_features // 4))
@@ -166,12 +165,13 @@ class Format:
                 stored[min(planes, self.stored_width(width))][plane_name(planes)] = plane
             if decoders < own:
                 decoders = own
+                decoder = self.decoder_kind.form(own).parts(out_features, groups)
                 stored[min(own, width)] |= {part_name(part, own): spec for part, spec in decoder.items()}
         return dict(stored)
 
     def resident_bytes(self, out_features: int, in_features: int, width: int, layer: str = "") -> int:
         """Bytes of one layer where the model is at ``width``: the codes of its slice, and that slice's decoder."""
         groups = in_features // self.group_size_of(in_features, layer)
-        planes = self.width_of(layer, width) - BASE_BITS
-        codes = out_features * (in_features // 4 + planes * in_features // 8)
-        return codes + self.decoder_kind.nbytes(out_features, groups)
+        own = self.width_of(layer, width)
+        codes = out_features * (in_features // 4 + (own - BASE_BITS) * in_features // 8)
+        return codes + self.decoder_kind.form(own).nbytes(out_features, groups)

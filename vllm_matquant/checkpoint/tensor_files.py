@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind, TensorSpec, part_name
+from vllm_matquant.checkpoint.decoder import Decoder, DecoderForm, TensorSpec, part_name
 from vllm_matquant.checkpoint.validate import ExpectedTensor, check_shard, check_tensors
 
 
@@ -37,9 +37,9 @@ class TensorFiles:
             self._open_files[file] = safe_open(self._folder / file, framework="pt")
         return self._open_files[file].get_tensor(name)
 
-    def decoder(self, kind: DecoderKind, layer: str, width: int, file: str | None = None) -> Decoder:
+    def decoder(self, form: DecoderForm, layer: str, width: int, file: str | None = None) -> Decoder:
         """The decoder of a layer at one of its widths, from ``file``, by default from the shard."""
-        return kind.from_tensors(lambda name: self.read(f"{layer}.{name}", file), width)
+        return form.from_tensors(lambda name: self.read(f"{layer}.{name}", file), width)
 
     def check_shard(self, file: str) -> dict[str, TensorSpec]:
         """The header of a shard, which must hold what the index and the configuration say.
@@ -60,16 +60,16 @@ class TensorFiles:
         if file not in self._headers:
             self._headers[file] = check_tensors(self._folder / file, {name: self._expected[name] for name in names})
 
-    def check_decoder(self, kind: DecoderKind, layer: str, width: int, file: str | None = None) -> None:
+    def check_decoder(self, form: DecoderForm, layer: str, width: int, file: str | None = None) -> None:
         """Read a decoder and refuse one that gives no weights.
 
         Raises:
-            DecoderValueError: see :meth:`vllm_matquant.checkpoint.decoder.DecoderKind.check`.
+            DecoderValueError: see :meth:`vllm_matquant.checkpoint.decoder.Decoder.check`.
         """
-        first_part = f"{layer}.{part_name(next(iter(kind.parts(1, 1))), width)}"
+        first_part = f"{layer}.{part_name(next(iter(form.parts(1, 1))), width)}"
         place = file or self._weight_map[first_part], layer, width
         if place not in self._sound_decoders:
-            kind.check(self.decoder(kind, layer, width, file), layer, self._folder / place[0])
+            self.decoder(form, layer, width, file).check(layer, self._folder / place[0])
             self._sound_decoders.add(place)
 
     def close(self) -> None:

@@ -156,18 +156,18 @@ class CheckpointWriter:
         if given != offered:
             fault = MissingTensorError if offered - given else UnexpectedTensorError
             raise fault(self.folder, f"decoders of {layer}", f"widths {sorted(given)}", sorted(offered))
-        kind = self.format.decoder_kind
         for width, decoder in decoders.items():
-            if (decoder.kind, decoder.width) != (kind, width):
-                found = f"{decoder.kind.name} of width {decoder.width}"
-                raise ValueError(f"decoder of {layer}: found {found}, expected {kind.name} of width {width}")
-            for part, spec in kind.parts(*shape).items():
+            form = self.format.decoder_kind.form(width)
+            if (decoder.form, decoder.width) != (form, width):
+                found = f"{decoder.form.name} of width {decoder.width}"
+                raise ValueError(f"decoder of {layer}: found {found}, expected {form.name} of width {width}")
+            for part, spec in form.parts(*shape).items():
                 name, tensor = f"{layer}.{part_name(part, width)}", decoder.parts[part]
                 if tensor.dtype != spec.dtype:
                     raise TensorDtypeError(self.folder, name, tensor.dtype, spec.dtype)
                 if tensor.shape != spec.shape:
                     raise TensorShapeError(self.folder, name, list(tensor.shape), list(spec.shape))
-            kind.check(decoder, layer, self.folder)
+            decoder.check(layer, self.folder)
 
     def _add(self, width: int, name: str, tensor: torch.Tensor) -> None:
         if name in self._names:

@@ -90,8 +90,9 @@ class Quantize(PlannedJob[Outcome]):
     decoder: str | None = field(
         default=None,
         metadata=argument(
-            "how scales and offsets are stored: affine-int8, one byte each and two steps a row, or affine-float16 "
-            "(default: affine-int8; with --group-size channel affine-float16, for one group a row gains nothing)",
+            "how scales and offsets are stored: affine-int8, up to 4 bits one byte each and two steps a row, or "
+            "affine-float16, all in float16 (default: affine-int8; with --group-size channel affine-float16, for one "
+            "group a row gains nothing)",
             choices=tuple(KINDS),
         ),
     )

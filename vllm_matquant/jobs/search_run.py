@@ -150,7 +150,7 @@ class SearchRun:
         kind = self.checkpoint.format.decoder_kind
 
         def decoder(layer: str, width: int) -> Decoder:
-            return kind.from_tensors(lambda name: parts[f"{layer}.{name}"], width)
+            return kind.form(width).from_tensors(lambda name: parts[f"{layer}.{name}"], width)
 
         decoders = {layer: decoder(layer, width) for layer, width in best.widths.items()}
         kl = self.planner.kl_with(best.widths, decoders)

@@ -10,18 +10,19 @@ Two planes in a pair are stored as the base field is, for a core reads few strea
 layouts: in ``cpu-pairs`` all planes lie in pairs (but the last of an odd number), in ``cpu-planes`` only the first two,
 so that every width can be read.
 
-========  ==============  =====================================  =====================================================
-tensor    decoder kind    dtype, shape                           order
-========  ==============  =====================================  =====================================================
-planes    any             uint8 [resident width, tile rows,      most significant plane first; the memory of two in a
-                          tile columns, 64]                      pair, as the first two always are, is [tile rows,
-                                                                 tile columns, 2, 64]
-decoders  affine-float16  float16 [decoder widths, tile rows,    scale, then offset, for the 16 rows of a tile
-                          groups, 2, 16]
-decoders  affine-int8     uint8 [decoder widths, tile rows,      bfloat16 [2, 16], the steps of scales, of centres; then
-                          64 + 32 * groups]                      for each group uint8 [16], the scales' multiples, and
-                                                                 int8 [16], the centres'
-========  ==============  =====================================  =====================================================
+========  =====================================  =====================================================
+tensor    dtype, shape                           order
+========  =====================================  =====================================================
+planes    uint8 [resident width, tile rows,      most significant plane first; the memory of two in a
+          tile columns, 64]                      pair, as the first two always are, is [tile rows,
+                                                 tile columns, 2, 64]
+decoders  uint8 [bytes]                          those of each width, one after the other: in float16
+                                                 float16 [tile rows, groups, 2, 16], scale and offset
+                                                 of the 16 rows of a tile; in int8 of each row of
+                                                 tiles bfloat16 [2, 16], the steps of scales and of
+                                                 centres, then for each group uint8 [16], the scales'
+                                                 multiples, and int8 [16], the centres'
+========  =====================================  =====================================================
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, Decoder, DecoderForm
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
@@ -86,14 +87,14 @@ class CpuLayout:
         """Decoders as on disk to decoders as in memory.
 
         Args:
-            decoders: of the resident widths, all of one kind, with sum(output_sizes) rows.
+            decoders: of the resident widths, with sum(output_sizes) rows.
             output_sizes: rows of each partition.
 
         Returns:
-            As this module's table says for their kind.
+            uint8 [bytes], as this module's table says.
         """
         packed = [pack_decoder(decoder, output_sizes) for decoder in decoders]
-        return _memory.copy(torch.stack(packed))
+        return _memory.copy(torch.cat([part.flatten() for part in packed]))
 
 
 PAIRS = CpuLayout("cpu-pairs", True)
@@ -122,34 +123,35 @@ def strip_padding(tiles: torch.Tensor, output_sizes: Sequence[int]) -> torch.Ten
 
 
 def pack_decoder(decoder: Decoder, output_sizes: Sequence[int]) -> torch.Tensor:
-    """One width of the decoders tensor: [tile rows, ...].
+    """The decoders of one width: uint8 [tile rows, bytes of a row of tiles].
 
     Raises:
-        ValueError: the layout has no form for the kind of the decoder.
+        ValueError: the layout has nothing for the form of the decoder.
     """
-    if decoder.kind == AFFINE_FLOAT16:
+    if decoder.form == FLOAT16:
         pairs = torch.stack([decoder.parts["scale"], decoder.parts["offset"]], -1)
-        return pad_to_tiles(pairs, output_sizes, TILE_ROWS).permute(0, 2, 3, 1).contiguous()
-    if decoder.kind == AFFINE_INT8:
+        packed = pad_to_tiles(pairs, output_sizes, TILE_ROWS).permute(0, 2, 3, 1).flatten(1)
+        return packed.contiguous().view(torch.uint8)
+    if decoder.form == INT8:
         codes = torch.stack([decoder.parts["scale"], decoder.parts["centre"].view(torch.uint8)], -1)
         codes = pad_to_tiles(codes, output_sizes, TILE_ROWS).permute(0, 2, 3, 1).flatten(1)
         steps = pad_to_tiles(decoder.parts["step"], output_sizes, TILE_ROWS).transpose(1, 2).flatten(1)
         return torch.cat([steps.contiguous().view(torch.uint8), codes], 1)
-    raise ValueError(f"decoder kind: found {decoder.kind.name}, expected {AFFINE_FLOAT16.name} or {AFFINE_INT8.name}")
+    raise ValueError(f"decoder: found the form {decoder.form.name}, expected {FLOAT16.name} or {INT8.name}")
 
 
-def unpack_decoder(kind: DecoderKind, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The stored parts of decoders of some rows of tiles, as the kind names them.
+def unpack_decoder(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stored parts of decoders of some rows of tiles, as their form names them.
 
     Args:
-        kind: of the decoders.
-        packed: [tile rows, ...], of one width.
+        form: of the decoders.
+        packed: uint8 [tile rows, bytes of a row of tiles], of one width.
 
     Returns:
         Parts [tile rows, 16, groups] or, for steps, [tile rows, 16, 2].
     """
-    if kind == AFFINE_FLOAT16:
-        scale, offset = packed.permute(2, 0, 3, 1)
+    if form == FLOAT16:
+        scale, offset = packed.view(torch.float16).unflatten(1, (-1, 2, TILE_ROWS)).permute(2, 0, 3, 1)
         return {"scale": scale, "offset": offset}
     steps = packed[:, :STEP_BYTES].contiguous().view(torch.bfloat16).unflatten(1, (2, TILE_ROWS))
     scale, centre = packed[:, STEP_BYTES:].unflatten(1, (-1, 2, TILE_ROWS)).permute(2, 0, 3, 1)

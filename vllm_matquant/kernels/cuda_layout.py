@@ -11,10 +11,11 @@ planes     uint8    [tile rows, tile columns, resident width,     most significa
                     512]                                          the base field: [2 (i / 2), 32 lanes, 2 (i % 2),
                                                                   2 (h)] words of 32 bits; a plane is [32 lanes, 4 (i)]
                                                                   words
-decoders,  float16  [decoder widths, tile rows, groups, 8, 2, 8]  row g; scale, offset; 2 i + h
-float16
-decoders,  uint8    [decoder widths, tile rows,                   steps, bfloat16 [8 (g), 8 (2 i + h), 2]: of scale, of
-int8                256 + 128 groups]                             centre; then for each group [8, 2, 8]: row g; the
+decoders   uint8    [bytes]                                       those of each width, one after the other, of each
+                                                                  row of tiles; in float16 float16 [groups, 8, 2, 8]:
+                                                                  row g; scale, offset; 2 i + h; in int8 steps,
+                                                                  bfloat16 [8 (g), 8 (2 i + h), 2]: of scale, of
+                                                                  centre; then for each group [8, 2, 8]: row g; the
                                                                   multiples: of scale, of centre + 128; 2 i + h
 =========  =======  ============================================  ==================================================
 
@@ -36,7 +37,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Decoder, dequantize
+from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, Affine, Decoder, DecoderForm, dequantize
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
 from vllm_matquant.kernels.weight import PackedWeight
@@ -109,15 +110,14 @@ def pack_decoders(decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> t
     """Decoders as stored to the decoders that kernels read.
 
     Args:
-        decoders: for each decoder width that of all rows, all of one kind.
+        decoders: for each decoder width that of all rows.
         output_sizes: rows of each partition.
 
     Returns:
-        affine-float16: float16 [len(decoders), tile rows, groups, 8, 2, 8];
-        affine-int8: uint8 [len(decoders), tile rows, 256 + 128 * groups].
+        uint8 [bytes], as this module's table says.
     """
-    pack = _pack_float16 if decoders[0].kind is AFFINE_FLOAT16 else _pack_int8
-    return torch.stack([pack(decoder.parts, output_sizes) for decoder in decoders])
+    packed = [_PACK[decoder.form](decoder.parts, output_sizes) for decoder in decoders]
+    return torch.cat([part.flatten() for part in packed])
 
 
 def _in_lanes(values: torch.Tensor, output_sizes: Sequence[int]) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _in_lanes(values: torch.Tensor, output_sizes: Sequence[int]) -> torch.Tensor
 
 
 def _pack_float16(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
-    return _in_lanes(torch.stack([parts["scale"], parts["offset"]], -1), output_sizes)
+    return _in_lanes(torch.stack([parts["scale"], parts["offset"]], -1), output_sizes).flatten(1).view(torch.uint8)
 
 
 def _pack_int8(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -> torch.Tensor:
@@ -136,29 +136,26 @@ def _pack_int8(parts: Mapping[str, torch.Tensor], output_sizes: Sequence[int]) -
     return torch.cat([steps.view(torch.uint8), _in_lanes(multiples, output_sizes).flatten(1)], 1)
 
 
-def _decoder_of_rows(
-    decoders: torch.Tensor, slot: torch.Tensor, rows: torch.Tensor, width: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset, float32 [len(rows), groups] each, of rows (int64 [n]) of a layer with one partition.
+_PACK = {FLOAT16: _pack_float16, INT8: _pack_int8}
+
+
+def _decoder_of_rows(packed: torch.Tensor, form: DecoderForm, rows: torch.Tensor, width: int) -> Affine:
+    """Scale and offset, float32 [len(rows), groups] each, of rows of a layer with one partition.
 
     Args:
-        decoders: as :func:`pack_decoders` returns them.
-        slot: int64 [1], the width's place among them.
+        packed: uint8 [tile rows, bytes of a row of tiles], of one width.
+        form: of the decoders.
         rows: int64 [n].
-        width: int32 [1].
+        width: bits of the codes.
     """
     tile, g, place = rows // TILE_ROWS, rows % 8, rows % TILE_ROWS // 8
-    if decoders.dtype == torch.float16:
-        scale, offset = decoders[slot, tile, :, g, :, place].unbind(-1)
-        affine = AFFINE_FLOAT16.affine({"scale": scale, "offset": offset}, 0)
-    else:
-        steps = decoders[:, :, :STEP_BYTES].unflatten(-1, (8, 8, 4))[slot, tile, g, place]
-        multiples = decoders[:, :, STEP_BYTES:].unflatten(-1, (-1, 8, 2, 8))[slot, tile, :, g, :, place]
-        scale, centre = multiples.unbind(-1)
-        step = steps.view(torch.bfloat16)
-        parts = {"scale": scale, "centre": (centre ^ CENTRE_BIAS).view(torch.int8), "step": step}
-        affine = AFFINE_INT8.affine(parts, width)  # type: ignore[arg-type] # a tensor, for the width is data
-    return affine.scale, affine.offset
+    if form == FLOAT16:
+        scale, offset = packed.view(torch.float16).unflatten(-1, (-1, 8, 2, 8))[tile, :, g, :, place].unbind(-1)
+        return form.affine({"scale": scale, "offset": offset}, width)
+    steps = packed[:, :STEP_BYTES].unflatten(-1, (8, 8, 4))[tile, g, place]
+    scale, centre = packed[:, STEP_BYTES:].unflatten(-1, (-1, 8, 2, 8))[tile, :, g, :, place].unbind(-1)
+    step = steps.view(torch.bfloat16)
+    return form.affine({"scale": scale, "centre": (centre ^ CENTRE_BIAS).view(torch.int8), "step": step}, width)
 
 
 def partition_starts(output_sizes: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -252,8 +249,14 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
     codes = codes >> (width - active_width)
     codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., : weight.in_features]
 
+    # Of every resident width, for the host does not know which one is active.
+    each = [
+        _decoder_of_rows(packed, weight.decoder_kind.form(width), rows, width)
+        for width, packed in weight.decoders_of(segment, TILE_ROWS).items()
+    ]
     slot = active_slot(active_width, segment.resident.decoder_widths)
-    scale, offset = _decoder_of_rows(segment.resident.decoders, slot, rows, active_width)
+    [scale] = torch.stack([affine.scale for affine in each])[slot]
+    [offset] = torch.stack([affine.offset for affine in each])[slot]
     return dequantize(codes, scale, offset, weight.group_size).to(dtype).view(*shape, weight.in_features)
 
 

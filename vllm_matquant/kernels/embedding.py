@@ -44,10 +44,9 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
     ]
     codes = unpack_steps(fields).flatten(1)[:, : weight.in_features]
 
-    decoders = resident.decoders[resident.decoder_widths.index(width), tile]
-    every = torch.arange(len(lane), device=lane.device)
-    parts = {name: part[every, lane] for name, part in unpack_decoder(weight.decoder_kind, decoders).items()}
-    affine = weight.decoder_kind.affine(parts, width)
+    form, every = weight.decoder_kind.form(width), torch.arange(len(lane), device=lane.device)
+    decoders = weight.decoders_of(segment, TILE_ROWS)[width][tile]
+    affine = form.affine({name: part[every, lane] for name, part in unpack_decoder(form, decoders).items()}, width)
     result = dequantize(codes, affine.scale, affine.offset, weight.group_size).to(dtype)
     return result.view(*rows.shape, weight.in_features)
 

@@ -92,7 +92,7 @@ def add_segment(
         weight: a number that :func:`new_weight` gave.
         planes: the codes' bits in the weight's layout; on a CPU uint8 [resident width, tile rows, tile columns, 64],
             see :mod:`vllm_matquant.kernels.cpu_layout`.
-        decoders: in the weight's layout, of each of ``decoder_widths``.
+        decoders: uint8 [bytes] in the weight's layout: those of each of ``decoder_widths``, one after the other.
         active_width: int32 [len(output_sizes)], the width of each partition.
         decoder_widths: the widths whose decoders are resident, in the order of ``decoders``.
         output_sizes: rows of each partition (q, k, v of a fused layer).

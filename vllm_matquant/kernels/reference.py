@@ -77,14 +77,14 @@ def dequantize_weight(weight: PackedWeight) -> torch.Tensor:
     rows = []
     for segment in weight.segments:
         resident = segment.resident
+        decoders = weight.decoders_of(segment, TILE_ROWS)
         tile = 0  # the first row of tiles of the partition
         for size, width in zip(resident.output_sizes, segment.active_width.tolist(), strict=True):
             tiles = slice(tile, tile + ceil_div(size, TILE_ROWS))
             fields = [field[tiles] for field in split_planes(resident.planes[:width], layout.paired)]
-            decoders = resident.decoders[resident.decoder_widths.index(width), tiles]
-            parts = unpack_decoder(weight.decoder_kind, decoders)
-            parts = {name: strip_padding(part, [size]) for name, part in parts.items()}
-            affine = weight.decoder_kind.affine(parts, width)
+            form = weight.decoder_kind.form(width)
+            parts = unpack_decoder(form, decoders[width][tiles])
+            affine = form.affine({name: strip_padding(part, [size]) for name, part in parts.items()}, width)
             codes = strip_padding(unpack_tiles(fields, weight.in_features), [size])
             rows.append(dequantize(codes, affine.scale, affine.offset, weight.group_size))
             tile = tiles.stop

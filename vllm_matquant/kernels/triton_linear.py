@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS
+from vllm_matquant.checkpoint.decoder import INT8
+from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, WIDTHS
 from vllm_matquant.kernels import cuda_layout
 from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
@@ -27,9 +27,9 @@ CENTRE_BIAS = tl.constexpr(cuda_layout.CENTRE_BIAS)
 
 @triton.jit
 def _linear_kernel(  # type: ignore[no-untyped-def]
-    x, planes, decoders, steps, active_width, rows_of_tiles, decoder_of_width, bias, output,
+    x, planes, decoders, halves, steps, active_width, rows_of_tiles, decoders_of_width, bias, output,
     tokens, columns, output_stride, tile_rows, tile_columns, resident_width, groups, group_size,
-    HAS_BIAS: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDEST_INT8: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """One row of tiles and BLOCK_TOKENS tokens; cuda_layout.py says where bits lie."""
     tile_row = tl.program_id(0)
@@ -37,7 +37,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     first_row = tl.load(rows_of_tiles + 3 * tile_row + 1)
     row_count = tl.load(rows_of_tiles + 3 * tile_row + 2)
     width = tl.load(active_width + partition)
-    slot = tl.load(decoder_of_width + tl.minimum(tl.maximum(width, 0), 9))
+    first_byte = tl.load(decoders_of_width + tl.minimum(tl.maximum(width, 0), 9))
 
     r = tl.arange(0, 64)[:, None]
     i, h, g = r // 16, r % 16 // 8, r % 8
@@ -50,12 +50,13 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     base_word = ((i // 2 * 32 + 4 * g + t) * 2 + i % 2) * 2 + h
     plane_word = (4 * g + t) * 4 + i
     of_row = g * 16 + 2 * i + h
-    row_of_decoders = (tl.maximum(slot, 0) * tile_rows + tile_row).to(tl.int64)
-    if HAS_STEPS:
-        bytes_of_row = row_of_decoders * (STEP_BYTES + 128 * groups)
-        step = steps + bytes_of_row // 2 + (g * 8 + 2 * i + h) * 2
-        scale_step, centre_step = tl.load(step).to(tl.float32), tl.load(step + 1).to(tl.float32)
-        middle = ((1 << tl.minimum(tl.maximum(width, 0), 8)) - 1) / 2
+    in_int8 = width <= WIDEST_INT8
+    row_bytes = tl.where(in_int8, STEP_BYTES + 128 * groups, 256 * groups)
+    row = tl.maximum(first_byte, 0) + tile_row.to(tl.int64) * row_bytes
+    # Of decoders in int8; of others they are read for nothing.
+    step = steps + row // 2 + tl.where(in_int8, (g * 8 + 2 * i + h) * 2, 0)
+    scale_step, centre_step = tl.load(step).to(tl.float32), tl.load(step + 1).to(tl.float32)
+    middle = ((1 << tl.minimum(tl.maximum(width, 0), 8)) - 1) / 2
 
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     sums = tl.zeros((BLOCK_TOKENS, 64), dtype=tl.float32)
@@ -69,63 +70,79 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
                 codes = codes * 2 + ((word >> shift) & 1)
         column = tile_column * 64 + c
         group = tl.minimum(column // group_size, groups - 1)
-        if HAS_STEPS:
-            decoder = decoders + bytes_of_row + STEP_BYTES + group * 128 + of_row
+        if in_int8:
+            decoder = decoders + row + STEP_BYTES + group * 128 + of_row
             scale = tl.load(decoder).to(tl.float32) * scale_step
             centre = (tl.load(decoder + 8).to(tl.float32) - CENTRE_BIAS) * centre_step
             offset = tl.fma(-middle + tl.zeros_like(scale), scale, centre)
         else:
-            decoder = decoders + (row_of_decoders * groups + group) * 128 + of_row
-            scale, offset = tl.load(decoder).to(tl.float32), tl.load(decoder + 8).to(tl.float32)
+            values = halves + row // 2 + group * 128 + of_row
+            scale, offset = tl.load(values).to(tl.float32), tl.load(values + 8).to(tl.float32)
         weights = (scale * codes + offset).to(x.dtype.element_ty)
         activations = tl.load(x + token * columns + column, mask=(token < tokens) & (column < columns), other=0.0)
         if IN_FLOAT32:
             activations, weights = activations.to(tl.float32), weights.to(tl.float32)
         sums += tl.dot(activations, tl.trans(weights), out_dtype=tl.float32, input_precision="ieee")
 
-    row = tl.arange(0, 64)[None, :]
-    wanted = (token < tokens) & (row < row_count)
+    output_row = tl.arange(0, 64)[None, :]
+    wanted = (token < tokens) & (output_row < row_count)
     if HAS_BIAS:
-        sums += tl.load(bias + first_row + row, mask=row < row_count, other=0.0).to(tl.float32)
+        sums += tl.load(bias + first_row + output_row, mask=output_row < row_count, other=0.0).to(tl.float32)
     # A width without decoders gives nothing that could be mistaken for a result.
-    sums = tl.where(slot >= 0, sums, float("nan"))
-    tl.store(output + token * output_stride + first_row + row, sums.to(output.dtype.element_ty), mask=wanted)
+    sums = tl.where(first_byte >= 0, sums, float("nan"))
+    tl.store(output + token * output_stride + first_row + output_row, sums.to(output.dtype.element_ty), mask=wanted)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tables(
-    output_sizes: tuple[int, ...], decoder_widths: tuple[int, ...], resident_width: int, device: torch.device
+    output_sizes: tuple[int, ...], decoder_bytes: tuple[tuple[int, int], ...], resident_width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of tiles its partition, first output and number of outputs; for each width its decoders, or -1."""
+    """For each row of tiles its partition, first output and number of outputs; for each width its decoders' first byte.
+
+    Args:
+        output_sizes: rows of each partition.
+        decoder_bytes: widths that have decoders, and their bytes.
+        resident_width: bits of each code that the planes hold.
+        device: of the result.
+
+    Returns:
+        int32 [rows of tiles, 3], and int64 [10], -1 for widths that cannot be active; a width of 9 stands for greater
+        ones.
+    """
     tiles = []
     starts = zip(*partition_starts(output_sizes), output_sizes, strict=True)
     for partition, (_, first, size) in enumerate(starts):
         for begin in range(0, size, TILE_ROWS):
             tiles.append((partition, first + begin, min(TILE_ROWS, size - begin)))
-    slots = [-1] * (PARENT_BITS + 2)  # a width of 9 stands for greater ones
-    for slot, width in enumerate(decoder_widths):
+    first_bytes, first = [-1] * (PARENT_BITS + 2), 0
+    for width, size in decoder_bytes:
         if BASE_BITS <= width <= resident_width:
-            slots[width] = slot
-    return torch.tensor(tiles, dtype=torch.int32, device=device), torch.tensor(slots, dtype=torch.int32, device=device)
+            first_bytes[width] = first
+        first += size
+    return (
+        torch.tensor(tiles, dtype=torch.int32, device=device),
+        torch.tensor(first_bytes, dtype=torch.int64, device=device),
+    )
 
 
 def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     columns, groups = weight.in_features, ceil_div(weight.in_features, weight.group_size)
     tokens = x.numel() // columns
     output = x.new_empty(tokens, weight.out_features)
-    has_steps = weight.decoder_kind is AFFINE_INT8
+    widest_int8 = max((width for width in WIDTHS if weight.decoder_kind.form(width) == INT8), default=0)
     block_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     first = 0
     for segment in weight.segments if tokens else ():
         resident = segment.resident
         tile_rows, tile_columns, resident_width, _ = resident.planes.shape
-        tables = _tables(resident.output_sizes, resident.decoder_widths, resident_width, x.device)
+        sizes = tuple((width, part.numel()) for width, part in weight.decoders_of(segment, TILE_ROWS).items())
+        tables = _tables(resident.output_sizes, sizes, resident_width, x.device)
         _linear_kernel[(tile_rows, ceil_div(tokens, block_tokens))](
             x.reshape(tokens, columns).contiguous(), resident.planes.view(torch.int32), resident.decoders,
-            resident.decoders.view(torch.bfloat16) if has_steps else resident.decoders,
+            resident.decoders.view(torch.float16), resident.decoders.view(torch.bfloat16),
             segment.active_width, *tables, x if bias is None else bias[first:], output[:, first:],
             tokens, columns, weight.out_features, tile_rows, tile_columns, resident_width, groups,
-            min(weight.group_size, columns), HAS_BIAS=bias is not None, HAS_STEPS=has_steps,
+            min(weight.group_size, columns), HAS_BIAS=bias is not None, WIDEST_INT8=widest_int8,
             BLOCK_TOKENS=block_tokens,
             # Triton's interpreter takes bfloat16 for integers in a product.
             IN_FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",

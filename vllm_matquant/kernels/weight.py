@@ -19,9 +19,10 @@ from typing import Protocol
 import torch
 from torch._library.custom_ops import CustomOpDef
 
-from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import KINDS, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.layout import ceil_div, tile_count
 
 
 class NotResidentError(ValueError):
@@ -35,7 +36,7 @@ class StoredSegment:
     Attributes:
         base: uint8 [sum(output_sizes), ceil(in_features/4)], the two most significant bits of each code.
         planes: for each further bit up to the resident width uint8 [sum(output_sizes), ceil(in_features/8)].
-        decoders: of the widths that are to be resident, all of one kind, with sum(output_sizes) rows.
+        decoders: of the widths that are to be resident, with sum(output_sizes) rows.
         output_sizes: rows of each partition.
         active_widths: what each partition is to be read at.
     """
@@ -63,7 +64,7 @@ class ResidentSegment:
 
     Attributes:
         planes: in the weight's layout, on the kernel's device.
-        decoders: in the weight's layout, on the kernel's device.
+        decoders: uint8 [bytes], in the weight's layout, on the kernel's device: those of one width after another's.
         decoder_widths: the widths that have decoders, in the order of ``decoders``.
         output_sizes: rows of each partition.
         width: bits of each code that the planes hold.
@@ -274,6 +275,22 @@ class PackedWeight:
             )
         return number
 
+    def decoders_of(self, segment: PackedSegment, tile_rows: int) -> dict[int, torch.Tensor]:
+        """The decoders of each resident width of a segment, views in the weight's layout.
+
+        Args:
+            segment: one of this weight's.
+            tile_rows: rows of a tile of the layout.
+
+        Returns:
+            For each width uint8 [rows of tiles, bytes of a row of tiles].
+        """
+        resident, groups = segment.resident, ceil_div(self.in_features, self.group_size)
+        count = tile_count(resident.output_sizes, tile_rows)
+        sizes = [self.decoder_kind.form(width).nbytes(tile_rows, groups) for width in resident.decoder_widths]
+        parts = resident.decoders.split([count * size for size in sizes])
+        return {width: part.view(count, -1) for width, part in zip(resident.decoder_widths, parts, strict=True)}
+
     @property
     def output_sizes(self) -> list[int]:
         """Rows of each partition."""
@@ -404,13 +421,10 @@ def pack_segments(
 
     Raises:
         NotResidentError: an active width has no decoder or is more than the resident width.
-        ValueError: the decoders are of several kinds.
+        ValueError: the decoders have forms that are not of one kind.
     """
     device = torch.device(device)
-    kinds = {decoder.kind for segment in segments for decoder in segment.decoders}
-    if len(kinds) != 1:
-        raise ValueError(f"decoders: found the kinds {sorted(kind.name for kind in kinds)}, expected one kind")
-    [kind] = kinds
+    kind = _kind_of([decoder for segment in segments for decoder in segment.decoders])
 
     def make(segment: StoredSegment) -> ResidentSegment:
         where = torch.device("cpu") if layout.packs_on_cpu else device
@@ -431,12 +445,21 @@ def pack_segments(
         else:
             key = (
                 *(shared.checkpoint, shared.layer, shared.cut, index, tuple(segment.output_sizes)),
-                *(layout.name, kind.name, segment.resident_width, segment.decoder_widths, str(device)),
+                *(layout.name, segment.resident_width, segment.decoder_widths, str(device)),
             )
             resident = shared.store.share(key, lambda segment=segment: make(segment))  # type: ignore[misc]
         active_width = torch.tensor(segment.active_widths, dtype=torch.int32).to(device)
         packed.append(PackedSegment(resident, active_width))
     return PackedWeight(kernel, layout, kind, in_features, group_size, tuple(packed), activation_bits)
+
+
+def _kind_of(decoders: Sequence[Decoder]) -> DecoderKind:
+    """The kind that has these decoders; where only wide ones are resident, the first of several."""
+    for kind in KINDS.values():
+        if all(decoder.form == kind.form(decoder.width) for decoder in decoders):
+            return kind
+    found = {decoder.width: decoder.form.name for decoder in decoders}
+    raise ValueError(f"decoders: found the forms {found} by width, expected those of one kind: {', '.join(KINDS)}")
 
 
 Multiply = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]

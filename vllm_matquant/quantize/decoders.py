@@ -71,13 +71,12 @@ class DecoderFit:
         factor, faulty = torch.linalg.cholesky_ex(self._offsets_normal + self._ridge.diag())
         self._offsets_factor = factor if faulty == 0 else None
 
-    def __call__(self, codes: torch.Tensor, previous: Affine | Decoder, width: int) -> Decoder:
+    def __call__(self, codes: torch.Tensor, previous: Affine, width: int) -> Decoder:
         """The best decoder of ``codes``.
 
         Args:
             codes: uint8 [out_features, in_features], the ``width``-bit codes.
-            previous: kept where the data does not determine a parameter, or where a scale would become negative; one
-                that is stored as it is also in rows where the rounding of the new one takes more than the fit gives.
+            previous: kept where the data does not determine a parameter, or where a scale would become negative.
             width: bits of the codes.
         """
         chunk = max(1, _SCRATCH_BYTES // (self._target.shape[1] * 4))
@@ -87,7 +86,7 @@ class DecoderFit:
         ]
         return join_rows(parts)
 
-    def _fit(self, target: torch.Tensor, codes: torch.Tensor, previous: Affine | Decoder, width: int) -> Decoder:
+    def _fit(self, target: torch.Tensor, codes: torch.Tensor, previous: Affine, width: int) -> Decoder:
         rows, groups = len(codes), self._groups
         # Centred codes decorrelate scale from offset; the offset is moved back at the end.
         middle = middle_code(width)
@@ -104,8 +103,7 @@ class DecoderFit:
         normal[:, groups:, groups:] = self._offsets_normal
         right_scales, right_offsets = self._per_group(centred * target).double(), self._per_group(target).double()
 
-        known = previous.affine if isinstance(previous, Decoder) else previous
-        guess = known.scale.double(), (known.offset + middle * known.scale).double()
+        guess = previous.scale.double(), (previous.offset + middle * previous.scale).double()
         diagonal = normal.diagonal(dim1=1, dim2=2)
         ridge_scales = _ridge(diagonal[:, :groups])
         diagonal += torch.cat([ridge_scales, self._ridge.expand(rows, -1)], dim=1)
@@ -125,34 +123,10 @@ class DecoderFit:
                 centre = torch.cholesky_solve(residual.T, self._offsets_factor).T
             return (centre - middle * scale).float()
 
-        fitted = self._kind.encode(Affine(scale, guess[1] - middle * scale), width, offsets_for)
-        if isinstance(previous, Decoder):
-            fitted = _better_rows(normal, right, fitted, previous)
-        return fitted
+        return self._kind.encode(Affine(scale, guess[1] - middle * scale), width, offsets_for)
 
     def _per_group(self, values: torch.Tensor) -> torch.Tensor:
         return values.unflatten(-1, (self._groups, self._group_size)).sum(-1)
-
-
-def _better_rows(normal: torch.Tensor, right: torch.Tensor, first: Decoder, second: Decoder) -> Decoder:
-    """Of each row the decoder with the smaller squared error.
-
-    Args:
-        normal: of the normal equations of scales and centres, float64 [rows, 2 * groups, 2 * groups]; the lower
-            triangle is read.
-        right: their right sides, float64 [rows, 2 * groups].
-        first, second: of one kind and width.
-    """
-    twice = normal.tril(-1) * 2 + normal.diagonal(dim1=1, dim2=2).diag_embed()  # in a square form as good as the whole
-
-    def error(decoder: Decoder) -> torch.Tensor:  # but for what no decoder changes
-        values = decoder.affine
-        parameters = torch.cat([values.scale, values.centre(decoder.width)], dim=1).double()
-        return (parameters * ((twice @ parameters.unsqueeze(2)).squeeze(2) - 2 * right)).sum(1)
-
-    better = (error(first) < error(second)).unsqueeze(1)
-    parts = {name: torch.where(better, part, second.parts[name]) for name, part in first.parts.items()}
-    return Decoder(first.kind, first.width, parts)
 
 
 def _ridge(diagonal: torch.Tensor) -> torch.Tensor:

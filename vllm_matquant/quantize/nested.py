@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs, shared
@@ -18,10 +18,6 @@ from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import LayerMethod
 from vllm_matquant.quantize.sequential import measure_drift
-
-# Slices up to this width do not feel the rounding of coarse decoders; what wider ones lose to it, the last bits of
-# their codes make up for in the end.
-ROUGH_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -117,21 +113,16 @@ class Nested(LayerMethod):
         fits = shared(lambda weight, hessian: DecoderFit(weight, hessian, group_size, kind), weights, inputs.hessians)
 
         parents = parent_grid(weights[-1], group_size)
-        grid = [cell_centres(parents, width) for width in self.widths]
-        decoders = [kind.encode(values, width) for values, width in zip(grid, self.widths, strict=True)]
-        # Where rounding is felt, codes are chosen on what is stored from the first, and a fit must be worth it.
-        values = [decoder.affine for decoder in decoders] if kind.coarse else grid
+        values = [cell_centres(parents, width) for width in self.widths]
+        decoders = [kind.encode(start, width) for start, width in zip(values, self.widths, strict=True)]
         codes = solver.gptq(weights, inputs.factors, values, inputs.order)
         for sweep in range(self.sweeps + 1):
             if sweep:
                 codes = solver.descend(weights, inputs.damped, values, codes, inputs.order)
             if self.refit:
-                previous: Sequence[Affine | Decoder] = decoders if kind.coarse else values
-                slices = zip(fits, self.slices(codes), previous, self.widths, strict=True)
+                slices = zip(fits, self.slices(codes), values, self.widths, strict=True)
                 decoders = [fit(sliced, start, width) for fit, sliced, start, width in slices]
             values = [decoder.affine for decoder in decoders]
-        if kind.coarse and self.widths[-1] > ROUGH_BITS:
-            codes = solver.descend(weights, inputs.damped, values, codes, inputs.order, fixed_bits=ROUGH_BITS)
         return QuantizedLayer(codes, dict(zip(self.widths, decoders, strict=True)))
 
     def lambdas(self) -> list[float]:

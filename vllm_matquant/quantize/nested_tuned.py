@@ -14,7 +14,7 @@ from vllm_matquant.quantize.columns import ColumnSolver, column_order, damp
 from vllm_matquant.quantize.decoders import DecoderFit
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
-from vllm_matquant.quantize.nested import ROUGH_BITS, Nested
+from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.tuning import TunedLayer, TuningSettings, tune_block
 
 
@@ -59,13 +59,13 @@ class NestedTuned(Nested):
             return
         tuned = tune_block(task, layers, self.tuned_widths, self.tuning)
         for name, layer in layers.items():
-            weight = task.linears[name].weight
-            yield name, self._complete(weight, hessians.hessian(name), layer, tuned[name])
+            yield name, self._complete(task, name, hessians.hessian(name), layer, tuned[name])
 
     def _complete(
-        self, weight: torch.Tensor, hessian: torch.Tensor, layer: QuantizedLayer, tuned: TunedLayer
+        self, task: BlockTask, name: str, hessian: torch.Tensor, layer: QuantizedLayer, tuned: TunedLayer
     ) -> QuantizedLayer:
         """The layer with what was trained, and the bits and decoders of the wider widths fitted to it."""
+        weight = task.linears[name].weight
         rows = len(weight)
         own = ranks.own_rows(rows)
         codes, trained_decoders = tuned.finish()
@@ -75,23 +75,14 @@ class NestedTuned(Nested):
         damped = damp(hessian, self.damping)
         order = column_order(hessian, self.activation_order)
         solver = ColumnSolver(self.widths, self.lambdas())
-        narrowest = decoders[self.widths[0]]
-        group_size = weight.shape[1] // narrowest.affine.scale.shape[1]
-        kind = narrowest.kind
-        fit = DecoderFit(weight, hessian, group_size, kind)
-
-        def descend(fixed_bits: int) -> torch.Tensor:
-            values = [decoders[width].affine for width in self.widths]
-            return solver.descend([weight] * count, [damped] * count, values, codes, order, fixed_bits)
-
+        fit = DecoderFit(weight, hessian, task.group_sizes[name], task.decoder_kind)
         for sweep in range(self.sweeps + 1 if trained < count else 0):
             if sweep:
-                codes = descend(self.tuned_widths[-1])
+                values = [decoders[width].affine for width in self.widths]
+                fixed = self.tuned_widths[-1]
+                codes = solver.descend([weight] * count, [damped] * count, values, codes, order, fixed)
             for width, sliced in list(zip(self.widths, self.slices(codes), strict=True))[trained:]:
-                previous = decoders[width]
-                decoders[width] = fit(sliced, previous if kind.coarse else previous.affine, width)
-        if kind.coarse and self.widths[-1] > (fixed := max(ROUGH_BITS, self.tuned_widths[-1])):
-            codes = descend(fixed)
+                decoders[width] = fit(sliced, decoders[width].affine, width)
         result = QuantizedLayer(codes, {width: decoders[width] for width in self.widths})
         errors = relative_error([weight] * count, result, self.slices(codes), [hessian] * count)
         return replace(result, errors=errors).gathered(rows)

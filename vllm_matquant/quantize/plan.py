@@ -95,7 +95,7 @@ def make_plan(
     kept = sum(_finished_bytes(format_, name, *shape) for name, shape in selection.shapes.items())
     for name, shape in selection.linears.items():
         trained = set(method.trained_widths) & set(format_.widths_of(name))
-        kept += len(trained) * _decoder_bytes(format_, name, *shape)
+        kept += sum(_decoder_bytes(format_, name, *shape, width) for width in trained)
     activations = _activations(selection, method, calibration, held_out)
     steps = _steps(selection, method, {} if on_disk else activations, calibration[1], held_out[1])
     worst = max(steps.values(), key=lambda step: sum(step.values()))
@@ -208,12 +208,13 @@ def _shard_sizes(selection: Selection) -> Counter[int]:
 
 def _finished_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
     """Bytes of a layer in the work folder: codes, and the decoders of its widths."""
-    return rows * columns + len(format_.widths_of(name)) * _decoder_bytes(format_, name, rows, columns)
+    widths = format_.widths_of(name)
+    return rows * columns + sum(_decoder_bytes(format_, name, rows, columns, width) for width in widths)
 
 
-def _decoder_bytes(format_: Format, name: str, rows: int, columns: int) -> int:
+def _decoder_bytes(format_: Format, name: str, rows: int, columns: int, width: int) -> int:
     """Bytes of a layer's decoder of one width."""
-    return format_.decoder_kind.nbytes(rows, columns // format_.group_size_of(columns, name))
+    return format_.decoder_kind.form(width).nbytes(rows, columns // format_.group_size_of(columns, name))
 
 
 def _largest_block(source: Source) -> list[tuple[int, int]]:

@@ -181,7 +181,7 @@ def _tensors(layer: str, decoder: Decoder) -> dict[str, torch.Tensor]:
 
 
 def _decoder(file: Any, layer: str, width: int, kind: DecoderKind) -> Decoder:
-    return kind.from_tensors(lambda name: file.get_tensor(f"{layer}.{name}"), width)
+    return kind.form(width).from_tensors(lambda name: file.get_tensor(f"{layer}.{name}"), width)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

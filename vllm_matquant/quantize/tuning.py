@@ -120,7 +120,7 @@ class TunedLayer:
         lowest = tuned << (PARENT_BITS - widest)
         parents = self._start.codes.to(torch.int32).clamp(lowest, lowest + 2 ** (PARENT_BITS - widest) - 1)
         decoders = {
-            width: self._start.decoders[width].kind.encode(trained.values.to("cpu"), width)
+            width: self._start.decoders[width].form.encode(trained.values.to("cpu"), width)
             for width, trained in zip(self._widths, self._decoders, strict=True)
         }
         return parents.to(torch.uint8), decoders

@@ -115,7 +115,8 @@ class StoredLayer:
         for partitions, widths in self.segments:
             rows, resident = cut.rows(partitions), widths.resident_widths
             total += self.format.resident_bytes(rows, cut.in_features, resident[-1])
-            total += (len(resident) - 1) * kind.nbytes(rows, cut.in_features // cut.group_size)
+            groups = cut.in_features // cut.group_size
+            total += sum(kind.form(width).nbytes(rows, groups) for width in resident[:-1])
         return total
 
     def take(self, layer: Module) -> list[StoredSegment]:
@@ -137,7 +138,7 @@ class StoredLayer:
         own = {name: self._rows_of(partitions, tensor, name) for name, tensor in stored.items()}
         base, planes = self._sliced(own, widths.resident_widths[-1])
         kind = self.format.decoder_kind
-        decoders = [kind.from_tensors(own.__getitem__, width) for width in widths.resident_widths]
+        decoders = [kind.form(width).from_tensors(own.__getitem__, width) for width in widths.resident_widths]
         sizes = [self.cut.sizes[partition] for partition in partitions]
         return StoredSegment(base, planes, decoders, sizes, widths.active)
 
@@ -150,7 +151,7 @@ class StoredLayer:
             decoders = [
                 part_name(part, width)
                 for width in widths.resident_widths
-                for part in self.format.decoder_kind.parts(1, 1)
+                for part in self.format.decoder_kind.form(width).parts(1, 1)
             ]
             for name in (WEIGHT_BASE, *planes, *decoders):
                 owners[name] += partitions
