@@ -344,14 +344,14 @@ void multiply_tokens(const Span<Lanes, rows>& span, int64_t tokens, const uint8_
 }
 
 // Functions that are made for each width and for planes in pairs or not stand in tables in this order.
-constexpr int kForms = 2 * (kMaxWidth - kMinWidth + 1);
-constexpr int form_of(int width, bool paired) { return 2 * (width - kMinWidth) + (paired ? 1 : 0); }
-constexpr int width_of(int form) { return kMinWidth + form / 2; }
-constexpr int pairs_of(int form) { return form % 2 != 0 ? width_of(form) / 2 : 1; }
+constexpr int kVariants = 2 * (kMaxWidth - kMinWidth + 1);
+constexpr int variant_of(int width, bool paired) { return 2 * (width - kMinWidth) + (paired ? 1 : 0); }
+constexpr int width_of(int variant) { return kMinWidth + variant / 2; }
+constexpr int pairs_of(int variant) { return variant % 2 != 0 ? width_of(variant) / 2 : 1; }
 
-template <class Lanes, int rows, int... forms>
-constexpr auto unpackers_by_form(std::integer_sequence<int, forms...>) {
-    return std::array{&unpack_tiles<Lanes, width_of(forms), pairs_of(forms), rows>...};
+template <class Lanes, int rows, int... variants>
+constexpr auto unpackers_by_variant(std::integer_sequence<int, variants...>) {
+    return std::array{&unpack_tiles<Lanes, width_of(variants), pairs_of(variants), rows>...};
 }
 
 template <class Lanes, int... parts>
@@ -362,7 +362,7 @@ auto decoders_of(const Product& product, const TileRow* row, std::integer_sequen
 // All of some rows of tiles, all tokens, any groups.
 template <class Lanes, int bits, int rows>
 void multiply_many(const Product& product, const TileRow* row) {
-    static constexpr auto kUnpack = unpackers_by_form<Lanes, rows>(std::make_integer_sequence<int, kForms>());
+    static constexpr auto kUnpack = unpackers_by_variant<Lanes, rows>(std::make_integer_sequence<int, kVariants>());
     alignas(64) uint8_t codes[kSpanSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
@@ -371,9 +371,9 @@ void multiply_many(const Product& product, const TileRow* row) {
     for (int64_t first = 0; first < product.columns; first += kSpanColumns) {
         const int64_t last = std::min(first + kSpanColumns, product.columns);
         for (int part = 0; part < rows; ++part) {
-            kUnpack[form_of(row[part].width, product.paired)](row[part], first / kTileColumns,
-                                                              ceil_div(last - first, kTileColumns),
-                                                              product.plane_stride, codes + part * kPlaneBytes);
+            kUnpack[variant_of(row[part].width, product.paired)](row[part], first / kTileColumns,
+                                                                 ceil_div(last - first, kTileColumns),
+                                                                 product.plane_stride, codes + part * kPlaneBytes);
         }
         for (int64_t begin = first; begin < last; index += product.tokens) {
             const int64_t end = span_end(product.columns, product.group_size, begin);
@@ -397,9 +397,9 @@ void multiply_many(const Product& product, const TileRow* row) {
     }
 }
 
-// multiply_few for each form, one after the other, and in these for each number of tokens.
+// multiply_few for each variant, one after the other, and in these for each number of tokens.
 template <class Lanes, int bits, int... indices>
-constexpr auto few_by_form_and_tokens(std::integer_sequence<int, indices...>) {
+constexpr auto few_by_variant_and_tokens(std::integer_sequence<int, indices...>) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
     return std::array{
         &multiply_few<Lanes, bits, width_of(indices / kTokens), pairs_of(indices / kTokens), indices % kTokens + 1>...};
@@ -409,11 +409,11 @@ template <class Lanes, int bits>
 void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
     static constexpr auto kFew =
-        few_by_form_and_tokens<Lanes, bits>(std::make_integer_sequence<int, kForms * kTokens>());
+        few_by_variant_and_tokens<Lanes, bits>(std::make_integer_sequence<int, kVariants * kTokens>());
     const bool whole_tiles = product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
     if (product.tokens <= kTokens && whole_tiles) {
         for (int64_t index = 0; index < count; ++index) {
-            kFew[form_of(rows[index].width, product.paired) * kTokens + product.tokens - 1](product, rows[index]);
+            kFew[variant_of(rows[index].width, product.paired) * kTokens + product.tokens - 1](product, rows[index]);
         }
         return;
     }

@@ -10,8 +10,9 @@ import torch
 from tests.kernels.random_layers import KINDS, ROUNDING, affine_of, make_decoder, make_input, stored_segment
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels.kernel import Kernel
 from vllm_matquant.kernels.support import CUDA, KERNELS
-from vllm_matquant.kernels.weight import Kernel, PackedWeight
+from vllm_matquant.kernels.weight import PackedWeight
 
 __all__ = ["CUDA", "KINDS", "ROUNDING", "TRITON", "Layer", "make_input", "make_layer", "make_segments"]
 

@@ -13,8 +13,9 @@ from vllm_matquant.checkpoint import decoder
 from vllm_matquant.checkpoint.decoder import Decoder, DecoderForm, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels.kernel import Kernel
 from vllm_matquant.kernels.support import CPU
-from vllm_matquant.kernels.weight import Kernel, PackedWeight, StoredSegment
+from vllm_matquant.kernels.weight import PackedWeight, StoredSegment
 
 # A width, and those whose decoders are in memory with it: all of them, so that planes past the base field are single;
 # its own alone, as it is served today, or even ones, so that planes lie in pairs.

@@ -13,8 +13,8 @@ from tests.kernels.random_layers import make_input, make_layer
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.kernel import Request
 from vllm_matquant.kernels.support import CPU, DTYPES, KERNELS, REFERENCE, UnsupportedError, select_kernel
-from vllm_matquant.kernels.weight import Request
 
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 

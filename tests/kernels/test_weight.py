@@ -17,14 +17,9 @@ from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.cpu_layout import PAIRS, PLANES
+from vllm_matquant.kernels.plane_store import PlaneStore, SharedPlanes
 from vllm_matquant.kernels.support import CPU, REFERENCE
-from vllm_matquant.kernels.weight import (
-    NotResidentError,
-    PackedWeight,
-    PlaneStore,
-    SharedPlanes,
-    find_weight,
-)
+from vllm_matquant.kernels.weight import NotResidentError, PackedWeight, find_weight
 
 both_kernels = pytest.mark.parametrize("kernel", [CPU, REFERENCE], ids=lambda kernel: kernel.name)
 both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

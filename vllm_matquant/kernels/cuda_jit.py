@@ -15,7 +15,8 @@ import torch
 from vllm_matquant.checkpoint.files import publish_bytes
 from vllm_matquant.kernels import cuda_launch
 from vllm_matquant.kernels.cuda_launch import Plan
-from vllm_matquant.kernels.weight import PackedWeight, define_linear
+from vllm_matquant.kernels.operators import define_linear
+from vllm_matquant.kernels.weight import PackedWeight
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 CACHE_VARIABLE = "MATQUANT_KERNEL_CACHE"
@@ -140,5 +141,5 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) 
 
 
 linear = define_linear("jit_linear", _multiply)
-"""The product on a CUDA device, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`; a kernel is compiled when it is
+"""The product on a CUDA device, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear`; a kernel is compiled when it is
 first used, and a RuntimeError says why NVRTC refuses one."""

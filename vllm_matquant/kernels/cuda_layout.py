@@ -199,7 +199,7 @@ def pack_planes(base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes
 
 
 class CudaLayout:
-    """The layout as kernels ask for it, see :class:`vllm_matquant.kernels.weight.Layout`."""
+    """The layout as kernels ask for it, see :class:`vllm_matquant.kernels.kernel.Layout`."""
 
     name = "cuda"
     packs_on_cpu = False

@@ -16,7 +16,8 @@ from vllm_matquant.kernels.cpu_layout import (
     unpack_decoder,
     unpack_steps,
 )
-from vllm_matquant.kernels.weight import PackedWeight, define_embedding
+from vllm_matquant.kernels.operators import define_embedding
+from vllm_matquant.kernels.weight import PackedWeight
 
 
 def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -52,4 +53,4 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
 
 
 reference_embedding = define_embedding("reference_embedding", look_up)
-"""Rows of a weight on any device, see :meth:`vllm_matquant.kernels.weight.Kernel.embedding`."""
+"""Rows of a weight on any device, see :meth:`vllm_matquant.kernels.kernel.Kernel.embedding`."""

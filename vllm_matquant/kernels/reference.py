@@ -19,7 +19,8 @@ from vllm_matquant.kernels.cpu_layout import (
     unpack_tiles,
 )
 from vllm_matquant.kernels.layout import ceil_div
-from vllm_matquant.kernels.weight import PackedWeight, define_linear
+from vllm_matquant.kernels.operators import define_linear
+from vllm_matquant.kernels.weight import PackedWeight
 
 SPAN_COLUMNS = 128  # the most whose activations have one scale
 
@@ -96,5 +97,5 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) 
 
 
 reference_linear = define_linear("reference_linear", _multiply)
-"""The product on any device, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`. It dequantizes the whole weight
+"""The product on any device, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear`. It dequantizes the whole weight
 and waits for the device: correct, not fast. Activations are multiplied as they are, however far they may be rounded."""

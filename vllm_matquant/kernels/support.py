@@ -13,15 +13,10 @@ from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
-from vllm_matquant.kernels.weight import (
-    Layout,
-    PackedWeight,
-    Request,
-    SharedPlanes,
-    StoredSegment,
-    define_embedding,
-    pack_segments,
-)
+from vllm_matquant.kernels.kernel import Layout, Request
+from vllm_matquant.kernels.operators import define_embedding
+from vllm_matquant.kernels.plane_store import SharedPlanes
+from vllm_matquant.kernels.weight import PackedWeight, StoredSegment, pack_segments
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +32,7 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class TableKernel:
-    """One row of the table: a :class:`vllm_matquant.kernels.weight.Kernel`.
+    """One row of the table: a :class:`vllm_matquant.kernels.kernel.Kernel`.
 
     Attributes:
         name: what logs and benchmarks call it.
@@ -102,18 +97,18 @@ class TableKernel:
         activation_bits: int | None = None,
         shared: SharedPlanes | None = None,
     ) -> PackedWeight:
-        """A weight in this kernel's layout, see :meth:`vllm_matquant.kernels.weight.Kernel.pack`."""
+        """A weight in this kernel's layout, see :meth:`vllm_matquant.kernels.kernel.Kernel.pack`."""
         layout = self.choose_layout([(segment.resident_width, segment.decoder_widths) for segment in segments])
         return pack_segments(self, layout, segments, in_features, group_size, device, activation_bits, shared)
 
     def linear(
         self, x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The product, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`."""
+        """The product, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear`."""
         return self.multiply(x, handle, out_features, bias)
 
     def embedding(self, rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of a weight, see :meth:`vllm_matquant.kernels.weight.Kernel.embedding`."""
+        """Rows of a weight, see :meth:`vllm_matquant.kernels.kernel.Kernel.embedding`."""
         return self.look_up(rows, handle, in_features, dtype)
 
     def _takes_groups(self, request: Request) -> bool:

@@ -18,7 +18,8 @@ from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, WIDTHS
 from vllm_matquant.kernels import cuda_layout
 from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
-from vllm_matquant.kernels.weight import PackedWeight, define_linear
+from vllm_matquant.kernels.operators import define_linear
+from vllm_matquant.kernels.weight import PackedWeight
 
 WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
 STEP_BYTES = tl.constexpr(cuda_layout.STEP_BYTES)
@@ -152,4 +153,4 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) 
 
 
 linear = define_linear("triton_linear", _multiply)
-"""The product for any group size, see :meth:`vllm_matquant.kernels.weight.Kernel.linear`."""
+"""The product for any group size, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear`."""

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
 from vllm_matquant.checkpoint.decoder import KINDS, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.kernel import Kernel, Layout
 from vllm_matquant.kernels.layout import ceil_div, tile_count
+from vllm_matquant.kernels.plane_store import SharedPlanes
 
 
 class NotResidentError(ValueError):
@@ -98,125 +98,6 @@ class PackedSegment:
 
     resident: ResidentSegment
     active_width: torch.Tensor
-
-
-class Layout(Protocol):
-    """How planes and decoders lie in memory."""
-
-    @property
-    def name(self) -> str:
-        """The tag that a weight carries and kernels check."""
-        ...
-
-    @property
-    def packs_on_cpu(self) -> bool:
-        """Whether what is packed must be on the CPU, whatever the kernel's device."""
-        ...
-
-    def pack_planes(
-        self, base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]
-    ) -> torch.Tensor:
-        """Codes as on disk (see :class:`StoredSegment`) to planes as in memory."""
-        ...
-
-    def pack_decoders(self, decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> torch.Tensor:
-        """Decoders as on disk (see :class:`StoredSegment`) to decoders as in memory."""
-        ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a layer asks of a kernel.
-
-    Attributes:
-        device_type: "cpu", "cuda", ...
-        dtype: of the activations.
-        widths: the widths that are to be resident.
-        in_features: columns.
-        group_size: columns that share a decoder.
-        decoder_kind: of its decoders.
-    """
-
-    device_type: str
-    dtype: torch.dtype
-    widths: tuple[int, ...]
-    in_features: int
-    group_size: int
-    decoder_kind: DecoderKind
-
-
-class Kernel(Protocol):
-    """Computes products with packed weights; :mod:`vllm_matquant.kernels.support` has all that there are."""
-
-    @property
-    def name(self) -> str:
-        """What logs and benchmarks call it."""
-        ...
-
-    @property
-    def in_library(self) -> bool:
-        """Whether the C++ library looks its weights up; if not, Python does."""
-        ...
-
-    def accepts(self, request: Request) -> list[str]:
-        """Every reason why this kernel does not serve the request; none if it does."""
-        ...
-
-    def pack(
-        self,
-        segments: Sequence[StoredSegment],
-        in_features: int,
-        group_size: int,
-        device: torch.device | str,
-        activation_bits: int | None = None,
-        shared: SharedPlanes | None = None,
-    ) -> PackedWeight:
-        """A weight in this kernel's layout.
-
-        Args:
-            segments: what is to be resident, in the order of the outputs.
-            in_features: columns.
-            group_size: columns that share a decoder.
-            device: where the kernel runs.
-            activation_bits: how far the kernel may round activations (see :func:`vllm_matquant.kernels.ops.linear`);
-                by default it chooses.
-            shared: where other users of the same layer find its tensors; by default they are this weight's own.
-        """
-        ...
-
-    def linear(
-        self, x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The product of activations and the weight that ``handle`` names, at the widths that are active now.
-
-        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
-
-        Args:
-            x: [..., in_features].
-            handle: :attr:`PackedWeight.handle`.
-            out_features: of the weight.
-            bias: [out_features] of the dtype of ``x``.
-
-        Returns:
-            [..., out_features] of the dtype of ``x``.
-        """
-        ...
-
-    def embedding(self, rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the weight that ``handle`` names, at the width that is active now.
-
-        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
-
-        Args:
-            rows: int64 [...], each below the rows of the weight, which has one partition.
-            handle: :attr:`PackedWeight.handle`.
-            in_features: columns of the weight.
-            dtype: of the result.
-
-        Returns:
-            [..., in_features] of ``dtype``, rounded once from float32.
-        """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,43 +241,6 @@ def find_weight(handle: torch.Tensor) -> PackedWeight:
         ) from None
 
 
-class PlaneStore:
-    """The tensors of the layers in memory, so that a second user of a layer shares them.
-
-    It keeps nothing alive: memory goes when the last user does.
-    """
-
-    def __init__(self) -> None:
-        self._segments: weakref.WeakValueDictionary[Hashable, ResidentSegment] = weakref.WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._segments)
-
-    def share(self, key: Hashable, make: Callable[[], ResidentSegment]) -> ResidentSegment:
-        """The tensors with this key, made by ``make`` if nobody has them."""
-        segment = self._segments.get(key)
-        if segment is None:
-            self._segments[key] = segment = make()
-        return segment
-
-
-@dataclass(frozen=True)
-class SharedPlanes:
-    """Where the tensors of one layer are found by all of its users.
-
-    Attributes:
-        store: what has them.
-        checkpoint: what the layer is of, such as a folder and its revision.
-        layer: the layer's name.
-        cut: which part of the layer, such as the rank and number of ranks.
-    """
-
-    store: PlaneStore
-    checkpoint: Hashable
-    layer: str
-    cut: Hashable = ()
-
-
 def pack_segments(
     kernel: Kernel,
     layout: Layout,
@@ -460,52 +304,3 @@ def _kind_of(decoders: Sequence[Decoder]) -> DecoderKind:
             return kind
     found = {decoder.width: decoder.form.name for decoder in decoders}
     raise ValueError(f"decoders: found the forms {found} by width, expected those of one kind: {', '.join(KINDS)}")
-
-
-Multiply = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
-LookUp = Callable[[torch.Tensor, PackedWeight, torch.dtype], torch.Tensor]
-
-
-def define_linear(name: str, multiply: Multiply) -> CustomOpDef:
-    """An operator ``matquant::name`` with the arguments of :meth:`Kernel.linear` over a product in Python.
-
-    Args:
-        name: of the operator.
-        multiply: computes the product of activations [..., in_features] and a weight, with a bias or None.
-    """
-
-    def operator(
-        x: torch.Tensor, weight: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        packed = find_weight(weight)
-        if (x.shape[-1], out_features) != (packed.in_features, packed.out_features):
-            raise ValueError(
-                f"features: found {x.shape[-1]} of x and {out_features} of the result, expected the weight's "
-                f"{packed.in_features} and {packed.out_features}"
-            )
-        return multiply(x, packed, bias)
-
-    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
-    defined.register_fake(ops.linear_fake)
-    return defined
-
-
-def define_embedding(name: str, look_up: LookUp) -> CustomOpDef:
-    """An operator ``matquant::name`` with the arguments of :meth:`Kernel.embedding` over a look-up in Python.
-
-    Args:
-        name: of the operator.
-        look_up: gives the rows asked for (int64 [...]) of a weight with one partition, in a dtype.
-    """
-
-    def operator(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        packed = find_weight(weight)
-        if columns != packed.in_features:
-            raise ValueError(f"columns: found {columns}, expected the weight's {packed.in_features}")
-        if len(packed.output_sizes) != 1:
-            raise ValueError(f"weight: found {len(packed.output_sizes)} partitions, expected one")
-        return look_up(rows, packed, dtype)
-
-    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
-    defined.register_fake(ops.embedding_fake)
-    return defined

@@ -13,8 +13,10 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, WEIGHT_BASE
 from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.kernels.kernel import Request
+from vllm_matquant.kernels.plane_store import PlaneStore, SharedPlanes
 from vllm_matquant.kernels.support import select_kernel
-from vllm_matquant.kernels.weight import PackedWeight, PlaneStore, Request, SharedPlanes
+from vllm_matquant.kernels.weight import PackedWeight
 from vllm_matquant.serve.served import Served
 from vllm_matquant.serve.stored_layer import Cut, StoredLayer
 

@@ -1,0 +1,137 @@
+"""What a kernel is: the protocols that kernels and their layouts follow, and what a layer asks of one.
+
+:mod:`vllm_matquant.kernels.support` has all kernels that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
+
+if TYPE_CHECKING:
+    from vllm_matquant.kernels.plane_store import SharedPlanes
+    from vllm_matquant.kernels.weight import PackedWeight, StoredSegment
+
+
+class Layout(Protocol):
+    """How planes and decoders lie in memory."""
+
+    @property
+    def name(self) -> str:
+        """The tag that a weight carries and kernels check."""
+        ...
+
+    @property
+    def packs_on_cpu(self) -> bool:
+        """Whether what is packed must be on the CPU, whatever the kernel's device."""
+        ...
+
+    def pack_planes(
+        self, base: torch.Tensor, planes: Sequence[torch.Tensor], output_sizes: Sequence[int]
+    ) -> torch.Tensor:
+        """Codes as on disk (see :class:`StoredSegment`) to planes as in memory."""
+        ...
+
+    def pack_decoders(self, decoders: Sequence[Decoder], output_sizes: Sequence[int]) -> torch.Tensor:
+        """Decoders as on disk (see :class:`StoredSegment`) to decoders as in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer asks of a kernel.
+
+    Attributes:
+        device_type: "cpu", "cuda", ...
+        dtype: of the activations.
+        widths: the widths that are to be resident.
+        in_features: columns.
+        group_size: columns that share a decoder.
+        decoder_kind: of its decoders.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    widths: tuple[int, ...]
+    in_features: int
+    group_size: int
+    decoder_kind: DecoderKind
+
+
+class Kernel(Protocol):
+    """Computes products with packed weights; :mod:`vllm_matquant.kernels.support` has all that there are."""
+
+    @property
+    def name(self) -> str:
+        """What logs and benchmarks call it."""
+        ...
+
+    @property
+    def in_library(self) -> bool:
+        """Whether the C++ library looks its weights up; if not, Python does."""
+        ...
+
+    def accepts(self, request: Request) -> list[str]:
+        """Every reason why this kernel does not serve the request; none if it does."""
+        ...
+
+    def pack(
+        self,
+        segments: Sequence[StoredSegment],
+        in_features: int,
+        group_size: int,
+        device: torch.device | str,
+        activation_bits: int | None = None,
+        shared: SharedPlanes | None = None,
+    ) -> PackedWeight:
+        """A weight in this kernel's layout.
+
+        Args:
+            segments: what is to be resident, in the order of the outputs.
+            in_features: columns.
+            group_size: columns that share a decoder.
+            device: where the kernel runs.
+            activation_bits: how far the kernel may round activations (see :func:`vllm_matquant.kernels.ops.linear`);
+                by default it chooses.
+            shared: where other users of the same layer find its tensors; by default they are this weight's own.
+        """
+        ...
+
+    def linear(
+        self, x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The product of activations and the weight that ``handle`` names, at the widths that are active now.
+
+        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
+
+        Args:
+            x: [..., in_features].
+            handle: :attr:`PackedWeight.handle`.
+            out_features: of the weight.
+            bias: [out_features] of the dtype of ``x``.
+
+        Returns:
+            [..., out_features] of the dtype of ``x``.
+        """
+        ...
+
+    def embedding(self, rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight that ``handle`` names, at the width that is active now.
+
+        ``torch.compile`` can trace it, and the same graph serves every weight of the same features.
+
+        Args:
+            rows: int64 [...], each below the rows of the weight, which has one partition.
+            handle: :attr:`PackedWeight.handle`.
+            in_features: columns of the weight.
+            dtype: of the result.
+
+        Returns:
+            [..., in_features] of ``dtype``, rounded once from float32.
+        """
+        ...
