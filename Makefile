@@ -14,8 +14,8 @@ environment:  ## make or update .venv (PYTHON=... chooses the interpreter)
 demo: environment  ## quantize a small real model and let it answer through vLLM at widths and budgets from 8 to 2 bits
 	@$(BIN)/python tools/demo.py
 
-test: environment lint  ## check the style, then run every test
-	@$(BIN)/python -m pytest
+test: environment lint  ## check the style, then run every test, as many at once as there are processors
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 gpu-check: environment  ## check and measure the CUDA kernels on this machine's GPU; writes gpu-report.json
 	@$(BIN)/python tools/gpu_check.py

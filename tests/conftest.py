@@ -1,4 +1,6 @@
-"""What all tests share: vLLM's settings, which must stand before its first import, and the real model."""
+"""What all tests share: vLLM's settings, which must stand before its first import, the real model, and which tests
+pytest-xdist deals to one worker together.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,65 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+
+WORKER_BYTES = 4 * 2**30  # of memory for a worker and what it starts
+# Dealt first, for each of them takes minutes: a worker that got one last would work on alone.
+LONGEST = (
+    "tests/end_to_end/test_real_model.py",
+    "tests/cuda/test_decode.py",
+    "tests/kernels/test_compare_kernels.py",
+    "tests/serve/test_engine.py",
+    "tests/test_packaging.py",
+    "tests/test_python_guide.py",
+    "tests/end_to_end/test_lm_eval.py",
+    "tests/kernels/test_isa.py",
+    "tests/cuda/test_triton.py",
+    "tests/cuda/test_static.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each processor that this process may run on, two threads of a core being two."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker of pytest-xdist: group the tests, for ``--dist loadgroup``, and put the longest groups first.
+
+    Tests of a file share fixtures and stay together; slow ones that share none are dealt one by one.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    places = {path: place for place, path in enumerate(LONGEST)}
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        place = places.get(file_of(item), len(places))
+        return item.get_closest_marker("slow") is None and place == len(places), place
+
+    items.sort(key=order)
+    for item in items:
+        if group := group_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """The name of what a test is dealt together with; None if it is dealt alone."""
+    definitions = [each[-1] for each in item._fixtureinfo.name2fixturedefs.values()]  # type: ignore[attr-defined]
+    shared = [each for each in definitions if each.scope != "function" and each.baseid not in ("", "tests")]
+    if not shared and item.get_closest_marker("slow"):
+        return None
+    # A parameter of shared fixtures makes others of them.
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    ranges = [(each.params or (), given.get(each.argname)) for each in shared]
+    chosen = [str(choices.index(choice)) for choices, choice in ranges if choice in choices]
+    return ":".join((file_of(item).removeprefix("tests/").removesuffix(".py"), *chosen))
 
 
 @pytest.fixture(scope="session")

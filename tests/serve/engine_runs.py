@@ -3,20 +3,21 @@
 A process of its own, for engines leave global state behind. A job is an object with ``model``, ``tokens`` (a prompt),
 ``llm`` (arguments of ``LLM``) and, to switch widths while the engine runs, ``switch`` (a list of {part of a layer's
 name: its width}, each set before one more run). Its result holds ``log_probabilities`` (of the start and of each
-switch), the bytes of each rank and the number of graphs that were compiled, or the ``error``.
+switch), the bytes of each rank and ``generated``, how many programs torch.compile wrote that it had not written
+before, or the ``error``.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
-from vllm.compilation.counter import compilation_counter
+from vllm import LLM, SamplingParams, envs
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes, set_active
@@ -46,8 +47,19 @@ def switch(model: torch.nn.Module, widths: dict[str, int]) -> None:
     set_active(model, {name: width for name in names for part, width in widths.items() if part in name})
 
 
+def generated_programs() -> set[bytes]:
+    """Digests of all that torch.compile wrote for vLLM, be it compiled already or not."""
+    digests = set()
+    for suffix in ("py", "cpp"):
+        for file in Path(envs.VLLM_CACHE_ROOT).rglob(f"*.{suffix}"):
+            # A comment numbers the graphs of a process.
+            lines = [line for line in file.read_bytes().splitlines() if not line.startswith(b"# AOT ID")]
+            digests.add(hashlib.sha256(b"\n".join(lines)).digest())
+    return digests
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    before = compilation_counter.num_inductor_compiles
+    before = generated_programs()
     try:
         llm = LLM(job["model"], **(DEFAULTS | job["llm"]))
     except ValueError as error:
@@ -61,7 +73,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "log_probabilities": rows,
         "resident_bytes": llm.apply_model(resident_bytes),
         "predicted_bytes": llm.apply_model(predicted_bytes),
-        "compiled": compilation_counter.num_inductor_compiles - before,
+        "generated": len(generated_programs() - before),
     }
 
 
