@@ -15,7 +15,7 @@ demo: environment  ## quantize a small real model and let it answer through vLLM
 	@$(BIN)/python tools/demo.py
 
 test: environment lint  ## check the style, then run every test, as many at once as there are processors
-	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 gpu-check: environment  ## check and measure the CUDA kernels on this machine's GPU; writes gpu-report.json
 	@$(BIN)/python tools/gpu_check.py

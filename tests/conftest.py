@@ -1,5 +1,5 @@
-"""What all tests share: vLLM's settings, which must stand before its first import, the real model, and which tests
-pytest-xdist deals to one worker together.
+"""What all tests share: vLLM's settings, which must stand before its first import, the real model, and the order in which
+pytest-xdist deals the files.
 """
 
 from __future__ import annotations
@@ -43,41 +43,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a worker of pytest-xdist: group the tests, for ``--dist loadgroup``, and put the longest groups first.
-
-    Tests of a file share fixtures and stay together; slow ones that share none are dealt one by one.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    places = {path: place for place, path in enumerate(LONGEST)}
-
-    def order(item: pytest.Item) -> tuple[bool, int]:
-        place = places.get(file_of(item), len(places))
-        return item.get_closest_marker("slow") is None and place == len(places), place
-
-    items.sort(key=order)
-    for item in items:
-        if group := group_of(item):
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
-def file_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
-
-
-def group_of(item: pytest.Item) -> str | None:
-    """The name of what a test is dealt together with; None if it is dealt alone."""
-    definitions = [each[-1] for each in item._fixtureinfo.name2fixturedefs.values()]  # type: ignore[attr-defined]
-    shared = [each for each in definitions if each.scope != "function" and each.baseid not in ("", "tests")]
-    if not shared and item.get_closest_marker("slow"):
-        return None
-    # A parameter of shared fixtures makes others of them.
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    ranges = [(each.params or (), given.get(each.argname)) for each in shared]
-    chosen = [str(choices.index(choice)) for choices, choice in ranges if choice in choices]
-    return ":".join((file_of(item).removeprefix("tests/").removesuffix(".py"), *chosen))
+    """In a worker of pytest-xdist, put the longest files first."""
+    if hasattr(config, "workerinput"):
+        places = {path: place for place, path in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 @pytest.fixture(scope="session")
