@@ -127,7 +127,8 @@ class SourceModel:
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is quantized already, its architecture is not a
-            causal language model that transformers knows, or a parameter is missing or of another shape.
+            causal language model that transformers knows and whose blocks can be run one after the other, or a
+            parameter is missing or of another shape.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,8 +139,9 @@ class SourceModel:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
+        # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
+        runner = TransformersRunner(self.config, self.skeleton, self._read, folder / CONFIG_FILE)
         self.tensors: Tensors = SafetensorsFolder(folder, self.skeleton)
-        runner = TransformersRunner(self.config, self.skeleton, self._read)
         self.runner: Runner = runner
         self.embedding = next(iter(self.skeleton.embeddings), None)
         self.output_head = runner.output_head
