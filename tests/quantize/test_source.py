@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -19,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, random_model, write_source
 from tests.random_models import randomized
 from vllm_matquant.checkpoint.errors import (
+    CheckpointError,
     ConfigError,
     IndexFileError,
     MissingFileError,
@@ -148,6 +151,50 @@ def test_blocks_that_need_more_than_a_hidden_state(fields: dict[str, int], tmp_p
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.json: model_type: found 'gemma4_text', whose blocks share"):
         SourceModel(tmp_path)
+
+
+def write_tiny(folder: Path, model_type: str, of: type = AutoModelForCausalLM, **fields: object) -> Path:
+    """Save a tiny model of an architecture, of transformers' class for some task."""
+    config = AutoConfig.for_model(model_type, **(_TINY | fields))
+    of.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_another_task(tied: bool, tmp_path: Path) -> None:
+    write_tiny(tmp_path, "qwen2", AutoModelForSequenceClassification, num_labels=3, tie_word_embeddings=tied)
+    message = (
+        r"config\.json: architectures: found Qwen2ForSequenceClassification, which has another head, expected a dense"
+    )
+    with pytest.raises(ConfigError, match=message):
+        SourceModel(tmp_path)
+    edit_config(tmp_path, architectures=None)
+    message = r"score\.weight: found the head of another task" if tied else r"lm_head\.weight: found in no file"
+    with pytest.raises(CheckpointError, match=message):
+        SourceModel(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_a_model_saved_without_its_head(model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"architectures: found .*Model, which was saved without its output head"):
+        SourceModel(write_tiny(tmp_path, model_type, AutoModel))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bloom", "whose blocks are in no list named layers"),
+        ("gpt2", "whose blocks have no linear layers"),
+        ("gpt_neox", "of which transformers renames or joins tensors while it loads them"),
+        ("minicpm3", "for which transformers' own code fails with the values of this file"),
+        ("mixtral", "a mixture of experts"),
+    ],
+)
+def test_architectures_that_cannot_be_quantized(model_type: str, message: str, tmp_path: Path) -> None:
+    fields = {"n_layer": 2, "n_head": 4} if model_type in ("bloom", "gpt2") else {}
+    folder = write_tiny(tmp_path, model_type, **fields)
+    with pytest.raises(ConfigError, match=rf"config\.json: model_type: found '{model_type}', {message}"):
+        SourceModel(folder)
 
 
 def test_shards(tmp_path: Path) -> None:
