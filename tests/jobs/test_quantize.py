@@ -83,7 +83,7 @@ def test_dry_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     widths = "4" if "gptq" in options else "2"
     assert said.startswith(f"files to serve  {widths} bits ")
-    assert [line.split()[0] for line in said.splitlines()] == ["files", "disk", "memory", "time"]
+    assert [line.split()[0] for line in said.splitlines()] == ["files", "disk", "memory", "time", "tensor"]
     assert list(tmp_path.iterdir()) == []
 
 

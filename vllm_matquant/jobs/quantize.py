@@ -10,6 +10,7 @@ from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
+from vllm_matquant.checkpoint.tensor_parallel import describe_misfits, misfits
 from vllm_matquant.jobs import arguments
 from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
 from vllm_matquant.measure.windows import Windows, load_tokenizer, spread_windows
@@ -204,6 +205,9 @@ class Quantize(PlannedJob[Outcome]):
         output, outcome = Path(self.output), None
         source, _, method, format_, _ = work = self._work()
         held_out = None if self.no_report else self._held_out_windows(source.folder)
+        found = misfits(format_, Selection(source, format_).shapes)
+        if found and not ranks.launched_rank():
+            say(f"tensor parallelism will be refused {describe_misfits(found)}; a smaller --group-size fits more")
         command = command_line(command_of("quantize", self))
         try:
             with ranks.started():
