@@ -50,7 +50,7 @@ def check_dense(config: Mapping[str, Any], skeleton: Skeleton, where: Path) -> N
         ConfigError: it is one.
     """
     kind = repr(config.get("model_type"))
-    if any("experts" in name.split(".") for name in skeleton.parameters):
+    if any(word in name for word in ("experts", "moe") for name in skeleton.parameters):
         raise ConfigError(where, "model_type", f"{kind}, a mixture of experts", f"{_DENSE}: experts have no codes yet")
     if not any("." in name for name in skeleton.linears):
         raise ConfigError(
