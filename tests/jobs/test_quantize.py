@@ -53,13 +53,24 @@ def test_defaults(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_options(source: Path, text_file: Path, tmp_path: Path) -> None:
     output, errors = tmp_path / "nested", tmp_path / "errors.json"
-    options = ["--bits", "4,2", "--group-size", "32", "--method", "matgptq", "--ignore", "k_proj", "--ignore", "v_proj"]
-    options += ["--calibration", str(text_file), "--seed", "7", "--errors", str(errors), *FEW]
+    options = [
+        "--bits",
+        "4,2",
+        "--group-size",
+        "32",
+        "--method",
+        "matgptq",
+        "--ignore",
+        "[qk]_proj",
+        "--ignore",
+        "v_proj",
+    ]
+    options += ["--ignore", "v_proj", "--calibration", str(text_file), "--seed", "7", "--errors", str(errors), *FEW]
     assert run_quantize([str(source), "--output", str(output), *options]) == 0
     checkpoint = open_checkpoint(output)
     assert (checkpoint.format.widths, checkpoint.format.group_size) == ((2, 4), 32)
     assert checkpoint.format.slicing == "round"
-    assert not any("k_proj" in layer or "v_proj" in layer for layer in checkpoint.layers)
+    assert not any(part in layer for part in ("q_proj", "k_proj", "v_proj") for layer in checkpoint.layers)
     written = json.loads(errors.read_text())
     assert set(written) == set(checkpoint.layers)
     assert all(0 < error["4"] < error["2"] for error in written.values())
@@ -72,7 +83,7 @@ def test_dry_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     widths = "4" if "gptq" in options else "2"
     assert said.startswith(f"files to serve  {widths} bits ")
-    assert [line.split()[0] for line in said.splitlines()] == ["files", "disk", "memory", "time"]
+    assert [line.split()[0] for line in said.splitlines()] == ["files", "disk", "memory", "time", "tensor"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,6 +308,39 @@ def test_refusals(
     assert status == 1
     assert message in said
     assert not (tmp_path / "nested").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--ignore", "q_proj"],
+            "ignore: found for model.layers.0.self_attn q_proj ignored, k_proj quantized, v_proj quantized, expected "
+            "the same for q_proj and k_proj and v_proj, which vLLM computes as one layer. Give --ignore an expression",
+        ),
+        (
+            ["--group-size-for", "1.*up_proj=32"],
+            "group-size-for: found for model.layers.1.mlp gate_proj auto, up_proj 32, expected the same",
+        ),
+        (
+            ["--bits-for", "gate_proj=4,8"],
+            "bits-for: found for model.layers.0.mlp gate_proj 4,8, up_proj 2,3,4,5,6,7",
+        ),
+    ],
+)
+def test_settings_for_one_part_of_what_vllm_fuses(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    for dry in ([], ["--dry-run"]):
+        status, said = refusal(capsys, source, "--output", tmp_path / "nested", *options, *dry)
+        assert status == 1
+        assert message in said
+        assert not (tmp_path / "nested").exists()
+
+
+def test_settings_for_all_of_what_vllm_fuses(source: Path, tmp_path: Path) -> None:
+    options = ["--ignore", "1.*[qkv]_proj", "--group-size-for", "gate_proj|up_proj=32", "--bits-for", "down_proj=8"]
+    assert run_quantize([str(source), "--output", str(tmp_path / "nested"), "--dry-run", *options, *FEW]) == 0
 
 
 def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.test_plan import NO_TIME
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, FLOAT16, KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
@@ -25,6 +25,7 @@ from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
+from vllm_matquant.quantize.magnitudes import check_magnitudes
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
@@ -335,6 +336,37 @@ def test_nothing_is_written_of_a_source_with_nan(llama: Path, text_file: Path, t
         with pytest.raises(TensorValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: found NaN"):
             run(model, tmp_path / "output", text_file, method=method)
         assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weight: weight.index_fill(1, torch.tensor([5]), -1e5),
+            r"weights of up to 1e\+05, expected up to 32752",
+        ),
+        (lambda weight: weight / 10_000, r"weights of up to \S+e-05, expected some of 0\.001 or more"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_weights_that_decoders_cannot_hold(
+    llama: Path, tmp_path: Path, kind: DecoderKind, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "source"))
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: change(tensors[name])}, model / "model.safetensors")
+    source = SourceModel(model)
+    for widths in ((2, 3, 4), (4, 8)):
+        format_ = plan_format(source, METHODS["rtn"](widths), 64, [], decoder_kind=kind)
+        if kind.form(widths[-1]) is FLOAT16:
+            with pytest.raises(TensorValueError, match=r"up_proj\.weight: found weights of up to"):
+                check_magnitudes(Selection(source, format_))
+        else:
+            check_magnitudes(Selection(source, format_))
+    with pytest.raises(TensorValueError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight: found {message}"):
+        run(model, tmp_path / "output", tmp_path, method="rtn")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_folder_that_was_there_stays(llama: Path, text_file: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.names import shard_pattern
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
-from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.checkpoint.spec import WIDTHS, Format, GroupSize
+from vllm_matquant.checkpoint.tensor_parallel import misfits
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import probe
 from vllm_matquant.quantize.activations import Activations
@@ -120,6 +121,20 @@ def test_a_full_disk_is_said() -> None:
     assert lines[3].startswith("time            about 1 min 30 s")
     full = Plan({2: 1}, 1, 5 * 10**9, 10**9, {}, 1.0)
     assert "1.00 GB free: NOT ENOUGH" in str(full)
+
+
+def test_tensor_parallel_sizes() -> None:
+    # The rows of a layer such as q_proj are divided, whatever its columns are.
+    shapes = {"a.q_proj": (64, 72), "a.o_proj": (64, 512), "b.down_proj": (64, 1024)}
+    sizes: dict[GroupSize, list[int]] = {8: [], 64: [], 128: [8], "auto": [8], "channel": []}
+    for group_size, expected in sizes.items():
+        assert [each.size for each in misfits(Format(group_size=group_size), shapes)] == expected, group_size
+    found = misfits(Format(group_size=512), shapes)
+    line = str(Plan({2: 1}, 1, 1, 1, {}, 1.0, found)).splitlines()[-1]
+    assert line == (
+        "tensor parallel not on 2, 4, 8 ranks: a.o_proj has 512 input features, no multiple of 2 x 512; "
+        "a smaller --group-size fits more"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.serve.tiny_models import served_at, write_checkpoint
 from vllm_matquant.checkpoint import tensor_files, validate
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.quantization_config import format_to_config
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve import files
 from vllm_matquant.serve.config import MatquantConfig, settle
@@ -127,11 +128,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_config(quant_config: Any, load_format: str = "auto", draft: str | None = None, **additional: Any) -> Any:
     """The part of a VllmConfig that is looked at before the engine starts."""
+    quantization = None if quant_config is None else quant_config.get_name()
     return SimpleNamespace(
+        lora_config=None,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         additional_config=additional,
         quant_config=quant_config,
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
-        model_config=SimpleNamespace(quantization=None if quant_config is None else quant_config.get_name()),
+        model_config=SimpleNamespace(
+            quantization=quantization, runner_type="generate", using_transformers_backend=lambda: False
+        ),
         speculative_config=draft and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=draft)),
     )
 
@@ -193,3 +199,43 @@ def test_bits_for_another_kind_of_model_are_refused() -> None:
         settle(engine_config(None, matquant={"bits": 3}))
     settle(engine_config(None))
     settle(engine_config(None, draft="matquant", matquant={"bits": 3}))
+
+
+def test_lora_is_refused_before_the_engine_starts(folder: Path) -> None:
+    config = engine_config(opened(folder))
+    config.lora_config = object()
+    with pytest.raises(ConfigError, match="enable_lora: found True, expected no LoRA"):
+        settle(config)
+
+
+def test_tensor_parallelism_that_cuts_a_group_is_refused_before_the_engine_starts(folder: Path) -> None:
+    config = engine_config(opened(folder))
+    columns = open_checkpoint(folder).layers["model.layers.0.self_attn.o_proj"][1]
+    size = columns // 64
+    config.parallel_config.tensor_parallel_size = size
+    settle(config)
+    config.parallel_config.tensor_parallel_size = 2 * size
+    layer = rf"model\.layers\.0\.self_attn\.o_proj has {columns} input features, no multiple of {2 * size} x 64"
+    with pytest.raises(ConfigError, match=rf"tensor_parallel_size: found {2 * size}, and {layer}, .* expected one of"):
+        settle(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_embeddings_where_vllm_cannot_serve_them(tied: bool, tmp_path: Path) -> None:
+    quantized = Format(quantized_embeddings=("model.embed_tokens",), ignored_layers=())
+    write_checkpoint(tmp_path / "model", "llama", quantized, tie_word_embeddings=tied)
+    quant_config = MatquantConfig(quantized)
+    quant_config.maybe_update_config(str(tmp_path / "model"))
+    config = engine_config(quant_config)
+    settle(config)
+    config.model_config.runner_type = "pooling"
+    if tied:
+        settle(config)  # the head has no tensors of its own that vLLM would drop
+    else:
+        with pytest.raises(
+            ConfigError, match=r"runner: found pooling, for which vLLM drops lm_head,.* --ignore lm_head"
+        ):
+            settle(config)
+    config.model_config.using_transformers_backend = lambda: True
+    with pytest.raises(ConfigError, match=r"Transformers backend, which cannot look up quantized model\.embed_tokens"):
+        settle(config)

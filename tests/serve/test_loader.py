@@ -99,7 +99,11 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
         additional_config={"matquant": {"bits": average_bits(mixes["some"], checkpoint.layers)}},
         load_config=LoadConfig(),
         speculative_config=None,
-        model_config=SimpleNamespace(model="someone/model", revision=None, quantization="matquant"),
+        lora_config=None,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(
+            model="someone/model", revision=None, quantization="matquant", runner_type="generate"
+        ),
     )
     settle(config)
     assert config.additional_config == {}

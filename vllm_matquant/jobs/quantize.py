@@ -10,10 +10,12 @@ from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
+from vllm_matquant.checkpoint.tensor_parallel import describe_misfits, misfits
 from vllm_matquant.jobs import arguments
 from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
 from vllm_matquant.measure.windows import Windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
+from vllm_matquant.quantize.fused import check_fused
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
@@ -21,6 +23,7 @@ from vllm_matquant.quantize.pipeline import quantize as quantize_source
 from vllm_matquant.quantize.plan import Plan
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
+from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel, locate
 
 _CALIBRATION = CalibrationSettings()
@@ -202,6 +205,9 @@ class Quantize(PlannedJob[Outcome]):
         output, outcome = Path(self.output), None
         source, _, method, format_, _ = work = self._work()
         held_out = None if self.no_report else self._held_out_windows(source.folder)
+        found = misfits(format_, Selection(source, format_).shapes)
+        if found and not ranks.launched_rank():
+            say(f"tensor parallelism will be refused {describe_misfits(found)}; a smaller --group-size fits more")
         command = command_line(command_of("quantize", self))
         try:
             with ranks.started():
@@ -254,6 +260,7 @@ class Quantize(PlannedJob[Outcome]):
             quantize_embeddings=self.quantize_embeddings,
             decoder_kind=KINDS[self.decoder] if self.decoder else None,
         )
+        check_fused(Selection(source, format_))
         calibration = None if self.calibration is None else str(self.calibration)
         settings = CalibrationSettings(calibration, self.samples, self.sequence_length, self.seed, self.text_column)
         return source, Path(self.output), method, format_, settings

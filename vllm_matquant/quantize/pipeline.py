@@ -19,6 +19,7 @@ from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.choice import plan_format
+from vllm_matquant.quantize.magnitudes import check_magnitudes
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.origin import describe_settings, read_source
 from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
@@ -156,8 +157,8 @@ def quantize(
         held_out: int64 [windows, length], tokens that calibration does not see, to measure each width's quality on.
 
     Raises:
-        CheckpointError: the source holds values that are not finite, or ``output`` cannot be used, see
-            :class:`CheckpointWriter`.
+        CheckpointError: the source holds values that are not finite or that decoders cannot hold, or ``output`` cannot
+            be used, see :class:`CheckpointWriter`.
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
         TextError: the calibration text cannot be used.
@@ -185,6 +186,7 @@ def quantize(
     replace = overwrite or work.publishing
     with CheckpointWriter(output, format_, shard_bytes=shard_bytes(source), overwrite=replace) as writer:
         origin = {"source": read_source(source), "calibration": text}
+        check_magnitudes(run.selection)
         depends_on = describe_settings(source, method, format_, calibration) | origin
         if resume and work.exists:
             work.check_settings(depends_on)

@@ -6,7 +6,7 @@ import math
 import resource
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from vllm_matquant.checkpoint.packing import PACKED_CODES
 from vllm_matquant.checkpoint.spec import BASE_BITS, Format
+from vllm_matquant.checkpoint.tensor_parallel import Misfit, describe_misfits, misfits
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.embeddings import part_rows
@@ -43,6 +44,7 @@ class Plan:
         free: bytes free there now.
         memory: about how many bytes of memory are needed at the worst, by what takes them.
         seconds: about how many it takes to quantize, without reading and writing files.
+        misfits: tensor parallel sizes that the checkpoint cannot be served with.
     """
 
     files: dict[int, int]
@@ -51,6 +53,7 @@ class Plan:
     free: int
     memory: dict[str, int]
     seconds: float
+    misfits: Sequence[Misfit] = ()
 
     def __str__(self) -> str:
         lines = [("files to serve", ", ".join(f"{width} bits {size(count)}" for width, count in self.files.items()))]
@@ -61,6 +64,8 @@ class Plan:
         parts = ", ".join(f"{part} {size(count)}" for part, count in self.memory.items())
         lines.append(("memory", f"about {size(sum(self.memory.values()))} ({parts})"))
         lines.append(("time", f"about {duration(self.seconds)}, by trials on small layers; files not counted"))
+        if self.misfits:
+            lines.append(("tensor parallel", f"{describe_misfits(self.misfits)}; a smaller --group-size fits more"))
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
@@ -109,6 +114,7 @@ def make_plan(
         free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
         memory={"program": _resident_bytes(), **{part: count for part, count in worst.items() if count}},
         seconds=_seconds(selection, method, speed, *calibration),
+        misfits=misfits(format_, selection.shapes),
     )
 
 

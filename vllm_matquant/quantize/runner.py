@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,9 @@ from accelerate import init_empty_weights
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.skeleton import Skeleton
+from vllm_matquant.quantize.trial import record_arguments, try_blocks
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 """Gives the rows of an embedding, float32 [n, columns], for tokens, int64 [n]."""
@@ -39,15 +41,26 @@ class TransformersRunner:
         config: the content of config.json.
         skeleton: the model's parameters.
         read: gives a parameter by its name, as it is stored; a tied one by the name that it is tied to.
+        where: config.json, to name in an error.
 
     Attributes:
         block_names: full name of each transformer block, such as "model.layers.3", in order.
         output_head: full name of the layer that gives the logits, None if the model has none that is linear.
+
+    Raises:
+        ConfigError: the model's blocks cannot be run one after the other, see :mod:`vllm_matquant.quantize.trial`.
     """
 
-    def __init__(self, config: Mapping[str, Any], skeleton: Skeleton, read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        skeleton: Skeleton,
+        read: Callable[[str], torch.Tensor],
+        where: Path | str = CONFIG_FILE,
+    ) -> None:
         self._skeleton, self._read = skeleton, read
         self._model = _empty_model(config)
+        self._returns_tuples = try_blocks(self._model, where)
         self._trunk = self._model.get_decoder()  # all but the output head, as transformers calls it
         names = {module: name for name, module in self._model.named_modules()}
         self._prefix = f"{names[self._trunk]}."
@@ -96,27 +109,13 @@ class TransformersRunner:
             made for one sequence: they broadcast.
         """
         trunk = self._load_trunk(tokens.unique(), embedding)
-        arguments: list[dict[str, Any]] = [{} for _ in trunk.layers]
-        first_input: list[torch.Tensor] = []
-
-        def record(index: int, block: torch.nn.Module) -> None:
-            names = [name for name in inspect.signature(block.forward).parameters][1:]
-
-            def forward(hidden: torch.Tensor, *positional: Any, **keywords: Any) -> torch.Tensor:
-                arguments[index] = dict(zip(names, positional, strict=False)) | keywords
-                if index == 0:
-                    first_input.append(hidden)
-                return hidden
-
-            block.forward = forward
-
-        for index, block in enumerate(trunk.layers):
-            record(index, block)
+        calls = record_arguments(trunk.layers, lambda _, given: self._returned(given))
         with torch.no_grad():
             for sequence, filled in zip(tokens, hidden, strict=True):
+                calls.clear()
                 trunk(input_ids=sequence[None], use_cache=False)
-                filled.copy_(first_input.pop()[0])
-        return arguments
+                filled.copy_(calls[0][1][0])
+        return [arguments for _, _, arguments in calls]
 
     def load_final(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What the model does between its last block and its output head, with weights in float32.
@@ -129,7 +128,7 @@ class TransformersRunner:
         trunk = model.get_decoder()
 
         def final(hidden: torch.Tensor) -> torch.Tensor:
-            last.forward = lambda *_, **__: hidden
+            last.forward = lambda *_, **__: self._returned(hidden)
             return trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
         return final
@@ -139,12 +138,16 @@ class TransformersRunner:
         model, last = self._load_last(lambda name: True, device)
 
         def head(hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-            last.forward = lambda *_, **__: hidden
+            last.forward = lambda *_, **__: self._returned(hidden)
             replacing = {} if weight is None else {f"{self.output_head}.weight": weight}
             asked = {"inputs_embeds": hidden, "use_cache": False}
             return functional_call(model, replacing, kwargs=asked).logits
 
         return head
+
+    def _returned(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
+        """A hidden state in the form in which a block returns it."""
+        return (hidden,) if self._returns_tuples else hidden
 
     def _load_last(self, wanted: Callable[[str], bool], device: str = "cpu") -> tuple[PreTrainedModel, torch.nn.Module]:
         """The model with its last block alone, and that block, which has no weights.

@@ -12,10 +12,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vllm_matquant.checkpoint.decoder import TensorSpec
-from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError
+from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, MissingTensorError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
+from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
@@ -127,7 +129,8 @@ class SourceModel:
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is quantized already, its architecture is not a
-            causal language model that transformers knows, or a parameter is missing or of another shape.
+            dense causal language model that transformers knows and whose blocks can be run one after the other, or a
+            parameter is missing or of another shape.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,9 +140,18 @@ class SourceModel:
             found = self.config["quantization_config"]
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
+        check_task(self.config, folder / CONFIG_FILE)
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
-        self.tensors: Tensors = SafetensorsFolder(folder, self.skeleton)
-        runner = TransformersRunner(self.config, self.skeleton, self._read)
+        check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
+        # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
+        runner = TransformersRunner(self.config, self.skeleton, self._read, folder / CONFIG_FILE)
+        try:
+            tensors = SafetensorsFolder(folder, self.skeleton)
+        except MissingTensorError as cause:
+            raise explain_missing(self.config, cause, folder / CONFIG_FILE) from None
+        for file in tensors.files:
+            check_heads(read_header(file), self.skeleton, file)
+        self.tensors: Tensors = tensors
         self.runner: Runner = runner
         self.embedding = next(iter(self.skeleton.embeddings), None)
         self.output_head = runner.output_head

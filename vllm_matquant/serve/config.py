@@ -21,6 +21,7 @@ from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.files import fetch, identity, opened
+from vllm_matquant.serve.limits import check_engine
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
@@ -41,6 +42,7 @@ class MatquantConfig(QuantizationConfig):
         revision: of the hub's files.
         served: what is served, by the checkpoint's names of layers; None until that is settled.
         checkpoint: what tells the checkpoint from any other, None until it is settled.
+        layers: (out_features, in_features) of the checkpoint's quantized layers, empty until it is settled.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
@@ -50,6 +52,7 @@ class MatquantConfig(QuantizationConfig):
         self.revision: str | None = None
         self.served: Served | None = None
         self.checkpoint: Hashable = None
+        self.layers: dict[str, tuple[int, int]] = {}
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
@@ -101,7 +104,7 @@ class MatquantConfig(QuantizationConfig):
             wanted = ["*.json", *([shard_pattern(BASE_BITS)] if request.memory else [])]
             folder = fetch(self.model, self.revision, cache, wanted)
             checkpoint = opened(folder)
-            self.checkpoint = identity(folder)
+            self.checkpoint, self.layers = identity(folder), checkpoint.layers
             self.served = request.served(checkpoint, logger.info, partial=not local)
             if local:
                 checkpoint.check(*self.served.resident)
@@ -159,7 +162,8 @@ def settle(vllm_config: Any) -> None:
     serves every width and recipe.
 
     Raises:
-        CheckpointError: the settings are wrong, or the checkpoint cannot serve them.
+        CheckpointError: the settings are wrong, or the checkpoint cannot serve them, or the engine is asked for
+            what cannot be done with it, see :mod:`vllm_matquant.serve.limits`.
     """
     request = read_request(vllm_config.additional_config)
     quant_config = vllm_config.quant_config
@@ -168,6 +172,7 @@ def settle(vllm_config: Any) -> None:
         if load_config.load_format not in LOAD_FORMATS:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
         quant_config.settle(request, load_config.download_dir)
+        check_engine(vllm_config, quant_config.format, quant_config.layers)
         if not _has_matquant_draft(vllm_config):  # which is settled later, by the same settings
             vllm_config.additional_config = without_settings(vllm_config.additional_config)
     elif not _has_matquant_draft(vllm_config):

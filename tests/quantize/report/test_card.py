@@ -14,6 +14,7 @@ from tests.quantize.report.sample_reports import layer_rows, make_report
 from vllm_matquant.checkpoint.names import shard_name
 from vllm_matquant.checkpoint.spec import WIDTHS, Format
 from vllm_matquant.quantize.report.card import read_license, render_card
+from vllm_matquant.quantize.report.data import LayerRow
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
@@ -99,6 +100,17 @@ def test_layers_with_widths_of_their_own() -> None:
     # Two bits read planes 3 and 4 of these layers, which thus lie in the shards of two bits.
     assert "| `model-width3-*` | what lifts width 2 to 3: needed from 8 bits on |" in body
     assert "served at" not in render_card(make_report())
+
+
+def test_tensor_parallel_sizes_that_do_not_fit() -> None:
+    layers = [LayerRow("model.layers.0.mlp.down_proj", (64, 512), {})]
+    _, body = split(render_card(make_report(layers=layers, format=Format(group_size=128))))
+    refused = (
+        "is refused: not on 8 ranks: model.layers.0.mlp.down\\_proj has 512 input features, no multiple of 8 x 128."
+    )
+    assert refused in body
+    _, body = split(render_card(make_report(layers=layers, format=Format(group_size=64))))
+    assert "Tensor parallelism" not in body
 
 
 def test_nothing_measured() -> None:

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from vllm_matquant.checkpoint.names import MODEL_CARD_FILE
 from vllm_matquant.checkpoint.spec import BASE_BITS
+from vllm_matquant.checkpoint.tensor_parallel import describe_misfits, misfits
 from vllm_matquant.quantize.report import wording
 from vllm_matquant.quantize.report.data import Report
 
@@ -40,6 +41,7 @@ def render_card(report: Report) -> str:
         "size": wording.size,
         "text": wording.text_source,
         "command": lambda arguments: wording.command(arguments).replace("\n", "\n    "),
+        "misfits": describe_misfits,
         "plain": plain,
         "code": code,
     }
@@ -57,6 +59,7 @@ def render_card(report: Report) -> str:
             stored: min(width for width in format_.widths if format_.stored_width(width) >= stored)
             for stored in stored_widths
         },
+        misfits=misfits(format_, {layer.name: layer.shape for layer in report.layers}),
         layer_widths={_enumerated(widths): count for widths, count in Counter(format_.layer_widths.values()).items()},
     )
     return f"---\n{_front_matter(report)}\n---\n\n{body}"

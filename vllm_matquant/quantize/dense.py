@@ -1,0 +1,93 @@
+"""Whether a checkpoint is what can be quantized: a dense causal language model, with its own head and names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, UnexpectedTensorError
+from vllm_matquant.checkpoint.skeleton import Skeleton
+
+# How the architectures of causal language models end, those of code inside a checkpoint too.
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_HEADS = frozenset({"score", "classifier", "qa_outputs", "v_head"})  # of other tasks, by their usual names
+_DENSE = "a dense causal language model"
+
+
+def check_task(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a model of another task than predicting the next token, and one saved without a head.
+
+    Args:
+        config: the content of config.json.
+        where: that file, to name in an error.
+
+    Raises:
+        ConfigError: ``architectures`` names such a model.
+    """
+    for name in config.get("architectures") or []:
+        if not str(name).endswith(_CAUSAL):
+            lacking = "was saved without its output head" if str(name).endswith("Model") else "has another head"
+            raise ConfigError(
+                where,
+                "architectures",
+                f"{name}, which {lacking}",
+                f"{_DENSE}, such as one saved by AutoModelForCausalLM",
+            )
+
+
+def check_dense(config: Mapping[str, Any], skeleton: Skeleton, where: Path) -> None:
+    """Refuse a mixture of experts, and a model that has no linear layers.
+
+    Args:
+        config, where: as of :func:`check_task`.
+        skeleton: the model's parameters.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    kind = repr(config.get("model_type"))
+    if any(word in name for word in ("experts", "moe") for name in skeleton.parameters):
+        raise ConfigError(where, "model_type", f"{kind}, a mixture of experts", f"{_DENSE}: experts have no codes yet")
+    if not any("." in name for name in skeleton.linears):
+        raise ConfigError(
+            where, "model_type", f"{kind}, whose blocks have no linear layers (torch.nn.Linear)", "one with some"
+        )
+
+
+def check_heads(names: Collection[str], skeleton: Skeleton, where: Path) -> None:
+    """Refuse files with the head of another task.
+
+    Args:
+        names: of all tensors in the files.
+        skeleton: the model's parameters.
+        where: the folder, to name in an error.
+
+    Raises:
+        UnexpectedTensorError: there is a head that the causal language model lacks.
+    """
+    for name in sorted(set(names) - skeleton.parameters.keys()):
+        if name.split(".")[0] in _HEADS:
+            raise UnexpectedTensorError(where, name, "the head of another task", f"the tensors of {_DENSE}")
+
+
+def explain_missing(config: Mapping[str, Any], cause: CheckpointError, where: Path) -> CheckpointError:
+    """What to tell of a parameter that is in no file: transformers renames and joins tensors of some architectures.
+
+    Args:
+        config, where: as of :func:`check_task`.
+        cause: the error that names the parameter.
+    """
+    kind = config.get("model_type")
+    names = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind), kind)  # transformers keeps some by class, some by type
+    if not any(get_checkpoint_conversion_mapping(name) for name in names):
+        return cause
+    return ConfigError(
+        where,
+        "model_type",
+        f"{kind!r}, of which transformers renames or joins tensors while it loads them ({cause.subject} is in no file)",
+        "an architecture whose files hold the parameters by the names of transformers' model",
+    )

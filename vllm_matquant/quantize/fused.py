@@ -1,0 +1,58 @@
+"""The layers that vLLM computes as one, which need one setting for all of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from vllm_matquant.quantize.selection import Selection
+
+# The parts of what vLLM's model classes fuse (their packed_modules_mapping), by the usual names: a checkpoint is made
+# where there may be no vLLM, and is to be served by any.
+_PARTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+
+
+def check_fused(selection: Selection) -> None:
+    """Refuse settings that differ between the parts of a layer that vLLM fuses.
+
+    Args:
+        selection: what is quantized, and how.
+
+    Raises:
+        ValueError: one part is ignored and another one not, or has another group size or other widths.
+    """
+    format_, quantized = selection.format, selection.shapes
+    settings: dict[str, Callable[[str], object]] = {
+        "ignore": lambda name: "quantized" if name in quantized else "ignored",
+        "group-size-for": format_.group_size_setting,
+        "bits-for": lambda name: ",".join(map(str, format_.widths_of(name))),
+    }
+    for parent, parts in _fused(selection):
+        for option, setting_of in settings.items():
+            found = {part: setting_of(f"{parent}.{part}") for part in parts}
+            if len(set(found.values())) > 1:
+                told = ", ".join(f"{part} {setting}" for part, setting in found.items())
+                raise ValueError(
+                    f"{option}: found for {parent} {told}, expected the same for {' and '.join(parts)}, which vLLM "
+                    f"computes as one layer. Give --{option} an expression that matches all of them, such as "
+                    f"'({'|'.join(parts)})'"
+                )
+
+
+def _fused(selection: Selection) -> Iterator[tuple[str, list[str]]]:
+    """Each module with layers that are fused, and their names within it."""
+    children: defaultdict[str, set[str]] = defaultdict(set)
+    for name in selection.source.skeleton.linears:
+        parent, _, child = name.rpartition(".")
+        children[parent].add(child)
+    for parent, names in children.items():
+        for parts in _PARTS:
+            present = [part for part in parts if part in names]
+            if len(present) > 1:
+                yield parent, present

@@ -1,0 +1,53 @@
+"""What an engine may be asked for that cannot be done with a matquant checkpoint, refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.checkpoint.tensor_parallel import SIZES, find_misfit
+
+
+def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what would else fail long after the start, or in every process of the engine.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        format_: of the checkpoint.
+        layers: (out_features, in_features) of its quantized layers, by the checkpoint's names.
+
+    Raises:
+        ConfigError: LoRA is asked for, a tensor parallel size that would cut a group, the Transformers backend with
+            a quantized embedding, or pooling with a quantized output head.
+    """
+    if vllm_config.lora_config is not None:
+        raise ConfigError("lora_config", "enable_lora", True, "no LoRA, which quantized layers do not take yet")
+    model_config = vllm_config.model_config
+    if format_.quantized_embeddings and model_config.using_transformers_backend():
+        raise ConfigError(
+            "model_config",
+            "model_impl",
+            f"vLLM's Transformers backend, which cannot look up quantized {' and '.join(format_.quantized_embeddings)}",
+            "a model class of vLLM's own, or a checkpoint quantized without --quantize-embeddings",
+        )
+    heads = [name for name in layers if "." not in name]  # a head lies outside of the model's trunk
+    if heads and model_config.runner_type == "pooling":
+        raise ConfigError(
+            "model_config",
+            "runner",
+            f"pooling, for which vLLM drops {' and '.join(heads)}, and the checkpoint has it quantized",
+            f"runner generate, or a checkpoint quantized with --ignore {heads[0]}",
+        )
+    size = vllm_config.parallel_config.tensor_parallel_size
+    misfit = find_misfit(format_, layers, size)
+    if misfit is not None:
+        fitting = [1, *(each for each in SIZES if find_misfit(format_, layers, each) is None)]
+        raise ConfigError(
+            "parallel_config",
+            "tensor_parallel_size",
+            f"{size}, and {misfit}, the columns that must stay together",
+            f"one of --tensor-parallel-size {', '.join(map(str, fitting))}, or a checkpoint quantized with a smaller "
+            "--group-size",
+        )
