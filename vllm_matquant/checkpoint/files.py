@@ -1,4 +1,4 @@
-"""Files as the checkpoint needs them: bounded JSON, durable writes, SHA-256."""
+"""Files as the checkpoint needs them: bounded JSON, durable writes that say why they fail, SHA-256."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError
+from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError, WriteError
 
 JSON_LIMIT = 100 * 2**20  # bytes; as safetensors limits its headers
 HASH_BLOCK = 2**20
@@ -63,10 +65,32 @@ def read_json(path: Path, error: type[CheckpointError] = IndexFileError) -> dict
     return parse_json(path.read_bytes(), path, "content", error)
 
 
+@contextmanager
+def writing(path: Path | str, hint: str = "") -> Iterator[None]:
+    """A context in which the file ``path`` is written.
+
+    Args:
+        path: the file, as a message shall name it.
+        hint: what helps where the disk is full.
+
+    Raises:
+        WriteError: in place of the error of the system, or of safetensors, that ended it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as cause:
+        raise WriteError(path, cause, hint) from cause
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` and wait until the file is on the disk; :func:`sync_folder` makes its name durable."""
-    path.write_text(_to_json(content), encoding="utf-8")
-    sync_file(path)
+    """Write ``content`` and wait until the file is on the disk; :func:`sync_folder` makes its name durable.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    with writing(path):
+        path.write_text(_to_json(content), encoding="utf-8")
+        sync_file(path)
 
 
 def publish_json(path: Path, content: Any) -> None:
@@ -90,15 +114,19 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the file.
         write: writes it, to the temporary name that it is given.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.absolute().parent)
+    with writing(path):
+        try:
+            write(temporary)
+            sync_file(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.absolute().parent)
 
 
 def _to_json(content: Any) -> str:
@@ -106,11 +134,16 @@ def _to_json(content: Any) -> str:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions that the umask gives: safetensors' own are for the owner alone."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
+    """Write a safetensors file with the permissions that the umask gives: safetensors' own are for the owner alone.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    with writing(path):
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(mode)
 
 
 def sync_file(path: Path) -> None:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vllm_matquant.checkpoint.errors import OutputError
-from vllm_matquant.checkpoint.files import sync_file, sync_folder
+from vllm_matquant.checkpoint.files import sync_file, sync_folder, writing
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
@@ -88,8 +88,9 @@ class Staging:
         """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
         for path in sorted(source.iterdir()):
             if path.is_file() and is_copied(path.name):
-                shutil.copyfile(path, self.path / path.name)
-                sync_file(self.path / path.name)
+                with writing(self.path / path.name):
+                    shutil.copyfile(path, self.path / path.name)
+                    sync_file(self.path / path.name)
 
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.

@@ -18,7 +18,7 @@ from vllm_matquant.checkpoint.errors import (
     TensorShapeError,
     UnexpectedTensorError,
 )
-from vllm_matquant.checkpoint.files import save_tensors, sync_file, write_json
+from vllm_matquant.checkpoint.files import save_tensors, sync_file, write_json, writing
 from vllm_matquant.checkpoint.manifest import build_manifest
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
@@ -182,8 +182,9 @@ class CheckpointWriter:
         tensors = self._buffers.pop(width)
         self._total_size += self._buffered.pop(width)
         path = self._staging.path / f"{width}-{len(self._written[width])}"
-        save_tensors(tensors, path, {"format": "pt"})
-        sync_file(path)
+        with writing(path):
+            save_tensors(tensors, path, {"format": "pt"})
+            sync_file(path)
         self._written[width].append(sorted(tensors))
 
     def _name_shards(self) -> dict[str, str]:

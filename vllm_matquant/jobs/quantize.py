@@ -18,7 +18,7 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
 from vllm_matquant.quantize.pipeline import quantize as quantize_source
-from vllm_matquant.quantize.plan import Plan
+from vllm_matquant.quantize.plan import Plan, check_room
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
 from vllm_matquant.quantize.source import SourceModel, locate
@@ -197,6 +197,9 @@ class Quantize(PlannedJob[Outcome]):
             activations_on_disk=self.activations_on_disk,
             held_out=None if held_out is None else held_out.tokens,
         )
+
+    def check_plan(self, plan: Plan) -> None:
+        check_room(Path(self.output), plan.disk, on_disk=self.activations_on_disk)
 
     def run(self, say: Say = silent) -> Outcome:
         output, outcome = Path(self.output), None
