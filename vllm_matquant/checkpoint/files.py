@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from safetensors.torch import save_file
 
 from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError, WriteError
 
+# What a file system says of a call that it does not know; EINVAL is how some name it for fsync.
+NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 JSON_LIMIT = 100 * 2**20  # bytes; as safetensors limits its headers
 HASH_BLOCK = 2**20
 
@@ -143,16 +147,48 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
         path.touch()
         mode = stat.S_IMODE(path.stat().st_mode)
         save_file(dict(tensors), path, metadata=metadata)
-        path.chmod(mode)
+        if stat.S_IMODE(path.stat().st_mode) != mode:  # some file systems have one mode for all files
+            path.chmod(mode)
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the file's content is on the disk."""
+    """Wait until the file's content is on the disk, see :func:`sync`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until the content of an open file or folder is on the disk.
+
+    A file system that knows no such call, as some of networks and of user space do for folders, is not waited for: it
+    promises nothing, and what is written is good as long as the machine runs.
+
+    Raises:
+        OSError: the content cannot be written.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as cause:
+        if cause.errno not in (*NOT_SUPPORTED, errno.EINVAL):
+            raise
+
+
+def move(path: Path, target: Path) -> None:
+    """Move a file in place of another one, in one step: ``target`` is there whole or as it was before.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    try:
+        os.replace(path, target)
+    except OSError as cause:
+        if cause.errno != errno.EXDEV:  # another mount, or another branch of a union of file systems
+            raise
+        publish(target, lambda temporary: shutil.copyfile(path, temporary))
+        path.unlink()
 
 
 sync_folder: Callable[[Path], None] = sync_file  # fsync of a folder makes the names in it durable

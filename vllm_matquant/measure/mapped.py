@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_matquant.checkpoint.errors import WriteError
 from vllm_matquant.checkpoint.files import writing
 
 
@@ -24,8 +25,11 @@ def mapped(shape: Sequence[int], folder: Path, hint: str = "") -> torch.Tensor:
     Raises:
         WriteError: the disk has no room, or the folder cannot be written to.
     """
-    size = math.prod(shape)
-    with writing(folder / "a file of activations", hint), tempfile.NamedTemporaryFile(dir=folder) as file:
+    size, path = math.prod(shape), folder / "a file of activations"
+    with writing(path, hint), tempfile.NamedTemporaryFile(dir=folder) as file:
         # All of it now: a disk that turns out full while the mapping is written to would kill the process.
         os.posix_fallocate(file.fileno(), 0, size * torch.float32.itemsize)
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(*shape)
+        try:
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(*shape)
+        except RuntimeError as cause:  # a file system whose files cannot be mapped
+            raise WriteError(path, cause) from cause

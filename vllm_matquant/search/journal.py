@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_matquant.checkpoint.files import publish, publish_text, save_tensors, writing
+from vllm_matquant.checkpoint.files import publish, publish_text, save_tensors, sync, writing
 
 JOURNAL_VERSION = 1
 
@@ -107,7 +106,7 @@ class Journal:
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
 
     def _read(self, path: Path, settings: dict[str, Any]) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")
