@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, random_model, write_source
 from vllm_matquant.checkpoint.errors import (
@@ -17,16 +17,21 @@ from vllm_matquant.checkpoint.errors import (
     IndexFileError,
     MissingFileError,
     MissingTensorError,
+    PointerFileError,
     ShardError,
     TensorDtypeError,
     TensorShapeError,
     TensorValueError,
     UnsafePathError,
 )
+from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.measure.text import read_source, read_text
+from vllm_matquant.measure.windows import load_tokenizer
 from vllm_matquant.quantize.runner import run_block
 from vllm_matquant.quantize.source import Matrix, SourceModel, head_weight, locate, read_matrix
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -189,6 +194,41 @@ def test_quantized_source(spoiled: Path) -> None:
     edit_config(spoiled, quantization_config={"quant_method": "awq"})
     with pytest.raises(ConfigError, match=r"config\.json: quantization_config: found awq, expected .* not quantized"):
         SourceModel(spoiled)
+
+
+def test_a_quantization_config_that_is_null(spoiled: Path) -> None:
+    edit_config(spoiled, quantization_config=None)
+    assert "quantization_config" not in SourceModel(spoiled).config
+
+
+@pytest.mark.parametrize(("number", "name"), [("Infinity", "Infinity"), ("-1e999", "-Infinity"), ("NaN", "NaN")])
+def test_numbers_in_the_config_that_are_no_json(spoiled: Path, number: str, name: str) -> None:
+    path = spoiled / "config.json"
+    path.write_text(path.read_text().replace("{", f'{{"time_step_limit": [0.0, {number}],', 1))
+    source = SourceModel(spoiled)
+    json.dumps(source.config, allow_nan=False)  # what the checkpoint's config.json will hold
+    read, wanted = build_config(source.config), AutoConfig.from_pretrained(spoiled)
+    assert source.config["time_step_limit"] == [0.0, {"__float__": name}]
+    assert repr(read.time_step_limit) == repr(wanted.time_step_limit) == f"[0.0, {float(number)}]"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_a_pointer_in_the_place_of_a_file(spoiled: Path, name: str) -> None:
+    (spoiled / name).write_text(POINTER)
+    said = rf"{spoiled}/{name}: content: found a Git LFS pointer, expected .* Fetch it: git lfs pull, or hf download$"
+    with pytest.raises(PointerFileError, match=said):
+        SourceModel(spoiled)
+    if name.startswith("tokenizer"):
+        with pytest.raises(PointerFileError, match=said):
+            load_tokenizer(spoiled)
+
+
+def test_a_pointer_in_the_place_of_a_text(tmp_path: Path) -> None:
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_text(POINTER)
+        for read in (lambda path: read_source(str(path), 1), read_text):
+            with pytest.raises(PointerFileError, match="found a Git LFS pointer"):
+                read(tmp_path / name)
 
 
 def test_unknown_architecture(spoiled: Path) -> None:

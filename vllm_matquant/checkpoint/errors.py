@@ -44,6 +44,19 @@ class MissingFileError(CheckpointError):
     """A file that the index lists is not in the folder."""
 
 
+class PointerFileError(MissingFileError):
+    """A file holds Git LFS's note of where its content is, and not the content."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(
+            path,
+            "content",
+            "a Git LFS pointer",
+            "the file that it stands for",
+            "Fetch it: git lfs pull, or hf download",
+        )
+
+
 class IndexFileError(CheckpointError):
     """The index, or another JSON file of the checkpoint, cannot be parsed or contradicts the shards."""
 

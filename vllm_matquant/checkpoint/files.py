@@ -17,16 +17,32 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vllm_matquant.checkpoint.errors import CheckpointError, IndexFileError, MissingFileError, WriteError
+from vllm_matquant.checkpoint.errors import (
+    CheckpointError,
+    IndexFileError,
+    MissingFileError,
+    PointerFileError,
+    WriteError,
+)
 
 # What a file system says of a call that it does not know; EINVAL is how some name it for fsync.
 NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_POINTER = b"version https://git-lfs.github.com/spec/"
 JSON_LIMIT = 100 * 2**20  # bytes; as safetensors limits its headers
 HASH_BLOCK = 2**20
 
 
-def parse_json(text: bytes, where: Path, subject: str, error: type[CheckpointError]) -> dict[str, Any]:
+def parse_json(
+    text: bytes, where: Path, subject: str, error: type[CheckpointError], *, any_float: bool = False
+) -> dict[str, Any]:
     """Parse one JSON object strictly: UTF-8, no key twice, no NaN or Infinity.
+
+    Args:
+        text: the object.
+        where: the file to name in an error.
+        subject: the part of it to name in an error.
+        error: what is raised.
+        any_float: let NaN and Infinity pass, which are no JSON.
 
     Raises:
         CheckpointError: of the class ``error``, if ``text`` is anything else.
@@ -44,7 +60,9 @@ def parse_json(text: bytes, where: Path, subject: str, error: type[CheckpointErr
         raise ValueError(f"{name} is not JSON")
 
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        content = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=float if any_float else refuse_constant
+        )
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as cause:
@@ -54,11 +72,27 @@ def parse_json(text: bytes, where: Path, subject: str, error: type[CheckpointErr
     return content
 
 
-def read_json(path: Path, error: type[CheckpointError] = IndexFileError) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def check_content(path: Path) -> None:
+    """Check that a file holds its own content.
 
     Raises:
-        MissingFileError: there is no such file.
+        PointerFileError: it is what Git leaves in the place of a large file that it has not fetched.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise PointerFileError(path)
+
+
+def read_json(path: Path, error: type[CheckpointError] = IndexFileError, *, any_float: bool = False) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        error: what is raised if it is none.
+        any_float: let NaN and Infinity pass, see :func:`parse_json`.
+
+    Raises:
+        MissingFileError: there is no such file, or Git has not fetched its content.
         CheckpointError: of the class ``error``, if it is too large or not a JSON object.
     """
     if not path.is_file():
@@ -66,7 +100,8 @@ def read_json(path: Path, error: type[CheckpointError] = IndexFileError) -> dict
     size = path.stat().st_size
     if size > JSON_LIMIT:
         raise error(path, "size", f"{size} bytes", f"at most {JSON_LIMIT}")
-    return parse_json(path.read_bytes(), path, "content", error)
+    check_content(path)
+    return parse_json(path.read_bytes(), path, "content", error, any_float=any_float)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vllm_matquant.checkpoint.errors import OutputError, WriteError
-from vllm_matquant.checkpoint.files import NOT_SUPPORTED, move, sync_file, sync_folder, writing
+from vllm_matquant.checkpoint.files import NOT_SUPPORTED, check_content, move, sync_file, sync_folder, writing
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
@@ -208,6 +208,17 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is the checkpoint's own."""
     return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or is_copied(name)
+
+
+def check_copied(folder: Path) -> None:
+    """Check that the files of a source model that :meth:`Staging.copy_from` copies hold their own content.
+
+    Raises:
+        PointerFileError: Git has not fetched one's content.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_copied(path.name):
+            check_content(path)
 
 
 def is_copied(name: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from vllm_matquant.checkpoint.files import check_content
+
 HUB = "hf:"
 _FILE_CHARACTERS = 2**20  # of a file, however few are asked for
 _PIECES = 64  # of a larger text file, spread evenly over it
@@ -43,8 +45,10 @@ def read_text(path: Path) -> str:
 
     Raises:
         TextError: it is not UTF-8, or holds NUL characters.
+        PointerFileError: Git has not fetched the file's content.
         OSError: it cannot be read.
     """
+    check_content(path)
     return _decode(path, path.read_bytes())
 
 
@@ -69,6 +73,7 @@ def _documents(source: str | None, characters: int, column: str) -> Iterator[str
     path, characters = Path(source), max(characters, _FILE_CHARACTERS)
     if not path.is_file():
         raise TextError(f"{path}: found no such file, expected a .txt or .jsonl file, or {HUB}NAME")
+    check_content(path)
     if path.suffix == ".jsonl":
         yield from _some(_json_documents(path, column), characters)
     elif path.stat().st_size <= characters:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.staging import check_copied
 from vllm_matquant.measure.text import HUB, TextError, held_out_text, read_source, read_text
 
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -107,8 +108,10 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     That a beginning-of-text token exists says nothing: many models have one and never put it before a text.
 
     Raises:
-        MissingFileError: transformers finds no tokenizer there.
+        MissingFileError: transformers finds no tokenizer there, or Git has not fetched a file's content.
     """
+    if folder.is_dir():
+        check_copied(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as cause:
@@ -123,7 +126,8 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, .
         if whole[count : count + len(plain)] == plain:
             return tuple(whole[:count])
     own, model = (
-        read_json(folder / name) if (folder / name).is_file() else {} for name in (_TOKENIZER_CONFIG_FILE, CONFIG_FILE)
+        read_json(folder / name, any_float=True) if (folder / name).is_file() else {}
+        for name in (_TOKENIZER_CONFIG_FILE, CONFIG_FILE)
     )
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.get("bos_token_id")
     says = own.get("add_bos_token")

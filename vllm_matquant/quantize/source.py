@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.model_config import tag_floats
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
+from vllm_matquant.checkpoint.staging import check_copied
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
@@ -132,11 +134,13 @@ class SourceModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / CONFIG_FILE)
-        if "quantization_config" in self.config:
-            found = self.config["quantization_config"]
+        # Numbers that JSON does not know, as transformers once wrote them, and reads them still.
+        self.config: dict[str, Any] = tag_floats(read_json(folder / CONFIG_FILE, any_float=True))
+        found = self.config.pop("quantization_config", None)
+        if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
+        check_copied(folder)
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
         self.tensors: Tensors = SafetensorsFolder(folder, self.skeleton)
         runner = TransformersRunner(self.config, self.skeleton, self._read)
