@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -282,6 +283,68 @@ def test_index_that_names_a_tensor_of_another_file(spoiled: Path) -> None:
         SourceModel(spoiled)
 
 
+def test_an_index_beside_a_file_that_it_does_not_list(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    save_file(random_model("llama", seed=1).state_dict(), folder / "model.safetensors")
+    said = r"index\.json: weight_map: found shards, and model\.safetensors beside them.* Remove either "
+    with pytest.raises(IndexFileError, match=said):
+        SourceModel(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(SourceModel(folder).tensors.read("lm_head.weight"), loaded.lm_head.weight)
+
+
+def test_one_shard_without_an_index(spoiled: Path) -> None:
+    before = SourceModel(spoiled).tensors
+    (spoiled / "model.safetensors").rename(spoiled / "model-00001-of-00001.safetensors")
+    after = SourceModel(spoiled).tensors
+    assert after.names == before.names
+    assert [path.name for path in after.files] == ["model-00001-of-00001.safetensors"]
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        MissingFileError, match=r"weights: found model-00001-of-\d+\.safetensors without an index, .*Fetch"
+    ):
+        SourceModel(folder)
+
+
+def test_tensors_that_the_index_does_not_list(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = index.pop("model.norm.weight")
+    assert file in index.values()
+    edit_index(folder, index)
+    assert torch.equal(
+        SourceModel(folder).tensors.read("model.norm.weight"), load_file(folder / file)["model.norm.weight"]
+    )
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf"])
+def test_weights_of_another_format(spoiled: Path, name: str) -> None:
+    (spoiled / "model.safetensors").rename(spoiled / name)
+    with pytest.raises(MissingFileError, match=rf"weights: found {name}, expected .*save_pretrained$"):
+        SourceModel(spoiled)
+
+
+def test_what_is_fetched_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    model += ["merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE", "README.md"]
+    again = ["original/params.json", "original/tokenizer.model", "onnx/model.json", "consolidated.safetensors"]
+    again += ["consolidated.00.pth", "pytorch_model.bin", "fp16/model.safetensors", "original/consolidated.00.pth"]
+    fetched: list[str] = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects([*model, *again], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("vllm_matquant.quantize.source.snapshot_download", download)
+    assert locate("some/model") == tmp_path
+    assert fetched == model
+
+
 def test_missing_tensor(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.layers.1.mlp.up_proj.weight": None})
     with pytest.raises(MissingTensorError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: found in no file"):
@@ -297,6 +360,11 @@ def test_wrong_shape(spoiled: Path) -> None:
 def test_wrong_dtype(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
     with pytest.raises(TensorDtypeError, match=r"model\.norm\.weight: found torch\.int8"):
+        SourceModel(spoiled)
+    edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.float64)})
+    with pytest.raises(
+        TensorDtypeError, match=r"found torch\.float64, .* in torch\.float32 and write it with save_pretr"
+    ):
         SourceModel(spoiled)
 
 

@@ -22,7 +22,9 @@ from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
 # What to fetch of a model on a hub: weights, configuration, tokenizer, and what states the licence.
+# Of sub-folders, which hold the model once more in other formats, only chat templates.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+_NO_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in _FILES if pattern != "*.jinja")]
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def locate(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        return Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_NO_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"
