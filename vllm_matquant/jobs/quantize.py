@@ -124,15 +124,16 @@ class Quantize(PlannedJob[Outcome]):
     calibration: Path | str | None = field(
         default=None,
         metadata=argument(
-            "text to calibrate on: a data set, a text, or JSON lines; default: a built-in text",
-            metavar="hf:NAME|FILE.txt|FILE.jsonl",
+            "text to calibrate on: a text, a list in .json, records in .jsonl, .csv or .parquet (each with a text or a "
+            "chat), or a data set; default: a built-in text",
+            metavar="hf:NAME|FILE",
             group="calibration",
         ),
     )
     text_column: str = field(
         default=_CALIBRATION.text_column,
         metadata=argument(
-            "the text's column in the data set, or field in the JSON lines (default: %(default)s)",
+            "the text's field in a record, of the held-out text too (default: %(default)s)",
             metavar="NAME",
             group="calibration",
         ),
@@ -163,7 +164,7 @@ class Quantize(PlannedJob[Outcome]):
             "text that calibration does not see, to measure perplexity and KL divergence of every width on (default: "
             "the part of the language reference that the built-in text leaves out)",
             parse=Path,
-            metavar="FILE.txt",
+            metavar="FILE",
             group="report",
         ),
     )
@@ -268,6 +269,7 @@ class Quantize(PlannedJob[Outcome]):
             load_tokenizer(source),
             samples=self.held_out_samples,
             sequence_length=self.sequence_length,
+            text_column=self.text_column,
         )
 
     def _model_name(self) -> str:
