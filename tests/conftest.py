@@ -1,5 +1,5 @@
-"""What all tests share: vLLM's settings, which must stand before its first import, the real model, and the order in which
-pytest-xdist deals the files.
+"""What all tests share: vLLM's settings, which must stand before its first import, the real model, and the order of the
+files for pytest-xdist.
 """
 
 from __future__ import annotations

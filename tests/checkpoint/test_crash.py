@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from vllm_matquant.checkpoint import files, staging, writer
+from vllm_matquant.checkpoint import files, staging
+from vllm_matquant.checkpoint.errors import WriteError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, DOCUMENT_FILES, INDEX_FILE, MANIFEST_FILE, REPORT_FOLDER
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
@@ -184,14 +186,24 @@ def test_full_disk_while_overwriting_leaves_the_old(
     write: Callable[..., Any], sample: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in sample.folder.iterdir()}
+    said = rf"^{sample.folder}/.*: writing: found No space left on device, [\d,]+ bytes free, expected .*another disk$"
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for module, name in ((files, "save_file"), (writer, "write_json"), (staging.shutil, "copyfile")):
+    def full_in_rust(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    faults = (
+        (files, "save_file", full),
+        (files, "save_file", full_in_rust),
+        (Path, "write_text", full),
+        (staging.shutil, "copyfile", full),
+    )
+    for module, name, fault in faults:
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, full)
-            with pytest.raises(OSError, match="No space left"):
+            patch.setattr(module, name, fault)
+            with pytest.raises(WriteError, match=said):
                 write(sample.folder, seed=1, overwrite=True)
         assert {path.name: path.read_bytes() for path in sample.folder.iterdir()} == before
         assert open_checkpoint(sample.folder).layers

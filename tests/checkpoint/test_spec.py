@@ -21,7 +21,12 @@ def test_auto_takes_the_largest_group_that_fits(in_features: int, size: int) -> 
 
 @pytest.mark.parametrize(
     ("group_size", "in_features", "fitting"),
-    [(128, 192, '64, 32, "channel"'), (64, 40, '"channel"'), ("auto", 40, '"channel"')],
+    [
+        (128, 192, '8, 16, 24, 32, 48, 64, 96, "channel"'),
+        (64, 40, '8, "channel"'),
+        ("auto", 120, '8, 24, 40, "channel"'),
+        ("auto", 8, '"channel"'),
+    ],
 )
 def test_group_that_does_not_divide_names_those_that_would(group_size: Any, in_features: int, fitting: str) -> None:
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -28,6 +29,7 @@ from vllm_matquant.checkpoint.errors import (
     TensorDtypeError,
     TensorShapeError,
     UnexpectedTensorError,
+    WriteError,
 )
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import (
@@ -127,7 +129,12 @@ def test_shard_bytes_bound_the_shards(write: Callable[..., Any], tmp_path: Path)
         (CODES.int(), decoders(2, 4), TensorDtypeError, "codes of layer: found torch.int32, expected torch.uint8"),
         (CODES[0], decoders(2, 4), TensorShapeError, r"codes of layer: found \[64\]"),
         (CODES[:, :60], decoders(2, 4), ConfigError, "in_features of layer: found 60, expected a multiple of 8"),
-        (CODES[:, :48], decoders(2, 4), ConfigError, 'group_size for layer: found 32, .* 48 input features: "channel"'),
+        (
+            CODES[:, :48],
+            decoders(2, 4),
+            ConfigError,
+            'group_size for layer: found 32, .* 48 .*: 8, 16, 24, "channel"',
+        ),
         (CODES, decoders(2), MissingTensorError, r"decoders of layer: found widths \[2\], expected \[2, 4\]"),
         (CODES, decoders(2, 3, 4), UnexpectedTensorError, r"found widths \[2, 3, 4\], expected \[2, 4\]"),
         (CODES[:2], decoders(2, 4), TensorShapeError, r"layer.weight_scale2: found \[3, 2\], expected \[2, 2\]"),
@@ -326,6 +333,64 @@ def test_two_writers_at_a_time(tmp_path: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(lock)
         assert writer.folder == tmp_path
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    output = tmp_path / "out"
+    with CheckpointWriter(output, FORMAT):
+        said = rf"{output}: {STAGING_FOLDER}: found the files of another process.* Remove {output}/{STAGING_FOLDER} if "
+        with pytest.raises(OutputError, match=said):
+            CheckpointWriter(output, FORMAT)
+        assert (output / STAGING_FOLDER).is_dir()  # the other's
+    assert contents(tmp_path) == {}
+
+
+def test_a_lock_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(WriteError, match=rf"^{tmp_path}/out/{STAGING_FOLDER}: writing: found Input/output error, "):
+        CheckpointWriter(tmp_path / "out", FORMAT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_knows_neither_fsync_nor_renames_across_mounts(
+    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write(tmp_path / "plain")
+    replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def replace_in_a_folder(old: Path, new: Path) -> None:
+        if Path(old).parent != Path(new).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace_in_a_folder)
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_a_disk_that_fails_is_no_file_system_without_fsync(
+    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(WriteError, match="writing: found Input/output error"):
+        write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:

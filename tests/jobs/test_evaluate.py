@@ -98,7 +98,7 @@ def test_width_that_is_not_in_the_folder(
     [
         ({"--samples": "1000"}, 1, "text.txt: found"),
         ({"--sequence-length": "1"}, 1, "sequence_length: found 1, expected at least 2"),
-        ({"--text": "nowhere.txt"}, 1, "No such file or directory: 'nowhere.txt'"),
+        ({"--text": "nowhere.txt"}, 1, "nowhere.txt: found no such file, expected a .txt, "),
         ({"--reference": "/no such model"}, 1, "/no such model: model: found no such folder"),
         ({"--bits": "1"}, 2, "argument --bits: found '1'"),
         ({"--json": "/no/such/folder/x.json"}, 2, "argument --json: found no folder /no/such/folder"),

@@ -6,18 +6,22 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.quantize.tiny_sources import write_source, write_tokenizer
 from vllm_matquant import cli
+from vllm_matquant.checkpoint import files
 from vllm_matquant.checkpoint.manifest import read_manifest
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -93,6 +97,54 @@ def test_dry_run_refuses_what_the_run_would(nested: Path, source: Path, capsys: 
         errors = [refusal(capsys, source, "--output", nested, *FEW, *options, *dry) for dry in (["--dry-run"], [])]
         assert errors[0] == errors[1]
     assert {path.name: path.read_bytes() for path in nested.iterdir()} == before
+
+
+def test_a_full_disk_is_refused_before_the_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, work = tmp_path / "nested", tmp_path / "nested" / WORK_FOLDER
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=70_000))
+    said = r"nested: disk: found 70,000 bytes free, expected at least [\d,]+ until the end of the work. .*\(--output\)"
+    for options in ([], ["--dry-run"]):
+        status, error = refusal(capsys, source, "--output", output, *FEW, *options)
+        assert status == 1
+        assert re.search(said, error)
+        assert "--activations-on-disk" not in error
+        assert not output.exists()
+    assert "--activations-on-disk" in refusal(capsys, source, "--output", output, "--activations-on-disk", *FEW)[1]
+    work.mkdir(parents=True)  # what unfinished work takes is a part of what is needed
+    with (work / "block.safetensors").open("wb") as file:
+        file.truncate(10**9)
+    assert run_quantize([str(source), "--output", str(output), *FEW]) == 0
+
+
+def test_a_file_system_that_tells_no_size_is_not_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+    assert run_quantize([str(source), "--output", str(tmp_path / "nested"), "--dry-run", *FEW]) == 0
+    assert "NOT ENOUGH" not in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_is_said_in_one_sentence(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, real, calls = tmp_path / "nested", files.save_file, iter(range(100))
+
+    def full(*arguments: Any, **options: Any) -> None:
+        if next(calls):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        status, error = refusal(capsys, source, "--output", output, *FEW)
+    assert status == 1
+    assert re.search(rf"{WORK_FOLDER}/model.layers.1.safetensors: writing: found No space left on device, ", error)
+    kept = sorted(path.name for path in (output / WORK_FOLDER).iterdir())
+    assert kept == ["model.layers.0.safetensors", "settings.json"]
+    assert [path.name for path in output.iterdir()] == [WORK_FOLDER]
+    assert run_quantize([str(source), "--output", str(output), "--resume", *FEW]) == 0
 
 
 def test_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.quantize.tiny_sources import byte_tokenizer, write_tokenizer
+from tests.quantize.tiny_sources import VOCABULARY, byte_tokenizer, write_source, write_tokenizer
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.measure import text as text_module
 from vllm_matquant.measure.text import TextError
@@ -106,6 +106,93 @@ def test_bad_line(load: Any, tmp_path: Path, line: str) -> None:
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(TextError, match=r'text\.jsonl:2: found .*, expected {"text": "\.\.\."}'):
         load(path)
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "It sat. " * 40}]},
+    {"conversations": [{"from": "human", "value": "The mat?"}, {"from": "gpt", "value": "It thought. " * 40}]},
+]
+RENDERED = [
+    "<user>The cat?</user><assistant>" + "It sat. " * 40 + "</assistant>",
+    "<user>The mat?</user><assistant>" + "It thought. " * 40 + "</assistant>",
+]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+
+
+def sha256(*documents: str) -> str:
+    return hashlib.sha256("\n\n".join(documents).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["strings", "objects"])
+def test_a_list_in_json(load: Any, tmp_path: Path, kind: str) -> None:
+    documents = ["The cat sat. " * 20, "The other\ncat thought. " * 20]
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps([{"text": text} for text in documents] if kind == "objects" else documents, indent=1))
+    assert load(path).source["sha256"] == sha256(*documents)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}\n{"text": "two"}', r"text\.json: found no valid JSON .* One record in each line is \.jsonl$"),
+        ('{"text": "one"}', r"text\.json: found dict, expected a list of texts or of objects with one$"),
+        ('["fine", 3]', r"text\.json\[1\]: found '3', expected {\"text\": \"\.\.\.\"}.*--text-column"),
+    ],
+)
+def test_json_that_is_no_list_of_texts(load: Any, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "text.json").write_text(content)
+    with pytest.raises(TextError, match=message):
+        load(tmp_path / "text.json")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tables(load: Any, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    documents = ["The cat sat, " * 20, "The other\ncat thought. " * 20]
+    table, path = datasets.Dataset.from_dict({"id": [1, 2], "text": documents}), tmp_path / f"text{suffix}"
+    table.to_csv(path) if suffix == ".csv" else table.to_parquet(path)
+    assert load(path).source["sha256"] == sha256(*documents)
+    with pytest.raises(TextError, match=rf"text\{suffix}: found .*, expected {{\"prompt\""):
+        load(path, text_column="prompt")
+    path.write_bytes(b"")
+    with pytest.raises(TextError, match=rf"text\{suffix}: found no table "):
+        load(path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match=rf"text\{suffix}: found no package datasets, expected it \(pip install"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_chats_are_rendered_as_the_model_is_given_them(load: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"chats{suffix}"
+    path.write_text(json.dumps(CHATS) if suffix == ".json" else "\n".join(map(json.dumps, CHATS)))
+    with pytest.raises(TextError, match="chat template: found none that renders the records' chats"):
+        load(path)
+    own = byte_tokenizer()
+    own.chat_template = TEMPLATE
+    sizes = {"samples": 4, "sequence_length": 16}
+    assert draw_windows(str(path), TextTokenizer(own), **sizes, seed=0).source["sha256"] == sha256(*RENDERED)
+    assert spread_windows(path, TextTokenizer(own), **sizes).source["sha256"] == sha256(*RENDERED)
+
+
+def test_a_text_to_measure_on_may_be_records(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    documents = ["The cat sat. " * 20, "The other cat thought. " * 20]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"body": text}) for text in documents))
+    sizes = {"samples": 4, "sequence_length": 16, "text_column": "body"}
+    assert spread_windows(path, TextTokenizer(tokenizer), **sizes).source["sha256"] == sha256(*documents)
+
+
+def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
+    small = TextTokenizer(tokenizer, vocabulary=100)
+    with pytest.raises(
+        TextError, match=r"tokenizer: found token \d+, expected one of the embedding's 100 \(vocab_size\)"
+    ):
+        draw_windows(str(text_file), small, samples=4, sequence_length=16, seed=0)
+    with pytest.raises(TextError, match="expected one of the embedding's 100"):
+        spread_windows(text_file, small, samples=4, sequence_length=16)
+    write_source(tmp_path)
+    assert load_tokenizer(tmp_path).vocabulary == VOCABULARY
 
 
 def test_no_such_file(load: Any, tmp_path: Path) -> None:

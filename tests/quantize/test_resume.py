@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +16,14 @@ import pytest
 import torch
 
 from tests.quantize.tiny_sources import write_source
-from vllm_matquant.checkpoint.errors import OutputError, ShardError
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine
+from vllm_matquant.checkpoint.errors import OutputError, ShardError, WriteError
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.quantize import origin
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
-from vllm_matquant.quantize.resume import WORK_FOLDER, ResumeError
+from vllm_matquant.quantize.resume import WORK_FOLDER, ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.source import SourceModel
 
@@ -397,11 +399,26 @@ def test_activations_on_disk_are_the_same(deep: Path, tmp_path: Path, monkeypatc
     assert not torch.equal(in_memory.reference, in_memory.slices[2])
 
 
+def test_finished_blocks_have_the_permissions_that_the_umask_gives(
+    cut_off: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        cut_off(tmp_path / "out")
+        decoder = AFFINE_INT8.encode(Affine(torch.ones(3, 2), torch.zeros(3, 2)), 2)
+        WorkFolder(tmp_path / "out").save_trained(2, {"block": {"block.layer": decoder}})
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
 def test_a_full_disk_is_an_error(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=r"No space left on device, .* bytes free.* Leave out --activations-on-disk"):
         Activations(SourceModel(deep).runner, torch.zeros(1, 8, dtype=torch.int64), folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -27,17 +28,22 @@ from vllm_matquant.checkpoint.errors import (
     IndexFileError,
     MissingFileError,
     MissingTensorError,
+    PointerFileError,
     ShardError,
     TensorDtypeError,
     TensorShapeError,
     TensorValueError,
     UnsafePathError,
 )
+from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.skeleton import build_skeleton
+from vllm_matquant.measure.text import read_source, read_text
+from vllm_matquant.measure.windows import load_tokenizer
 from vllm_matquant.quantize.runner import TransformersRunner, run_block
 from vllm_matquant.quantize.source import Matrix, SourceModel, head_weight, locate, read_matrix
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -335,6 +341,41 @@ def test_quantized_source(spoiled: Path) -> None:
         SourceModel(spoiled)
 
 
+def test_a_quantization_config_that_is_null(spoiled: Path) -> None:
+    edit_config(spoiled, quantization_config=None)
+    assert "quantization_config" not in SourceModel(spoiled).config
+
+
+@pytest.mark.parametrize(("number", "name"), [("Infinity", "Infinity"), ("-1e999", "-Infinity"), ("NaN", "NaN")])
+def test_numbers_in_the_config_that_are_no_json(spoiled: Path, number: str, name: str) -> None:
+    path = spoiled / "config.json"
+    path.write_text(path.read_text().replace("{", f'{{"time_step_limit": [0.0, {number}],', 1))
+    source = SourceModel(spoiled)
+    json.dumps(source.config, allow_nan=False)  # what the checkpoint's config.json will hold
+    read, wanted = build_config(source.config), AutoConfig.from_pretrained(spoiled)
+    assert source.config["time_step_limit"] == [0.0, {"__float__": name}]
+    assert repr(read.time_step_limit) == repr(wanted.time_step_limit) == f"[0.0, {float(number)}]"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_a_pointer_in_the_place_of_a_file(spoiled: Path, name: str) -> None:
+    (spoiled / name).write_text(POINTER)
+    said = rf"{spoiled}/{name}: content: found a Git LFS pointer, expected .* Fetch it: git lfs pull, or hf download$"
+    with pytest.raises(PointerFileError, match=said):
+        SourceModel(spoiled)
+    if name.startswith("tokenizer"):
+        with pytest.raises(PointerFileError, match=said):
+            load_tokenizer(spoiled)
+
+
+def test_a_pointer_in_the_place_of_a_text(tmp_path: Path) -> None:
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_text(POINTER)
+        for read in (lambda path: read_source(str(path), 1), read_text):
+            with pytest.raises(PointerFileError, match="found a Git LFS pointer"):
+                read(tmp_path / name)
+
+
 def test_unknown_architecture(spoiled: Path) -> None:
     edit_config(spoiled, model_type="nonesuch")
     with pytest.raises(ConfigError, match="'nonesuch'"):
@@ -386,6 +427,68 @@ def test_index_that_names_a_tensor_of_another_file(spoiled: Path) -> None:
         SourceModel(spoiled)
 
 
+def test_an_index_beside_a_file_that_it_does_not_list(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    save_file(random_model("llama", seed=1).state_dict(), folder / "model.safetensors")
+    said = r"index\.json: weight_map: found shards, and model\.safetensors beside them.* Remove either "
+    with pytest.raises(IndexFileError, match=said):
+        SourceModel(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(SourceModel(folder).tensors.read("lm_head.weight"), loaded.lm_head.weight)
+
+
+def test_one_shard_without_an_index(spoiled: Path) -> None:
+    before = SourceModel(spoiled).tensors
+    (spoiled / "model.safetensors").rename(spoiled / "model-00001-of-00001.safetensors")
+    after = SourceModel(spoiled).tensors
+    assert after.names == before.names
+    assert [path.name for path in after.files] == ["model-00001-of-00001.safetensors"]
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        MissingFileError, match=r"weights: found model-00001-of-\d+\.safetensors without an index, .*Fetch"
+    ):
+        SourceModel(folder)
+
+
+def test_tensors_that_the_index_does_not_list(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", shard_size="100KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = index.pop("model.norm.weight")
+    assert file in index.values()
+    edit_index(folder, index)
+    assert torch.equal(
+        SourceModel(folder).tensors.read("model.norm.weight"), load_file(folder / file)["model.norm.weight"]
+    )
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf"])
+def test_weights_of_another_format(spoiled: Path, name: str) -> None:
+    (spoiled / "model.safetensors").rename(spoiled / name)
+    with pytest.raises(MissingFileError, match=rf"weights: found {name}, expected .*save_pretrained$"):
+        SourceModel(spoiled)
+
+
+def test_what_is_fetched_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    model += ["merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE", "README.md"]
+    again = ["original/params.json", "original/tokenizer.model", "onnx/model.json", "consolidated.safetensors"]
+    again += ["consolidated.00.pth", "pytorch_model.bin", "fp16/model.safetensors", "original/consolidated.00.pth"]
+    fetched: list[str] = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects([*model, *again], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("vllm_matquant.quantize.source.snapshot_download", download)
+    assert locate("some/model") == tmp_path
+    assert fetched == model
+
+
 def test_missing_tensor(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.layers.1.mlp.up_proj.weight": None})
     with pytest.raises(MissingTensorError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: found in no file"):
@@ -401,6 +504,11 @@ def test_wrong_shape(spoiled: Path) -> None:
 def test_wrong_dtype(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
     with pytest.raises(TensorDtypeError, match=r"model\.norm\.weight: found torch\.int8"):
+        SourceModel(spoiled)
+    edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.float64)})
+    with pytest.raises(
+        TensorDtypeError, match=r"found torch\.float64, .* in torch\.float32 and write it with save_pretr"
+    ):
         SourceModel(spoiled)
 
 

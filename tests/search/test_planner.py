@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,15 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
         Journal(path, {"seed": 2, "text": "a"}, resume=True)
     anew.remove()
     assert not path.exists()
+
+
+def test_a_journal_has_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        Journal(tmp_path / "journal.jsonl", {"seed": 1}).tensors("own", lambda: ({"a": torch.ones(2)}, 5))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_tensors_that_a_journal_does_not_know_are_made_anew(tmp_path: Path) -> None:

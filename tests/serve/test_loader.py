@@ -142,9 +142,7 @@ def test_only_files_of_the_width_are_fetched_from_a_hub(
     suffixes = [
         "base",
         *(f"plane{width}" for width in range(3, bits + 1)),
-        f"scale{bits}",
-        f"centre{bits}",
-        f"step{bits}",
+        *(f"{part}{bits}" for part in (("scale", "centre", "step") if bits <= 4 else ("scale", "offset"))),
     ]
     assert down == {f"model.layers.1.mlp.down_proj.weight_{suffix}" for suffix in suffixes}
     assert "model.embed_tokens.weight" in tensors

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 from pathlib import Path
 
 
@@ -38,6 +42,19 @@ class RecipeError(CheckpointError):
 
 class MissingFileError(CheckpointError):
     """A file that the index lists is not in the folder."""
+
+
+class PointerFileError(MissingFileError):
+    """A file holds Git LFS's note of where its content is, and not the content."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(
+            path,
+            "content",
+            "a Git LFS pointer",
+            "the file that it stands for",
+            "Fetch it: git lfs pull, or hf download",
+        )
 
 
 class IndexFileError(CheckpointError):
@@ -85,4 +102,30 @@ class NestingError(CheckpointError):
 
 
 class OutputError(CheckpointError):
-    """The folder that a checkpoint shall be written to holds other files, or is in use."""
+    """The folder that a checkpoint shall be written to holds other files, has too little room, or is in use."""
+
+
+class WriteError(OSError):
+    """A file cannot be written; the message names it, what stopped it, and what helps.
+
+    Args:
+        path: the file.
+        cause: an OSError, or the error of a library that tells the system's number in its text.
+        hint: what else helps where the disk is full.
+    """
+
+    def __init__(self, path: Path | str, cause: Exception, hint: str = "") -> None:
+        number = cause.errno if isinstance(cause, OSError) else _system_number(str(cause))
+        found = os.strerror(number) if number else str(cause)
+        help = "Write to another folder"
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(each for each in Path(path).absolute().parents if each.exists())).free
+            found += f", {free:,} bytes free"
+            help = hint or "Free some room, or write to another disk"
+        super().__init__(f"{path}: writing: found {found}, expected a file that can be written. {help}")
+        self.errno = number
+
+
+def _system_number(message: str) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", message)
+    return int(found[1]) if found else None

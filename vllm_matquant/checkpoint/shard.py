@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ShardError, TensorDtypeError
-from vllm_matquant.checkpoint.files import JSON_LIMIT, parse_json
+from vllm_matquant.checkpoint.files import JSON_LIMIT, check_content, parse_json
 
 _LENGTH_BYTES = 8  # the header's length, little-endian
 _MAX_RANK = 8
@@ -37,9 +37,11 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     """The tensors of a shard, by name.
 
     Raises:
+        PointerFileError: Git has not fetched the file's content.
         ShardError: the file is not a sound safetensors file: its tensors must fill it without hole or overlap.
         TensorDtypeError: a tensor of an unknown dtype.
     """
+    check_content(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.spec import Format
 
@@ -71,13 +72,12 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
     Raises:
         ConfigError: transformers knows no causal language model of this type, or refuses the configuration.
     """
-    fields = {name: value for name, value in config.items() if name != "quantization_config"}
-    model_type = fields.pop("model_type", None)
+    model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(where, "model_type", model_type, "the name of an architecture that transformers knows")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+            model = AutoModelForCausalLM.from_config(build_config(config))
     # Each architecture validates its fields in its own way, so there is no narrower class to catch.
     except Exception as cause:
         reason = str(cause).split("\n")[0][:200]

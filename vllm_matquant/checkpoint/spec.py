@@ -138,7 +138,7 @@ class Format:
         for size in sizes:
             if in_features % size == 0:
                 return size
-        fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+        fitting = [size for size in range(8, min(in_features, GROUP_SIZES[0] + 1), 8) if in_features % size == 0]
         raise ConfigError(
             where,
             f"group_size for {layer}",

@@ -8,14 +8,15 @@ files that it does not describe.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vllm_matquant.checkpoint.errors import OutputError
-from vllm_matquant.checkpoint.files import sync_file, sync_folder
+from vllm_matquant.checkpoint.errors import OutputError, WriteError
+from vllm_matquant.checkpoint.files import NOT_SUPPORTED, check_content, move, sync_file, sync_folder, writing
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
@@ -68,19 +69,17 @@ class Staging:
         self.folder = folder
         self._made_folder = not folder.exists()
         self.path = folder / STAGING_FOLDER
-        self.path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = _make(self.path)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
+            _lock(self._lock, self.path, made)
+        except (OSError, OutputError) as cause:
             os.close(self._lock)
-            raise OutputError(
-                folder,
-                "output folder",
-                "another process writing to it",
-                "one at a time",
-                "Wait until it has ended, or write to another folder",
-            ) from cause
+            if isinstance(cause, OSError) and made:
+                self.path.rmdir()
+                self._remove_made_folder()
+            raise
         for leftover in self.path.iterdir():  # of a process that was killed: the lock shows that it is gone
             leftover.unlink()
 
@@ -88,8 +87,9 @@ class Staging:
         """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
         for path in sorted(source.iterdir()):
             if path.is_file() and is_copied(path.name):
-                shutil.copyfile(path, self.path / path.name)
-                sync_file(self.path / path.name)
+                with writing(self.path / path.name):
+                    shutil.copyfile(path, self.path / path.name)
+                    sync_file(self.path / path.name)
 
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
@@ -113,19 +113,66 @@ class Staging:
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.iterdir()):
             if path.name not in last:
-                os.replace(path, self.folder / path.name)
+                move(path, self.folder / path.name)
         for name in last:
             sync_folder(self.folder)  # the files that this one speaks of
-            os.replace(self.path / name, self.folder / name)
+            move(self.path / name, self.folder / name)
         sync_folder(self.folder)
 
     def close(self) -> None:
         """Remove what was not published."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        self._remove_made_folder()
+
+    def _remove_made_folder(self) -> None:
         if self._made_folder:
             with contextlib.suppress(OSError):  # it holds what was published
                 self.folder.rmdir()
+
+
+def _make(path: Path) -> bool:
+    """Make a folder, in one step; returns whether it was not there."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lock(descriptor: int, path: Path, made: bool) -> None:
+    """Keep other writers away from the output until this process ends.
+
+    Where the file system has no locks the hidden folder is one: whoever has made it may write, and one that is there
+    belongs to another process, or to one that was killed, which cannot be told apart.
+
+    Args:
+        descriptor: of the hidden folder.
+        path: of the hidden folder.
+        made: whether this process has made it.
+
+    Raises:
+        OutputError: another process is writing, or may be.
+        OSError: the lock cannot be taken for another reason.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        raise OutputError(
+            path.parent,
+            "output folder",
+            "another process writing to it",
+            "one at a time",
+            "Wait until it has ended, or write to another folder",
+        ) from cause
+    except OSError as cause:
+        if cause.errno not in (*NOT_SUPPORTED, errno.ENOLCK, errno.EINVAL):
+            raise WriteError(path, cause) from cause
+        if not made:
+            hint = f"Remove {path} if no process is writing, or write to another folder"
+            found = "the files of another process, or of one that was killed"
+            expected = "no such folder on a file system without locks"
+            raise OutputError(path.parent, STAGING_FOLDER, found, expected, hint) from cause
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -161,6 +208,17 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is the checkpoint's own."""
     return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or is_copied(name)
+
+
+def check_copied(folder: Path) -> None:
+    """Check that the files of a source model that :meth:`Staging.copy_from` copies hold their own content.
+
+    Raises:
+        PointerFileError: Git has not fetched one's content.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_copied(path.name):
+            check_content(path)
 
 
 def is_copied(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from vllm_matquant.checkpoint.errors import (
     TensorShapeError,
     UnexpectedTensorError,
 )
-from vllm_matquant.checkpoint.files import save_tensors, sync_file, write_json
+from vllm_matquant.checkpoint.files import move, save_tensors, sync_file, write_json, writing
 from vllm_matquant.checkpoint.manifest import build_manifest
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
@@ -182,8 +181,9 @@ class CheckpointWriter:
         tensors = self._buffers.pop(width)
         self._total_size += self._buffered.pop(width)
         path = self._staging.path / f"{width}-{len(self._written[width])}"
-        save_tensors(tensors, path, {"format": "pt"})
-        sync_file(path)
+        with writing(path):
+            save_tensors(tensors, path, {"format": "pt"})
+            sync_file(path)
         self._written[width].append(sorted(tensors))
 
     def _name_shards(self) -> dict[str, str]:
@@ -192,6 +192,6 @@ class CheckpointWriter:
         for width, shards in self._written.items():
             for number, names in enumerate(shards):
                 file = shard_name(width, number + 1, len(shards))
-                os.replace(self._staging.path / f"{width}-{number}", self._staging.path / file)
+                move(self._staging.path / f"{width}-{number}", self._staging.path / file)
                 weight_map |= dict.fromkeys(names, file)
         return dict(sorted(weight_map.items()))

@@ -126,7 +126,9 @@ def _run(command: str, arguments: Sequence[str] | None, program: str | None) -> 
     try:
         job = job_type(**options)
         if dry_run and isinstance(job, PlannedJob):
-            say(str(job.plan()))
+            plan = job.plan()
+            say(str(plan))
+            job.check_plan(plan)
             return 0
         return int(job.exit_status(job.run(say)))
     except (ValueError, OSError) as error:

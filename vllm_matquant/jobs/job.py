@@ -122,6 +122,13 @@ class PlannedJob(Job[Result]):
             Something whose ``str`` tells it.
         """
 
+    def check_plan(self, plan: Any) -> None:
+        """Refuse what :meth:`run` would refuse for what its plan says, once a reader has seen the plan.
+
+        Raises:
+            ValueError: it cannot be carried out, as where the disk is too small.
+        """
+
 
 def arguments_of(job: type[Job[Any]]) -> Iterator[tuple[Field[Any], Argument]]:
     """The options of a job, in order."""

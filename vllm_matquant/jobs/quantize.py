@@ -20,7 +20,7 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
 from vllm_matquant.quantize.pipeline import quantize as quantize_source
-from vllm_matquant.quantize.plan import Plan
+from vllm_matquant.quantize.plan import Plan, check_room
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
 from vllm_matquant.quantize.selection import Selection
@@ -127,15 +127,16 @@ class Quantize(PlannedJob[Outcome]):
     calibration: Path | str | None = field(
         default=None,
         metadata=argument(
-            "text to calibrate on: a data set, a text, or JSON lines; default: a built-in text",
-            metavar="hf:NAME|FILE.txt|FILE.jsonl",
+            "text to calibrate on: a text, a list in .json, records in .jsonl, .csv or .parquet (each with a text or a "
+            "chat), or a data set; default: a built-in text",
+            metavar="hf:NAME|FILE",
             group="calibration",
         ),
     )
     text_column: str = field(
         default=_CALIBRATION.text_column,
         metadata=argument(
-            "the text's column in the data set, or field in the JSON lines (default: %(default)s)",
+            "the text's field in a record, of the held-out text too (default: %(default)s)",
             metavar="NAME",
             group="calibration",
         ),
@@ -166,7 +167,7 @@ class Quantize(PlannedJob[Outcome]):
             "text that calibration does not see, to measure perplexity and KL divergence of every width on (default: "
             "the part of the language reference that the built-in text leaves out)",
             parse=Path,
-            metavar="FILE.txt",
+            metavar="FILE",
             group="report",
         ),
     )
@@ -200,6 +201,9 @@ class Quantize(PlannedJob[Outcome]):
             activations_on_disk=self.activations_on_disk,
             held_out=None if held_out is None else held_out.tokens,
         )
+
+    def check_plan(self, plan: Plan) -> None:
+        check_room(Path(self.output), plan.disk, on_disk=self.activations_on_disk)
 
     def run(self, say: Say = silent) -> Outcome:
         output, outcome = Path(self.output), None
@@ -272,6 +276,7 @@ class Quantize(PlannedJob[Outcome]):
             load_tokenizer(source),
             samples=self.held_out_samples,
             sequence_length=self.sequence_length,
+            text_column=self.text_column,
         )
 
     def _model_name(self) -> str:

@@ -104,10 +104,10 @@ of the model over the text for the sensitivities, once, 4 runs for each step of 
         default=None,
         metadata=argument(
             "text to measure on, as varied as what the model shall do; default: that of matquant quantize",
-            metavar="hf:NAME|FILE.txt|FILE.jsonl",
+            metavar="hf:NAME|FILE",
         ),
     )
-    text_column: str = field(default="text", metadata=argument("its field in JSON lines or a data set"))
+    text_column: str = field(default="text", metadata=argument("its field in a record"))
     samples: int = field(default=64, metadata=argument("windows of it (default: %(default)s)", parse=positive))
     sequence_length: int = field(
         default=256, metadata=argument("tokens of each (default: %(default)s)", parse=positive)

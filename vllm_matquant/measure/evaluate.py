@@ -17,6 +17,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.kernels.reference import round_activations
 from vllm_matquant.measure.divergence import divergences, log_probabilities
+from vllm_matquant.measure.mapped import mapped
 from vllm_matquant.measure.model import LayerModel, LayerWeights, batches
 
 
@@ -77,6 +78,7 @@ def compare(
 
     Raises:
         ValueError: the reference does not have the layers, or a candidate has others.
+        WriteError: the disk for temporary files has no room for the reference's predictions.
     """
     loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
@@ -86,32 +88,30 @@ def compare(
             raise ValueError(f"{reference}: {layer}: found {found}, expected {shape} as in the quantized model")
     model, parts = LayerModel(loaded, layers), batches(tokens)
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    with tempfile.TemporaryDirectory() as folder:
-        # Log-probabilities of a whole vocabulary for each token: more than memory should hold.
-        size = predicted * loaded.config.vocab_size
-        stored = torch.from_file(f"{folder}/reference", shared=True, size=size, dtype=torch.float32)
-        reference_logs = stored.view(predicted, -1)
-        reference_loss, start = 0.0, 0
-        for batch in tqdm(parts, desc="reference", unit="batch"):
+    # Log-probabilities of a whole vocabulary for each token: more than memory should hold.
+    hint = "Let TMPDIR name a folder with more room, or ask for fewer windows (--samples)"
+    reference_logs = mapped((predicted, loaded.config.vocab_size), Path(tempfile.gettempdir()), hint)
+    reference_loss, start = 0.0, 0
+    for batch in tqdm(parts, desc="reference", unit="batch"):
+        logs, loss = _predictions(model, batch)
+        reference_logs[start : start + len(logs)] = logs
+        reference_loss, start = reference_loss + loss, start + len(logs)
+    if prepare:
+        prepare(loaded)
+    for name, weights in candidates:
+        model.load(_checked(name, weights, layers))
+        divergence, total, start = 0.0, 0.0, 0
+        for batch in tqdm(parts, desc=name, unit="batch"):
             logs, loss = _predictions(model, batch)
-            reference_logs[start : start + len(logs)] = logs
-            reference_loss, start = reference_loss + loss, start + len(logs)
-        if prepare:
-            prepare(loaded)
-        for name, weights in candidates:
-            model.load(_checked(name, weights, layers))
-            divergence, total, start = 0.0, 0.0, 0
-            for batch in tqdm(parts, desc=name, unit="batch"):
-                logs, loss = _predictions(model, batch)
-                expected = reference_logs[start : start + len(logs)]
-                divergence += float(divergences(expected, logs).double().sum())
-                total, start = total + loss, start + len(logs)
-            yield {
-                "perplexity": math.exp(total / predicted),
-                "reference_perplexity": math.exp(reference_loss / predicted),
-                "kl": divergence / predicted,
-                "tokens": predicted,
-            }
+            expected = reference_logs[start : start + len(logs)]
+            divergence += float(divergences(expected, logs).double().sum())
+            total, start = total + loss, start + len(logs)
+        yield {
+            "perplexity": math.exp(total / predicted),
+            "reference_perplexity": math.exp(reference_loss / predicted),
+            "kl": divergence / predicted,
+            "tokens": predicted,
+        }
 
 
 def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: PreTrainedModel) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.reader import Checkpoint
 
 _BATCH_TOKENS = 2048
@@ -75,9 +76,7 @@ def slice_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
         checkpoint: whose configuration and unquantized tensors the model gets.
         dtype: of its parameters.
     """
-    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(build_config(checkpoint.config), dtype=dtype)
     model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
     model.tie_weights()
     return model

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from vllm_matquant.checkpoint.files import check_content
+from vllm_matquant.measure.records import (
+    CHATS,
+    TABLES,
+    Render,
+    dataset_loader,
+    json_records,
+    table_records,
+    text_of,
+)
+from vllm_matquant.measure.records import TextError as TextError
 
 HUB = "hf:"
 _FILE_CHARACTERS = 2**20  # of a file, however few are asked for
@@ -15,27 +29,30 @@ _HELD_OUT_CHARACTERS = 200_000
 _REFERENCE_CHARACTERS = 48_000  # of the language reference: half as much as the prose
 
 
-class TextError(ValueError):
-    """A text cannot be used; the message names the source, what was found and what was expected."""
-
-
-def read_source(source: str | None, characters: int, column: str = "text") -> str:
+def read_source(
+    source: str | None, characters: int, column: str = "text", render: Render | None = None, *, whole: bool = False
+) -> str:
     """The text of a source, its documents joined by empty lines.
 
     Of a source that holds far more text than is asked for only a part is read, always the same: pieces spread over a
-    text file, the first lines of a JSON-lines file, the first rows of a data set.
+    text file, the first records of any other file, the first rows of a data set.
 
     Args:
-        source: ``FILE.txt``; ``FILE.jsonl``, an object in each line; ``hf:NAME[:CONFIG]``, a data set whose "train"
-            split is streamed; None for the text that comes with this package.
+        source: ``FILE.json``, a list of texts or of records; ``FILE.jsonl``, a record in each line; ``FILE.csv`` or
+            ``FILE.parquet``, a record in each row; any other file is text; ``hf:NAME[:CONFIG]``, a data set whose
+            "train" split is streamed; None for the text that comes with this package. A record has a field of text, or
+            a chat as ``messages`` or ``conversations``.
         characters: how many are asked for; of a file at least 2**20 are read, if it holds them.
-        column: the text's field in a line, or column in a data set.
+        column: the text's field in a record, or column in a data set.
+        render: makes a text of a chat.
+        whole: read all of a file.
 
     Raises:
-        TextError: no such file, a line without text, bytes that are no text, or no ``datasets`` package.
+        TextError: no such file, a record without text, bytes that are no text, or no ``datasets`` package.
+        PointerFileError: Git has not fetched the file's content.
         OSError: the text cannot be read.
     """
-    return "\n\n".join(_documents(source, characters, column))
+    return "\n\n".join(_documents(source, characters, column, render, whole))
 
 
 def read_text(path: Path) -> str:
@@ -43,8 +60,10 @@ def read_text(path: Path) -> str:
 
     Raises:
         TextError: it is not UTF-8, or holds NUL characters.
+        PointerFileError: Git has not fetched the file's content.
         OSError: it cannot be read.
     """
+    check_content(path)
     return _decode(path, path.read_bytes())
 
 
@@ -59,25 +78,37 @@ def _decode(path: Path, content: bytes, final: bool = True) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _documents(source: str | None, characters: int, column: str) -> Iterator[str]:
+def _documents(source: str | None, characters: float, column: str, render: Render | None, whole: bool) -> Iterator[str]:
     if source is None:
         yield from _builtin_documents()
         return
     if source.startswith(HUB):
-        yield from _some(_hub_documents(source, column), characters)
+        yield from _some(_hub_documents(source, column, render), characters)
         return
-    path, characters = Path(source), max(characters, _FILE_CHARACTERS)
+    path, characters = Path(source), math.inf if whole else max(characters, _FILE_CHARACTERS)
     if not path.is_file():
-        raise TextError(f"{path}: found no such file, expected a .txt or .jsonl file, or {HUB}NAME")
-    if path.suffix == ".jsonl":
-        yield from _some(_json_documents(path, column), characters)
+        raise TextError(
+            f"{path}: found no such file, expected a .txt, .json, .jsonl, .csv or .parquet file, or {HUB}NAME"
+        )
+    check_content(path)
+    if (records := _records(path, column)) is not None:
+        yield from _some((text_of(*found, column, render) for found in records), characters)
     elif path.stat().st_size <= characters:
         yield read_text(path)
     else:
-        yield from _pieces(path, characters // _PIECES)
+        yield from _pieces(path, int(characters) // _PIECES)
 
 
-def _some(documents: Iterator[str], characters: int) -> Iterator[str]:
+def _records(path: Path, column: str) -> Iterator[tuple[str, Any]] | None:
+    """The records of a file, each with what to call it in an error; None if it is plain text."""
+    if path.suffix == ".jsonl":
+        return _lines(path)
+    if path.suffix == ".json":
+        return json_records(path, _decode(path, path.read_bytes()), column)
+    return table_records(path) if path.suffix in TABLES else None
+
+
+def _some(documents: Iterator[str], characters: float) -> Iterator[str]:
     """Documents up to the one with which they hold ``characters``."""
     total = 0
     for document in documents:
@@ -115,7 +146,8 @@ def _pieces(path: Path, length: int) -> Iterator[str]:
             yield _decode(path, file.read(length).lstrip(rest_of_character), final=index == _PIECES - 1)
 
 
-def _json_documents(path: Path, column: str) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a file with one in each line."""
     # Lines end at "\n" alone: other separators may stand inside a string.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -123,23 +155,17 @@ def _json_documents(path: Path, column: str) -> Iterator[str]:
             if not text:
                 continue
             try:
-                document = json.loads(text)
+                record = json.loads(text)
             except json.JSONDecodeError:
-                document = None
-            if not isinstance(document, dict) or not isinstance(document.get(column), str):
-                raise TextError(f'{path}:{number}: found {text[:60]!r}, expected {{"{column}": "..."}}')
-            yield document[column]
+                record = text
+            yield f"{path}:{number}", record
 
 
-def _hub_documents(source: str, column: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as cause:
-        found = "found no package datasets, expected it (pip install 'vllm_matquant[calibration]')"
-        raise TextError(f"{source}: {found}") from cause
+def _hub_documents(source: str, column: str, render: Render | None) -> Iterator[str]:
+    load_dataset = dataset_loader(source)
     name, _, config = source.removeprefix(HUB).partition(":")
     for row in load_dataset(name, config or None, split="train", streaming=True):
-        if not isinstance(row.get(column), str):
+        if not isinstance(row.get(column), str) and (column in row or not set(CHATS) & set(row)):
             found = f"columns {sorted(row)}" if column not in row else f"{type(row[column]).__name__} in a row"
             raise TextError(f'{source}: found {found}, expected one named "{column}" of text')
-        yield row[column]
+        yield text_of(source, row, column, render)

@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
-from vllm_matquant.measure.text import HUB, TextError, held_out_text, read_source, read_text
+from vllm_matquant.checkpoint.staging import check_copied
+from vllm_matquant.measure.records import Chat
+from vllm_matquant.measure.text import HUB, TextError, held_out_text, read_source
 
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer of natural text takes on average
@@ -37,15 +39,42 @@ class TextTokenizer:
     Attributes:
         tokenizer: transformers' tokenizer.
         beginning: the tokens that every text of the model begins with: its beginning-of-text token, or none.
+        vocabulary: how many tokens the model's embedding has, None if that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     beginning: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, without any that the model wants before or after it."""
+        """The tokens of a text, without any that the model wants before or after it.
+
+        Raises:
+            TextError: the model's embedding does not have one of them.
+        """
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        largest = max((*found, *self.beginning), default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise TextError(
+                f"{self.tokenizer.name_or_path}: tokenizer: found token {largest}, expected one of the embedding's "
+                f"{self.vocabulary} (vocab_size). Take the model's own tokenizer"
+            )
         return found
+
+    def render(self, chat: Chat) -> str:
+        """The text that the model's chat template makes of a chat.
+
+        Raises:
+            TextError: there is no template, or it refuses the chat.
+        """
+        try:
+            return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+        except Exception as cause:  # a template is a program
+            reason = str(cause).strip().split("\n")[0]
+            raise TextError(
+                f"{self.tokenizer.name_or_path}: chat template: found none that renders the records' chats ({reason}), "
+                "expected one. Take a model with a chat template, or texts"
+            ) from cause
 
     def text_length(self, sequence_length: int) -> int:
         """How many tokens of text a window of ``sequence_length`` tokens holds.
@@ -107,14 +136,24 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     That a beginning-of-text token exists says nothing: many models have one and never put it before a text.
 
     Raises:
-        MissingFileError: transformers finds no tokenizer there.
+        MissingFileError: transformers finds no tokenizer there, or Git has not fetched a file's content.
     """
+    if folder.is_dir():
+        check_copied(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
-    return TextTokenizer(tokenizer, _beginning(tokenizer, folder))
+    return TextTokenizer(tokenizer, _beginning(tokenizer, folder), _vocabulary(folder))
+
+
+def _vocabulary(folder: Path) -> int | None:
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    config = read_json(folder / CONFIG_FILE, any_float=True)
+    found = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return found if isinstance(found, int) else None
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
@@ -123,7 +162,8 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, .
         if whole[count : count + len(plain)] == plain:
             return tuple(whole[:count])
     own, model = (
-        read_json(folder / name) if (folder / name).is_file() else {} for name in (_TOKENIZER_CONFIG_FILE, CONFIG_FILE)
+        read_json(folder / name, any_float=True) if (folder / name).is_file() else {}
+        for name in (_TOKENIZER_CONFIG_FILE, CONFIG_FILE)
     )
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.get("bos_token_id")
     says = own.get("add_bos_token")
@@ -198,15 +238,18 @@ def split_windows(
     ]
 
 
-def spread_windows(path: Path | None, tokenizer: TextTokenizer, *, samples: int, sequence_length: int) -> Windows:
+def spread_windows(
+    path: Path | None, tokenizer: TextTokenizer, *, samples: int, sequence_length: int, text_column: str = "text"
+) -> Windows:
     """Windows spread evenly over a text, to measure on.
 
     Args:
-        path: the text's file; None for the part of Python's language reference that the built-in calibration text
-            leaves out.
+        path: the text's file, see :func:`vllm_matquant.measure.text.read_source`; None for the part of Python's
+            language reference that the built-in calibration text leaves out.
         tokenizer: the model's.
         samples: how many windows.
         sequence_length: tokens of each, the beginning-of-text token included.
+        text_column: the text's field in a record.
 
     Raises:
         TextError: the text is shorter than one window for each sample, windows hold nothing to predict, or the file
@@ -215,10 +258,15 @@ def spread_windows(path: Path | None, tokenizer: TextTokenizer, *, samples: int,
     """
     if sequence_length < 2:
         raise TextError(f"sequence_length: found {sequence_length}, expected at least 2: the first token is given")
-    text = held_out_text() if path is None else read_text(path)
-    ids, count = torch.tensor(tokenizer.ids(text), dtype=torch.int64), tokenizer.text_length(sequence_length)
-    name = path.name if path else _BUILTIN
-    _check_count(str(path or name), len(ids), samples, count)
+    count, source = tokenizer.text_length(sequence_length), str(path or _BUILTIN)
+    if path is None:
+        text = held_out_text()
+    else:
+        wanted = samples * count * _CHARACTERS_PER_TOKEN
+        text = read_source(source, wanted, text_column, tokenizer.render, whole=True)
+    ids = torch.tensor(tokenizer.ids(text), dtype=torch.int64)
+    _check_count(source, len(ids), samples, count)
+    name = path.name if path and not source.startswith(HUB) else source
     places = torch.linspace(0, len(ids) - count, samples).long().tolist()
     tokens = tokenizer.windows(ids, places, sequence_length)
     return Windows(tokens, _described(name, text, samples, sequence_length, tokenizer))
@@ -229,7 +277,7 @@ def _tokenize(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The tokens of a text that is long enough for the windows, and what to say of it."""
     count = tokenizer.text_length(sequence_length)
-    text = read_source(source, samples * count * _CHARACTERS_PER_TOKEN * _MARGIN, text_column)
+    text = read_source(source, samples * count * _CHARACTERS_PER_TOKEN * _MARGIN, text_column, tokenizer.render)
     ids = torch.tensor(tokenizer.ids(text), dtype=torch.int64)
     name = source or _BUILTIN
     _check_count(name, len(ids), samples, count)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from vllm_matquant.measure.mapped import mapped
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import fast_products
 from vllm_matquant.quantize.runner import run_block
@@ -47,7 +45,7 @@ class Activations:
         slices: what the next block of each of ``widths`` is given, in the same shape.
 
     Raises:
-        OSError: the disk has no room for the files.
+        WriteError: the disk has no room for the files.
     """
 
     def __init__(
@@ -112,8 +110,4 @@ def allocate(shape: Sequence[int], folder: Path | None = None) -> torch.Tensor:
     """A float32 tensor, in a file on the disk of ``folder`` if given."""
     if folder is None:
         return torch.empty(shape)
-    size = math.prod(shape)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        # All of it now: a disk that turns out full while the mapping is written to would kill the process.
-        os.posix_fallocate(file.fileno(), 0, size * torch.float32.itemsize)
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(*shape)
+    return mapped(shape, folder, "Leave out --activations-on-disk, or ask for fewer windows (--samples)")

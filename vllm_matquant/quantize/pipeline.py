@@ -22,7 +22,7 @@ from vllm_matquant.quantize.choice import plan_format
 from vllm_matquant.quantize.magnitudes import check_magnitudes
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.origin import describe_settings, read_source
-from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
+from vllm_matquant.quantize.plan import Plan, check_room, disk_bytes, make_plan, shard_bytes
 from vllm_matquant.quantize.probe import measure_speed
 from vllm_matquant.quantize.resume import ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
@@ -101,7 +101,10 @@ def dry_run(
     activations_on_disk: bool = False,
     held_out: torch.Tensor | None = None,
 ) -> Plan:
-    """Check what :func:`quantize` checks, but for the values of the source's weights, and plan it; writes nothing.
+    """Check what :func:`quantize` checks, but for the values of the source's weights and the room on the disk, and plan
+    it; writes nothing.
+
+    The plan says how much room there is: :func:`vllm_matquant.quantize.plan.check_room` judges it.
 
     Args:
         source, output, method, format_, settings, overwrite, resume, activations_on_disk, held_out: as of
@@ -116,8 +119,8 @@ def dry_run(
         settings.load(source.folder)
         windows = settings.samples, settings.sequence_length
     speed = measure_speed(method, format_.group_size, settings.sequence_length)
-    measured = (0, 0) if held_out is None else (held_out.shape[0], held_out.shape[1])
-    return make_plan(Selection(source, format_), method, speed, output, windows, measured, on_disk=activations_on_disk)
+    selection = Selection(source, format_)
+    return make_plan(selection, method, speed, output, windows, _shape(held_out), on_disk=activations_on_disk)
 
 
 def quantize(
@@ -164,7 +167,8 @@ def quantize(
         TextError: the calibration text cannot be used.
         ValueError: a text has fewer windows than there are ranks, or the ranks were given different work.
         LostRankError: another rank has ended.
-        OSError: the disk is full, or the folder cannot be written to.
+        OutputError: the disk has too little room for the work.
+        WriteError: the disk is full, or the folder cannot be written to.
 
     Returns:
         What was measured; on other ranks than the first without the layers' errors.
@@ -180,6 +184,9 @@ def quantize(
     given = [method, format_to_config(format_), settings, text]
     ranks.check_same(given, "the ranks have other settings or texts than each other, expected the same for all")
     run = Run(source, method, format_, calibration, work, work.path if activations_on_disk else None)
+    windows = (settings.samples, settings.sequence_length) if calibration else (0, 0)
+    needed = disk_bytes(run.selection, method, windows, _shape(held_out), on_disk=activations_on_disk)
+    check_room(output, needed, on_disk=activations_on_disk)
     # All ranks have found their input good: from here on the first one writes.
     if not ranks.is_first():
         return Outcome({}, _take_part(run, held_out, clock), text, clock.seconds)
@@ -198,6 +205,11 @@ def quantize(
         work.remove()
         clock.lap("write")
     return Outcome(errors, quality, text, clock.seconds)
+
+
+def _shape(windows: torch.Tensor | None) -> tuple[int, int]:
+    """Windows of a text, and tokens in each; zeros without one."""
+    return (0, 0) if windows is None else (windows.shape[0], windows.shape[1])
 
 
 def _take_part(run: Run, held_out: torch.Tensor | None, clock: _Clock) -> list[dict[str, Any]]:

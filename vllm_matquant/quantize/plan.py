@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.packing import PACKED_CODES
 from vllm_matquant.checkpoint.spec import BASE_BITS, Format
+from vllm_matquant.checkpoint.staging import STAGING_FOLDER
 from vllm_matquant.checkpoint.tensor_parallel import Misfit, describe_misfits, misfits
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.device import products_dtype
@@ -22,6 +24,7 @@ from vllm_matquant.quantize.end_to_end import HEAD_TOKENS
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.probe import Speed
 from vllm_matquant.quantize.report.wording import duration, size
+from vllm_matquant.quantize.resume import WORK_FOLDER
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
 from vllm_matquant.quantize.training import TrainedDecoder
@@ -41,7 +44,7 @@ class Plan:
         files: bytes of the tensors in the files that serving each width needs.
         output: bytes of all of them.
         disk: bytes on the output's disk at the worst: output, finished blocks, and activations if kept there.
-        free: bytes free there now.
+        free: bytes free there now, see :func:`free_bytes`.
         memory: about how many bytes of memory are needed at the worst, by what takes them.
         seconds: about how many it takes to quantize, without reading and writing files.
         misfits: tensor parallel sizes that the checkpoint cannot be served with.
@@ -50,14 +53,14 @@ class Plan:
     files: dict[int, int]
     output: int
     disk: int
-    free: int
+    free: int | None
     memory: dict[str, int]
     seconds: float
     misfits: Sequence[Misfit] = ()
 
     def __str__(self) -> str:
         lines = [("files to serve", ", ".join(f"{width} bits {size(count)}" for width, count in self.files.items()))]
-        enough = "" if self.disk <= self.free else ": NOT ENOUGH"
+        enough = "" if self.free is None or self.disk <= self.free else ": NOT ENOUGH"
         lines.append(
             ("disk", f"{size(self.disk)} until the end, then {size(self.output)}; {size(self.free)} free{enough}")
         )
@@ -97,10 +100,6 @@ def make_plan(
         on_disk: activations are kept in files beside the output.
     """
     format_, shards = selection.format, _shard_sizes(selection)
-    kept = sum(_finished_bytes(format_, name, *shape) for name, shape in selection.shapes.items())
-    for name, shape in selection.linears.items():
-        trained = set(method.trained_widths) & set(format_.widths_of(name))
-        kept += sum(_decoder_bytes(format_, name, *shape, width) for width in trained)
     activations = _activations(selection, method, calibration, held_out)
     steps = _steps(selection, method, {} if on_disk else activations, calibration[1], held_out[1])
     worst = max(steps.values(), key=lambda step: sum(step.values()))
@@ -110,12 +109,62 @@ def make_plan(
             for width in format_.widths
         },
         output=shards.total(),
-        disk=shards.total() + kept + (max(activations.values()) if on_disk else 0),
-        free=shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free,
+        disk=disk_bytes(selection, method, calibration, held_out, on_disk=on_disk),
+        free=free_bytes(output),
         memory={"program": _resident_bytes(), **{part: count for part, count in worst.items() if count}},
         seconds=_seconds(selection, method, speed, *calibration),
         misfits=misfits(format_, selection.shapes),
     )
+
+
+def disk_bytes(
+    selection: Selection,
+    method: Method,
+    calibration: tuple[int, int],
+    held_out: tuple[int, int] = (0, 0),
+    *,
+    on_disk: bool = False,
+) -> int:
+    """Bytes of tensors on the output's disk at the worst: output, finished blocks, and activations if kept there.
+
+    Args:
+        selection, method, calibration, held_out, on_disk: as of :func:`make_plan`.
+    """
+    format_, total = selection.format, _shard_sizes(selection).total()
+    total += sum(_finished_bytes(format_, name, *shape) for name, shape in selection.shapes.items())
+    for name, shape in selection.linears.items():
+        trained = set(method.trained_widths) & set(format_.widths_of(name))
+        total += sum(_decoder_bytes(format_, name, *shape, width) for width in trained)
+    return total + (max(_activations(selection, method, calibration, held_out).values()) if on_disk else 0)
+
+
+def free_bytes(output: Path) -> int | None:
+    """Bytes free on the disk of the folder ``output``, None if its file system does not tell.
+
+    Unfinished work in the folder counts as free: it is either a part of what is needed or removed first.
+    """
+    usage = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists()))
+    kept = (path for folder in (WORK_FOLDER, STAGING_FOLDER) for path in (output / folder).rglob("*"))
+    return usage.free + sum(path.stat().st_size for path in kept if path.is_file()) if usage.total else None
+
+
+def check_room(output: Path, needed: int, *, on_disk: bool = False) -> None:
+    """Check that the output's disk has room for the work, before any of it is done.
+
+    Args:
+        output: folder of the checkpoint.
+        needed: see :func:`disk_bytes`.
+        on_disk: activations are kept there too.
+
+    Raises:
+        OutputError: it has less than ``needed`` bytes free.
+    """
+    free = free_bytes(output)
+    if free is None or needed <= free:
+        return
+    hint = "Write to another disk (--output), or offer fewer widths (--bits)"
+    hint += ", or leave out --activations-on-disk" if on_disk else ""
+    raise OutputError(output, "disk", f"{free:,} bytes free", f"at least {needed:,} until the end of the work", hint)
 
 
 def _seconds(selection: Selection, method: Method, speed: Speed, windows: int, length: int) -> float:

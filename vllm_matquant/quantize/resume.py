@@ -17,16 +17,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vllm_matquant.checkpoint.decoder import KINDS, Decoder, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError
-from vllm_matquant.checkpoint.files import publish_json, read_json, sync_file, sync_folder
+from vllm_matquant.checkpoint.files import publish, publish_json, read_json, save_tensors, sync_folder
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.quantize.layer import QuantizedLayer
 
@@ -103,12 +103,8 @@ class WorkFolder:
             for decoder in layer.decoders.values():
                 tensors |= _tensors(name, decoder)
         errors = {name: list(layer.errors.items()) for name, layer in layers.items()}
-        path = self._file(block)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={_ERRORS: json.dumps(errors), _KIND: kind.name})
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_folder(self.path)
+        metadata = {_ERRORS: json.dumps(errors), _KIND: kind.name}
+        publish(self._file(block), lambda temporary: save_tensors(tensors, temporary, metadata))
 
     def save_trained(self, width: int, blocks: Mapping[str, Mapping[str, Decoder]]) -> None:
         """Keep decoders of one width that shall take the place of those in :meth:`save`; all are there, or none.
@@ -122,9 +118,7 @@ class WorkFolder:
         temporary.mkdir()
         for block, decoders in blocks.items():
             tensors = {key: part for named in decoders.items() for key, part in _tensors(*named).items()}
-            save_file(tensors, temporary / f"{block}.safetensors")
-            sync_file(temporary / f"{block}.safetensors")
-        sync_folder(temporary)
+            publish(temporary / f"{block}.safetensors", partial(save_tensors, tensors))
         os.rename(temporary, folder)
         sync_folder(self.path)
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.skeleton import Skeleton
 from vllm_matquant.quantize.trial import record_arguments, try_blocks
@@ -191,11 +192,9 @@ class TransformersRunner:
 
 
 def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    built = AutoConfig.for_model(config["model_type"], **fields)
     # Parameters stay on the meta device; buffers, such as rotary frequencies, are no part of a checkpoint.
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(built, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(build_config(config), dtype=torch.float32).eval()
 
 
 def _is_weight_of(parameter: str, layers: Container[str]) -> bool:

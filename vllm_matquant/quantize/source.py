@@ -14,15 +14,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, MissingTensorError
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.model_config import tag_floats
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
+from vllm_matquant.checkpoint.staging import check_copied
 from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
 # What to fetch of a model on a hub: weights, configuration, tokenizer, and what states the licence.
+# Of sub-folders, which hold the model once more in other formats, only chat templates.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+_NO_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in _FILES if pattern != "*.jinja")]
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,14 @@ class SourceModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / CONFIG_FILE)
-        if "quantization_config" in self.config:
-            found = self.config["quantization_config"]
+        # Numbers that JSON does not know, as transformers once wrote them, and reads them still.
+        self.config: dict[str, Any] = tag_floats(read_json(folder / CONFIG_FILE, any_float=True))
+        found = self.config.pop("quantization_config", None)
+        if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
         check_task(self.config, folder / CONFIG_FILE)
+        check_copied(folder)
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
         check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
         # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
@@ -207,7 +213,7 @@ def locate(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        return Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_NO_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"

@@ -25,11 +25,13 @@ from vllm_matquant.checkpoint.skeleton import Skeleton
 from vllm_matquant.checkpoint.spec import UNQUANTIZED_DTYPES
 
 _SINGLE_FILE = "model.safetensors"
+_SINGLE_SHARD = "model-00001-of-00001.safetensors"
+_OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*", "tf_model.h5", "flax_model.msgpack", "*.gguf")
 _CHECKED_VALUES = 2**24  # at a time
 
 
 class SafetensorsFolder:
-    """The parameters of a model, in model.safetensors or in shards with their index.
+    """The parameters of a model, in model.safetensors, in a single shard, or in shards with their index.
 
     Tensors of the files that are no parameter of the model are left aside.
 
@@ -39,7 +41,8 @@ class SafetensorsFolder:
 
     Raises:
         MissingFileError: the folder has neither the file nor the index, or lacks a shard that the index lists.
-        UnsafePathError, IndexFileError: the index names a file outside of the folder, or is none.
+        UnsafePathError, IndexFileError: the index names a file outside of the folder, is none, or is one of other files
+            than the model.safetensors beside it.
         ShardError: a file is damaged.
         MissingTensorError, TensorShapeError, TensorDtypeError: a parameter is absent, or not what the model has.
     """
@@ -62,7 +65,9 @@ class SafetensorsFolder:
             if found.shape != shape:
                 raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(shape)} by {CONFIG_FILE}")
             if found.dtype not in UNQUANTIZED_DTYPES:
-                raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)))
+                narrower = "Load the model with transformers in torch.float32 and write it with save_pretrained"
+                hint = narrower if found.dtype == torch.float64 else ""
+                raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)), hint)
 
     @property
     def files(self) -> list[Path]:
@@ -113,15 +118,37 @@ def _locate(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        if not (folder / _SINGLE_FILE).is_file():
-            raise MissingFileError(folder, "weights", "no such file", f"{_SINGLE_FILE} or {INDEX_FILE}")
-        return dict.fromkeys(read_header(folder / _SINGLE_FILE), _SINGLE_FILE)
+        file = _only_file(folder)
+        return dict.fromkeys(read_header(folder / file), file)
     located = read_json(index).get("weight_map")
     if not isinstance(located, dict):
         raise IndexFileError(index, "weight_map", type(located).__name__, "an object")
-    for name in sorted(set(map(str, located.values()))):
+    names = sorted(set(map(str, located.values())))
+    for name in names:
         if not is_plain_name(name):
             raise UnsafePathError(index, "weight_map", repr(name), "a file name without a folder")
+    if _SINGLE_FILE not in names and (folder / _SINGLE_FILE).is_file():
+        found = f"shards, and {_SINGLE_FILE} beside them, which it does not list"
+        expected = "the one or the other: transformers reads the file, vLLM the shards"
+        raise IndexFileError(index, "weight_map", found, expected, f"Remove either {INDEX_FILE} or {_SINGLE_FILE}")
+    for name in names:
         if not (folder / name).is_file():
             raise MissingFileError(folder, name, "no such file", f"a shard that {INDEX_FILE} lists")
-    return located
+    # Who serves the model reads all that the shards hold, whether it is listed or not.
+    unlisted = {tensor: name for name in names for tensor in read_header(folder / name) if tensor not in located}
+    return located | unlisted
+
+
+def _only_file(folder: Path) -> str:
+    """The file that holds all tensors of a model without an index."""
+    for name in (_SINGLE_FILE, _SINGLE_SHARD):
+        if (folder / name).is_file():
+            return name
+    expected, hint = f"{_SINGLE_FILE} or {INDEX_FILE}", ""
+    if shards := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
+        found, hint = f"{shards[0]} without an index", f"Fetch {INDEX_FILE} too, as hf download does"
+    elif others := sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern)):
+        found, hint = others[0], "Load the model with transformers and write it with save_pretrained"
+    else:
+        found = "no such file"
+    raise MissingFileError(folder, "weights", found, expected, hint)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vllm_matquant.checkpoint.files import publish, publish_text
+from vllm_matquant.checkpoint.files import publish, publish_text, save_tensors, sync, writing
 
 JOURNAL_VERSION = 1
 
@@ -40,7 +39,7 @@ class Journal:
 
     Raises:
         JournalError: the file's settings are others.
-        OSError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], *, resume: bool = False) -> None:
@@ -87,7 +86,7 @@ class Journal:
 
         def kept() -> tuple[str, int]:
             made, cost = run()
-            publish(file, lambda temporary: save_file(made, temporary))
+            publish(file, lambda temporary: save_tensors(made, temporary))
             return file.name, cost
 
         self.measure(key, kept)
@@ -104,10 +103,10 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
 
     def _read(self, path: Path, settings: dict[str, Any]) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")
