@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -48,6 +49,7 @@ from vllm_matquant.checkpoint.recipe import Recipe
 from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import STAGING_FOLDER
+from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 
 COPIED = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"}
@@ -93,6 +95,28 @@ def test_files_of_a_checkpoint(shared_sample: Any, source: Path) -> None:
         of_width = sorted(name for name in shards if shard_width(name) == width)
         assert len(of_width) > 1
         assert of_width == [shard_name(width, number + 1, len(of_width)) for number in range(len(of_width))]
+
+
+def test_all_that_a_tokenizer_and_a_processor_need_is_copied(
+    write: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    names = ["merges.txt", "tokenizer.model", "preprocessor_config.json", "processor_config.json"]
+    names += ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (model / "additional_chat_templates").mkdir()
+    for name in (*names, "additional_chat_templates/evil.py"):
+        (model / name).write_text(name)
+    output = tmp_path / "out"
+    write(output, FORMAT, model=model)
+    copied = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert set(names) <= copied
+    assert "additional_chat_templates/evil.py" not in copied
+    assert all((output / name).read_text() == name for name in names)
+    assert all(result.passed for result in verify(output))
+    (output / names[-1]).write_text("another")
+    assert not all(result.passed for result in verify(output))
+    write(output, FORMAT, overwrite=True)
+    assert not list((output / "additional_chat_templates").glob("*"))
 
 
 def test_index_and_config(shared_sample: Any, source: Path) -> None:

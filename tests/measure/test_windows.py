@@ -175,6 +175,14 @@ def test_chats_are_rendered_as_the_model_is_given_them(load: Any, tmp_path: Path
     assert spread_windows(path, TextTokenizer(own), **sizes).source["sha256"] == sha256(*RENDERED)
 
 
+def test_several_chat_templates(tmp_path: Path) -> None:
+    own = byte_tokenizer()
+    own.chat_template = {"default": TEMPLATE, "tool_use": "tools"}
+    own.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert load_tokenizer(tmp_path).render(CHATS[0]["messages"]) == RENDERED[0]
+
+
 def test_a_text_to_measure_on_may_be_records(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     documents = ["The cat sat. " * 20, "The other cat thought. " * 20]
     path = tmp_path / "text.jsonl"

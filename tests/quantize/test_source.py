@@ -376,6 +376,15 @@ def test_a_pointer_in_the_place_of_a_text(tmp_path: Path) -> None:
                 read(tmp_path / name)
 
 
+def test_code_beside_the_model_is_left_out(spoiled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not caplog.records
+    edit_config(spoiled, auto_map={"AutoConfig": "configuration_own.Own", "AutoModel": "some/model--modeling.Own"})
+    assert SourceModel(spoiled).config["auto_map"] == {"AutoModel": "some/model--modeling.Own"}
+    assert "config.json: auto_map: found names of code beside the model" in caplog.text
+    edit_config(spoiled, auto_map={"AutoConfig": "configuration_own.Own"})
+    assert "auto_map" not in SourceModel(spoiled).config
+
+
 def test_unknown_architecture(spoiled: Path) -> None:
     edit_config(spoiled, model_type="nonesuch")
     with pytest.raises(ConfigError, match="'nonesuch'"):

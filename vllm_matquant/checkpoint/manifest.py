@@ -15,8 +15,15 @@ from typing import Any
 
 from vllm_matquant.checkpoint.errors import ChecksumError, IndexFileError, MissingFileError, UnsafePathError
 from vllm_matquant.checkpoint.files import read_json, sha256
-from vllm_matquant.checkpoint.names import MANIFEST_FILE, is_plain_name, is_recipe_decoders_file, is_recipe_file
+from vllm_matquant.checkpoint.names import (
+    MANIFEST_FILE,
+    is_plain_name,
+    is_recipe_decoders_file,
+    is_recipe_file,
+    is_template_file,
+)
 
+_NAMES = (is_plain_name, is_recipe_file, is_recipe_decoders_file, is_template_file)
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 
 
@@ -59,7 +66,9 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 
 def build_manifest(folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """The manifest of all files that lie in ``folder``; ``origin`` is what to say of where they come from."""
-    return origin | {"versions": versions(), "files": describe_files(folder.iterdir())}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files = {name: describe_file(path) for name, path in sorted(paths.items())}
+    return origin | {"versions": versions(), "files": files}
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -68,15 +77,17 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         MissingFileError: there is no manifest.
         IndexFileError: it is not JSON of the right form.
-        UnsafePathError: a file name with a folder in it.
+        UnsafePathError: a file name with a folder in it that is none of a checkpoint's.
     """
     path = folder / MANIFEST_FILE
     files = read_json(path).get("files")
     if not isinstance(files, dict):
         raise IndexFileError(path, "files", type(files).__name__, "an object")
     for name, entry in files.items():
-        if not (is_plain_name(name) or is_recipe_file(name) or is_recipe_decoders_file(name)):
-            raise UnsafePathError(path, "files", repr(name), "a file name without a folder, or a recipe's")
+        if not any(known(name) for known in _NAMES):
+            raise UnsafePathError(
+                path, "files", repr(name), "a file name without a folder, a recipe's or a chat template's"
+            )
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise IndexFileError(path, f"files.{name}", entry, "an object with sha256 and bytes")
     return files

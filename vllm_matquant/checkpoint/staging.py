@@ -24,11 +24,13 @@ from vllm_matquant.checkpoint.names import (
     MANIFEST_FILE,
     RECIPES_FOLDER,
     REPORT_FOLDER,
+    TEMPLATES_FOLDER,
+    is_template_file,
     shard_width,
 )
 
 STAGING_FOLDER = ".matquant-unfinished"
-COPIED_FILES = (  # patterns: tokenizer, chat template, generation config and licence of the source model
+COPIED_FILES = (  # patterns: tokenizer, processor, chat template, generation config and licence of the source model
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -38,13 +40,18 @@ COPIED_FILES = (  # patterns: tokenizer, chat template, generation config and li
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
+_BELOW = (f"{RECIPES_FOLDER}/*.json", f"{RECIPES_FOLDER}/*.safetensors", f"{TEMPLATES_FOLDER}/*.jinja")
 _MOVE_AWAY = "Move it away, or write to another folder"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -81,15 +88,16 @@ class Staging:
                 self._remove_made_folder()
             raise
         for leftover in self.path.iterdir():  # of a process that was killed: the lock shows that it is gone
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def copy_from(self, source: Path) -> None:
         """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
-        for path in sorted(source.iterdir()):
-            if path.is_file() and is_copied(path.name):
-                with writing(self.path / path.name):
-                    shutil.copyfile(path, self.path / path.name)
-                    sync_file(self.path / path.name)
+        for name in copied_files(source):
+            target = self.path / name
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, target)
+                sync_file(target)
 
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
@@ -107,13 +115,18 @@ class Staging:
                 path.unlink()
         for name in DOCUMENT_FILES:
             (self.folder / name).unlink(missing_ok=True)
-        for suffix in (".json", ".safetensors"):
-            for path in (self.folder / RECIPES_FOLDER).glob(f"*{suffix}"):
+        for pattern in _BELOW:
+            for path in self.folder.glob(pattern):
                 path.unlink()
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
-        for path in sorted(self.path.iterdir()):
-            if path.name not in last:
-                move(path, self.folder / path.name)
+        for path in sorted(self.path.rglob("*")):
+            target = self.folder / path.relative_to(self.path)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            elif path.name not in last:
+                move(path, target)
+        if (self.folder / TEMPLATES_FOLDER).is_dir():
+            sync_folder(self.folder / TEMPLATES_FOLDER)
         for name in last:
             sync_folder(self.folder)  # the files that this one speaks of
             move(self.path / name, self.folder / name)
@@ -185,7 +198,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise OutputError(folder, "output folder", "a file", "a folder", "Name another folder, or remove the file")
-    for name in (REPORT_FOLDER, RECIPES_FOLDER):
+    for name in (REPORT_FOLDER, RECIPES_FOLDER, TEMPLATES_FOLDER):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise OutputError(folder, name, "a file", "a folder, or nothing", _MOVE_AWAY)
     names = sorted(path.name for path in folder.iterdir())
@@ -216,9 +229,15 @@ def check_copied(folder: Path) -> None:
     Raises:
         PointerFileError: Git has not fetched one's content.
     """
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_copied(path.name):
-            check_content(path)
+    for name in copied_files(folder):
+        check_content(folder / name)
+
+
+def copied_files(folder: Path) -> list[str]:
+    """The files of a source model that :meth:`Staging.copy_from` copies, sorted, as paths in its folder."""
+    paths = [*folder.iterdir(), *(folder / TEMPLATES_FOLDER).glob("*.jinja")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return [name for name in names if is_copied(name) or is_template_file(name)]
 
 
 def is_copied(name: str) -> bool:

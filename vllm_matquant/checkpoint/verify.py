@@ -10,7 +10,13 @@ from tqdm import tqdm
 
 from vllm_matquant.checkpoint.errors import CheckpointError, NestingError
 from vllm_matquant.checkpoint.manifest import check_file, read_manifest
-from vllm_matquant.checkpoint.names import MANIFEST_FILE, RECIPES_FOLDER, is_recipe_decoders_file, shard_width
+from vllm_matquant.checkpoint.names import (
+    MANIFEST_FILE,
+    RECIPES_FOLDER,
+    TEMPLATES_FOLDER,
+    is_recipe_decoders_file,
+    shard_width,
+)
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.staging import is_checkpoint_file
 
@@ -73,8 +79,9 @@ def check_nesting(checkpoint: Checkpoint, layer: str) -> None:
 def _verify_files(folder: Path) -> Iterator[Result]:
     files = read_manifest(folder)
     own = [path for path in sorted(folder.iterdir()) if is_checkpoint_file(path.name) and path.name != MANIFEST_FILE]
-    recipes = folder / RECIPES_FOLDER
-    for path in [*own, *sorted([*recipes.glob("*.json"), *recipes.glob("*.safetensors")])]:
+    recipes, templates = folder / RECIPES_FOLDER, folder / TEMPLATES_FOLDER
+    below = sorted([*recipes.glob("*.json"), *recipes.glob("*.safetensors"), *templates.glob("*.jinja")])
+    for path in [*own, *below]:
         if path.relative_to(folder).as_posix() not in files:
             yield Result(False, f"{path}: not in {MANIFEST_FILE}")
     present = [name for name in sorted(files) if (folder / name).is_file()]

@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_matquant.checkpoint.manifest import describe_files, versions
+from vllm_matquant.checkpoint.manifest import describe_file, describe_files, versions
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
-from vllm_matquant.checkpoint.staging import is_copied
+from vllm_matquant.checkpoint.staging import copied_files
 from vllm_matquant.measure.windows import Windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.machine import describe_machine
@@ -36,9 +36,8 @@ def read_source(source: Source) -> dict[str, Any]:
 
 def describe_settings(source: Source, method: Method, format_: Format, calibration: Windows | None) -> dict[str, Any]:
     """What the checkpoint's bytes depend on besides the source's weights and the calibration text."""
-    copied = [path for path in source.folder.iterdir() if path.is_file() and is_copied(path.name)]
     return {
-        "copied": describe_files(copied),
+        "copied": {name: describe_file(source.folder / name) for name in copied_files(source.folder)},
         "tokens": hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest() if calibration else None,
         "method": {"name": method.name, **asdict(method)},
         "format": format_to_config(format_),

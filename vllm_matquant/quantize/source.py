@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, e
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
+_LOGGER = logging.getLogger(__name__)
+_HUB_CODE = "--"  # between the name of a model on a hub and that of code there
 # What to fetch of a model on a hub: weights, configuration, tokenizer, and what states the licence.
 # Of sub-folders, which hold the model once more in other formats, only chat templates.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
@@ -147,6 +150,7 @@ class SourceModel:
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
         check_task(self.config, folder / CONFIG_FILE)
         check_copied(folder)
+        _drop_absent_code(self.config, folder / CONFIG_FILE)
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
         check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
         # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
@@ -165,6 +169,20 @@ class SourceModel:
 
     def _read(self, parameter: str) -> torch.Tensor:
         return self.tensors.read(parameter if parameter in self.tensors.names else self.skeleton.tied[parameter])
+
+
+def _drop_absent_code(config: dict[str, Any], where: Path) -> None:
+    """Remove the names of code in the model's folder, which is not copied: whoever trusts it would look for it."""
+    named = config.pop("auto_map", None)
+    kept = {name: code for name, code in named.items() if _HUB_CODE in str(code)} if isinstance(named, dict) else {}
+    if kept:
+        config["auto_map"] = kept
+    if kept != named:
+        _LOGGER.warning(
+            "%s: auto_map: found names of code beside the model, which is neither run nor copied: they are left out, "
+            "and the checkpoint is served by the architecture that transformers and vLLM know",
+            where,
+        )
 
 
 def _matrices(skeleton: Skeleton, blocks: Sequence[str]) -> list[Matrix]:
