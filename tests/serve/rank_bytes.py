@@ -10,9 +10,10 @@ ROW_PARALLEL = ("o_proj", "down_proj")  # cut along their columns; all other lay
 
 
 def bytes_of_rank(checkpoint: Checkpoint, widths: Mapping[str, int], ranks: int) -> int:
-    """Codes and 8-bit decoders that each of some ranks holds, of layers that are at ``widths``.
+    """Codes and decoders that each of some ranks holds, of layers that are at ``widths``.
 
-    Of a layer that is cut along its columns every rank has all rows, and so the two steps of each.
+    Of a layer that is cut along its columns every rank has all rows, and so the two steps of each that a decoder in 8
+    bits has.
     """
     assert checkpoint.format.decoder_kind.name == "affine-int8"
     total = 0
@@ -24,5 +25,6 @@ def bytes_of_rank(checkpoint: Checkpoint, widths: Mapping[str, int], ranks: int)
         else:
             assert rows % ranks == 0
             rows //= ranks
-        total += rows * (columns * widths[layer] // 8 + 2 * groups + 2 * 2)
+        decoder = 2 * groups + 2 * 2 if widths[layer] <= 4 else 4 * groups
+        total += rows * (columns * widths[layer] // 8 + decoder)
     return total
