@@ -289,7 +289,8 @@ def test_faulty_decoders_of_a_recipe_are_refused(sample: Any, fault: str) -> Non
     path = sample.folder / recipe_decoders_file(recipe.name)
     tensors = load_file(path)
     # A wide decoder has no steps.
-    name = min(name for name in tensors if ".weight_step" in name or name.replace("scale", "offset") in tensors)
+    scales = {name for name in tensors if ".weight_scale" in name and name.replace("scale", "offset") in tensors}
+    name = min(scales | {name for name in tensors if ".weight_step" in name})
     changes: dict[str, tuple[Any, type[CheckpointError]]] = {
         "absent": (lambda: tensors.pop(name), MissingTensorError),
         "more": (lambda: tensors.update(other=torch.zeros(1)), UnexpectedTensorError),

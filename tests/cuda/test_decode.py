@@ -28,9 +28,10 @@ def kind(request: pytest.FixtureRequest) -> DecoderKind:
 
 @pytest.fixture(scope="session")
 def kernels(kind: DecoderKind, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    """All kernels for decoders of a kind."""
+    """All kernels for decoders of a kind; of affine-int8 also those that weights of wide slices alone take."""
     skip_without_tools()
-    names = [name for name in kernel_definitions() if kind.name.replace("-", "_") in name]
+    wanted = [each.name.replace("-", "_") for each in (kind, AFFINE_FLOAT16)]
+    names = [name for name in kernel_definitions() if any(each in name for each in wanted)]
     return Emulated(compile_ptx(tmp_path_factory.mktemp("ptx"), "sm_80", names))
 
 

@@ -67,9 +67,10 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
         assert row["kl"] == pytest.approx(divergence / (5 * 23), rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(math.exp(loss / (5 * 23)), rel=1e-4)
         assert row["reference_perplexity"] == pytest.approx(math.exp(reference_loss / (5 * 23)), rel=1e-4)
-        # Two multiples of 8 bits for each group of 32 columns, and two steps of 16 bits for each row.
-        shapes = checkpoint.layers.values()
-        bits = sum(rows * (columns * (row["bits"] + 2 * 8 / 32) + 2 * 16) for rows, columns in shapes)
+        # Two multiples of 8 bits for each group of 32 columns and two steps of 16 bits for each row, or two float16.
+        shapes, bits = checkpoint.layers.values(), row["bits"]
+        group, steps = (2 * 8, 2 * 16) if bits <= 4 else (2 * 16, 0)
+        bits = sum(rows * (columns * (bits + group / 32) + steps) for rows, columns in shapes)
         assert row["bits_per_weight"] == pytest.approx(bits / sum(rows * columns for rows, columns in shapes))
     assert rows[0]["kl"] < rows[1]["kl"]
 
@@ -82,15 +83,16 @@ def test_weights_of_a_slice_change_the_quantized_layers_alone(llama: Path, check
     assert changed == {f"{layer}.weight" for layer in checkpoint.layers}
 
 
-def test_the_temporary_file_is_removed(
+def test_the_temporary_file_has_no_name(
     llama: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(width) for width in (8, 3)])
     next(rows)
-    assert [path.stat().st_size for path in tmp_path.glob("*/*")] == [5 * 23 * VOCABULARY * 4]
-    rows.close()  # as an error in between would
-    assert list(tmp_path.iterdir()) == []
+    assert (
+        list(tmp_path.iterdir()) == []
+    )  # its name is gone as soon as it is mapped, so that nothing can leave it there
+    rows.close()
 
 
 def test_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:

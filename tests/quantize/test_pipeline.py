@@ -170,7 +170,7 @@ def test_decoder_kinds(method: str, kind: DecoderKind, llama: Path, text_file: P
     assert checkpoint.format.decoder_kind is kind
     assert all(result.passed for result in verify(output))
     widest = chosen.widths[-1]
-    limit = 0.5 if method in ("gptq", "matgptq") else LIMITS[8]
+    limit = {"gptq": 0.5, "matgptq": 0.5, "nested-tuned": 1.2 * LIMITS[8]}.get(method, LIMITS[8])
     assert distance(logits(llama, checkpoint, widest), logits(llama)) < limit
     assert all(layer_errors[widest] < 0.2 for layer_errors in errors.values())
 

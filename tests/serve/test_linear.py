@@ -295,7 +295,10 @@ def test_parts_of_a_fused_layer_pay_for_their_own_bits(widths: tuple[int, ...]) 
             own = torch.zeros(sizes[part], *param.shape[1:], dtype=param.dtype)
             param.weight_loader(param, own, "qkv"[part])
     method.process_weights_after_loading(layer)
-    by_hand = sum(size * 96 * width // 8 for size, width in zip(sizes, widths, strict=True)) + 2 * 112 * (3 + 2)
+    decoders = [2 * 3 + 2 * 2 if width <= 4 else 4 * 3 for width in widths]
+    by_hand = sum(
+        size * (96 * width // 8 + decoder) for size, width, decoder in zip(sizes, widths, decoders, strict=True)
+    )
     assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
 
 

@@ -265,7 +265,7 @@ def test_results_of_other_settings(
         ({"--methods": "nested,magic"}, 2, "argument --methods: found 'magic', expected some of nested"),
         ({"--bits": "9"}, 2, "argument --bits: found '9'"),
         ({"--peer-python": "/no/python"}, 2, "argument --peer-python: found no program /no/python, expected a Python"),
-        ({"--text": "nowhere.txt"}, 1, "No such file or directory: 'nowhere.txt'"),
+        ({"--text": "nowhere.txt"}, 1, "nowhere.txt: found no such file"),
         ({"--calibration": "nowhere.txt"}, 1, "nowhere.txt: found no such file"),
     ],
 )

@@ -28,6 +28,7 @@ from vllm_matquant.checkpoint.errors import (
 # What a file system says of a call that it does not know; EINVAL is how some name it for fsync.
 NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = len(_POINTER)
 JSON_LIMIT = 100 * 2**20  # bytes; as safetensors limits its headers
 HASH_BLOCK = 2**20
 
@@ -79,8 +80,21 @@ def check_content(path: Path) -> None:
         PointerFileError: it is what Git leaves in the place of a large file that it has not fetched.
     """
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise PointerFileError(path)
+        check_beginning(file.read(POINTER_BYTES), path)
+
+
+def check_beginning(content: bytes, path: Path) -> None:
+    """Check that what a file begins with is its own content.
+
+    Args:
+        content: the first bytes of the file, or all of them.
+        path: the file to name in an error.
+
+    Raises:
+        PointerFileError: it is what Git leaves in the place of a large file that it has not fetched.
+    """
+    if content.startswith(_POINTER):
+        raise PointerFileError(path)
 
 
 def read_json(path: Path, error: type[CheckpointError] = IndexFileError, *, any_float: bool = False) -> dict[str, Any]:
@@ -100,8 +114,9 @@ def read_json(path: Path, error: type[CheckpointError] = IndexFileError, *, any_
     size = path.stat().st_size
     if size > JSON_LIMIT:
         raise error(path, "size", f"{size} bytes", f"at most {JSON_LIMIT}")
-    check_content(path)
-    return parse_json(path.read_bytes(), path, "content", error, any_float=any_float)
+    content = path.read_bytes()
+    check_beginning(content, path)
+    return parse_json(content, path, "content", error, any_float=any_float)
 
 
 @contextmanager

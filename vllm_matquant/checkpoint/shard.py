@@ -10,7 +10,7 @@ import torch
 
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ShardError, TensorDtypeError
-from vllm_matquant.checkpoint.files import JSON_LIMIT, check_content, parse_json
+from vllm_matquant.checkpoint.files import JSON_LIMIT, POINTER_BYTES, check_beginning, parse_json
 
 _LENGTH_BYTES = 8  # the header's length, little-endian
 _MAX_RANK = 8
@@ -41,9 +41,10 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         ShardError: the file is not a sound safetensors file: its tensors must fill it without hole or overlap.
         TensorDtypeError: a tensor of an unknown dtype.
     """
-    check_content(path)
     size = path.stat().st_size
     with path.open("rb") as file:
+        check_beginning(file.read(POINTER_BYTES), path)
+        file.seek(0)
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
             raise ShardError(path, "size", f"{size} bytes", f"at least {_LENGTH_BYTES}")

@@ -72,7 +72,9 @@ def test_a_single_block_is_seen() -> None:
 
 
 def test_quality() -> None:
-    figures = plot_quality(make_report())
+    report = make_report()
+    figures = plot_quality(report)
+    bits = {row.bits: row.bits_per_weight for row in report.width_rows()}
     assert list(figures) == ["KL divergence from the source", "Perplexity"]
     for svg, column in zip(figures.values(), (1, 0), strict=True):
         places = {}
@@ -80,7 +82,7 @@ def test_quality() -> None:
             colour = re.search(r"var\(--width-(\d)\)", use.get("style", ""))
             if colour:
                 places[int(colour[1])] = (float(use.get("x", "")), float(use.get("y", "")))
-        assert_linear([width + 0.5 for width in places], [x for x, _ in places.values()])
+        assert_linear([bits[width] for width in places], [x for x, _ in places.values()])
         assert_linear([math.log(QUALITY[width][column]) for width in places], [y for _, y in places.values()])
         assert len(places) == len(WIDTHS)
 
