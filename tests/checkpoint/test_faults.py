@@ -187,7 +187,7 @@ FAULTS = {
         in_quantization(group_size=64),
         errors.ConfigError,
         "group_size for model.layers.0.mlp.down_proj: found 64, expected a divisor of its 96 input features",
-        '8, 16, 24, 32, 48, 96, "channel"',
+        '8, 16, 24, 32, 48, "channel"',
     ),
     "slicing": fault(in_quantization(slicing="nearest"), errors.ConfigError, "slicing: found 'nearest'", "truncate"),
     "unknown field": fault(in_quantization(codebook="e8"), errors.ConfigError, "unknown fields ['codebook']"),

@@ -11,7 +11,7 @@ import torch
 
 from tests.cuda.emulation import SOURCES, Emulated, compile_ptx, emulator_module, skip_without_tools
 from tests.cuda.random_layers import KINDS, ROUNDING, Layer, make_input, make_layer, make_segments
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.cuda_launch import kernel_definitions
 

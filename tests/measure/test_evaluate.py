@@ -89,9 +89,7 @@ def test_the_temporary_file_has_no_name(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(width) for width in (8, 3)])
     next(rows)
-    assert (
-        list(tmp_path.iterdir()) == []
-    )  # its name is gone as soon as it is mapped, so that nothing can leave it there
+    assert list(tmp_path.iterdir()) == []  # its name is gone as soon as it is mapped
     rows.close()
 
 

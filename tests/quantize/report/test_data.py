@@ -33,8 +33,8 @@ def test_width_rows() -> None:
     rows = make_report(widths=(2, 4, 8)).width_rows()
     assert [row.bits for row in rows] == [8, 4, 2]
     for row in rows:
-        # Two codes of 8 bits for each group of 64, and two steps of 16 for each row of 576 or, in one layer, 1536; above 4
-        # bits two float16 for each group.
+        # Two codes of 8 bits for each group of 64, and two steps of 16 for each row of 576 or, in one layer, 1536;
+        # above 4 bits two float16 for each group.
         rows = {columns: sum(shape[0] for shape in KINDS.values() if shape[1] == columns) for columns in (576, 1536)}
         weights = sum(count * columns for columns, count in rows.items())
         decoder = 16 / 64 + 32 * sum(rows.values()) / weights if row.bits <= 4 else 32 / 64
