@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
 from vllm_matquant.checkpoint.staging import check_copied
-from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
@@ -178,7 +178,7 @@ def _drop_absent_code(config: dict[str, Any], where: Path) -> None:
     kept = {name: code for name, code in named.items() if _HUB_CODE in str(code)} if isinstance(named, dict) else {}
     if kept:
         config["auto_map"] = kept
-    if kept != named and ranks.is_first():
+    if kept != named and os.environ.get("RANK", "0") == "0":  # torchrun's: ranks have not met yet
         _LOGGER.warning(
             "%s: auto_map: found names of code beside the model, which is neither run nor copied: they are left out, "
             "and the checkpoint is served by the architecture that transformers and vLLM know",
