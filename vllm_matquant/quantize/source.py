@@ -18,7 +18,6 @@ from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, Missi
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.model_config import tag_floats
 from vllm_matquant.checkpoint.names import CONFIG_FILE
-from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
 from vllm_matquant.checkpoint.staging import check_copied
 from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
@@ -160,8 +159,8 @@ class SourceModel:
             tensors = SafetensorsFolder(folder, self.skeleton)
         except MissingTensorError as cause:
             raise explain_missing(self.config, cause, folder / CONFIG_FILE) from None
-        for file in tensors.files:
-            check_heads(read_header(file), self.skeleton, file)
+        for file, names in tensors.stored.items():
+            check_heads(names, self.skeleton, file)
         self.tensors: Tensors = tensors
         self.runner: Runner = runner
         self.embedding = next(iter(self.skeleton.embeddings), None)

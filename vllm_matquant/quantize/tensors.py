@@ -52,7 +52,7 @@ class SafetensorsFolder:
         located = _locate(folder)
         self._file_of = {name: located[name] for name in skeleton.parameters if name in located}
         headers = {file: read_header(folder / file) for file in sorted(set(located.values()))}
-        self._files = list(headers)
+        self._stored = {file: frozenset(header) for file, header in headers.items()}
         self._specs = {name: headers[file][name] for name, file in self._file_of.items() if name in headers[file]}
         for name, shape in skeleton.parameters.items():
             if name not in self._file_of:
@@ -72,7 +72,12 @@ class SafetensorsFolder:
     @property
     def files(self) -> list[Path]:
         """The files that hold tensors."""
-        return [self._folder / name for name in self._files]
+        return [self._folder / name for name in self._stored]
+
+    @property
+    def stored(self) -> dict[Path, frozenset[str]]:
+        """The names of all tensors in each file, those of no parameter too."""
+        return {self._folder / name: names for name, names in self._stored.items()}
 
     @property
     def names(self) -> list[str]:
