@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.quantize.tiny_sources import write_source, write_tokenizer
@@ -388,6 +389,20 @@ def test_settings_for_one_part_of_what_vllm_fuses(
         assert status == 1
         assert message in said
         assert not (tmp_path / "nested").exists()
+
+
+def test_a_dry_run_reads_the_weights(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    for value, message in ((1e5, "found weights of up to 1e+05, expected up to 32752"), (float("nan"), "found NaN")):
+        tensors[name][0, 0] = value
+        save_file(tensors, model / "model.safetensors")
+        for dry in (["--dry-run"], []):
+            status, said = refusal(capsys, model, "--output", tmp_path / "nested", *FEW, *dry)
+            assert status == 1
+            assert f"{name}: {message}" in said
+            assert not (tmp_path / "nested").exists()
 
 
 def test_settings_for_all_of_what_vllm_fuses(source: Path, tmp_path: Path) -> None:

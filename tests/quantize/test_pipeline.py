@@ -25,7 +25,6 @@ from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.measure.model import LayerModel
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import nested
-from vllm_matquant.quantize.magnitudes import check_magnitudes
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
@@ -33,6 +32,7 @@ from vllm_matquant.quantize.plan import make_plan
 from vllm_matquant.quantize.resume import WORK_FOLDER
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.values import check_values
 
 TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
 # How far the logits of random models may be from the source's, relative to their variance; a layer in another's place
@@ -359,9 +359,9 @@ def test_weights_that_decoders_cannot_hold(
         format_ = plan_format(source, METHODS["rtn"](widths), 64, [], decoder_kind=kind)
         if kind.form(widths[-1]) is FLOAT16:
             with pytest.raises(TensorValueError, match=r"up_proj\.weight: found weights of up to"):
-                check_magnitudes(Selection(source, format_))
+                check_values(Selection(source, format_))
         else:
-            check_magnitudes(Selection(source, format_))
+            check_values(Selection(source, format_))
     with pytest.raises(TensorValueError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight: found {message}"):
         run(model, tmp_path / "output", tmp_path, method="rtn")
     assert not (tmp_path / "output").exists()

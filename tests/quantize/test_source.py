@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, random_model, write_source
 from tests.random_models import randomized
+from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     CheckpointError,
     ConfigError,
@@ -39,9 +41,13 @@ from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.skeleton import build_skeleton
 from vllm_matquant.measure.text import read_source, read_text
 from vllm_matquant.measure.windows import load_tokenizer
+from vllm_matquant.quantize.choice import plan_format
+from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.runner import TransformersRunner, run_block
+from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Matrix, SourceModel, head_weight, locate, read_matrix
 from vllm_matquant.quantize.tensors import SafetensorsFolder
+from vllm_matquant.quantize.values import check_values
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -341,8 +347,9 @@ def test_quantized_source(spoiled: Path) -> None:
         SourceModel(spoiled)
 
 
-def test_a_quantization_config_that_is_null(spoiled: Path) -> None:
-    edit_config(spoiled, quantization_config=None)
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_quantization_config_of_nothing(spoiled: Path, nothing: object) -> None:
+    edit_config(spoiled, quantization_config=nothing)
     assert "quantization_config" not in SourceModel(spoiled).config
 
 
@@ -374,15 +381,6 @@ def test_a_pointer_in_the_place_of_a_text(tmp_path: Path) -> None:
         for read in (lambda path: read_source(str(path), 1), read_text):
             with pytest.raises(PointerFileError, match="found a Git LFS pointer"):
                 read(tmp_path / name)
-
-
-def test_code_beside_the_model_is_left_out(spoiled: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not caplog.records
-    edit_config(spoiled, auto_map={"AutoConfig": "configuration_own.Own", "AutoModel": "some/model--modeling.Own"})
-    assert SourceModel(spoiled).config["auto_map"] == {"AutoModel": "some/model--modeling.Own"}
-    assert "config.json: auto_map: found names of code beside the model" in caplog.text
-    edit_config(spoiled, auto_map={"AutoConfig": "configuration_own.Own"})
-    assert "auto_map" not in SourceModel(spoiled).config
 
 
 def test_unknown_architecture(spoiled: Path) -> None:
@@ -514,29 +512,61 @@ def test_wrong_dtype(spoiled: Path) -> None:
     edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
     with pytest.raises(TensorDtypeError, match=r"model\.norm\.weight: found torch\.int8"):
         SourceModel(spoiled)
-    edit_tensors(spoiled, **{"model.norm.weight": torch.ones(64, dtype=torch.float64)})
-    with pytest.raises(
-        TensorDtypeError, match=r"found torch\.float64, .* in torch\.float32 and write it with save_pretr"
-    ):
-        SourceModel(spoiled)
+
+
+def test_float64_is_read_as_float32(spoiled: Path) -> None:
+    tensors = load_file(spoiled / "model.safetensors")
+    exact = {name: tensor.double() + 1e-9 for name, tensor in tensors.items()}
+    save_file(exact, spoiled / "model.safetensors")
+    found = SourceModel(spoiled).tensors
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert found.spec(name) == TensorSpec(torch.float32, tuple(tensors[name].shape))
+    torch.testing.assert_close(found.read(name), exact[name].float(), rtol=0, atol=0)
+    torch.testing.assert_close(found.read_rows(name, slice(3, 5)), exact[name][3:5].float(), rtol=0, atol=0)
+    assert {tensor.dtype for _, _, tensor in found.each()} == {torch.float32}
+    save_file(exact | {name: exact[name] * 1e300}, spoiled / "model.safetensors")
+    with pytest.raises(TensorValueError, match="found NaN or infinity"):
+        check(spoiled)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_without_the_prefix_of_the_model(tmp_path: Path, tied: bool) -> None:
+    """As AutoModel saves them; transformers reads such files too."""
+    source = write_source(tmp_path / "source", "qwen3", tie_word_embeddings=tied)
+    tensors = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("model."): each for name, each in tensors.items()}, source / "model.safetensors")
+    found, model = SourceModel(source), AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert ("lm_head.weight" in found.tensors.names) is not tied
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found.tensors.read(name), parameter, rtol=0, atol=0)
+    # Where some have the prefix, those without it are other tensors.
+    save_file(
+        {name.removeprefix("model.layers."): each for name, each in tensors.items()}, source / "model.safetensors"
+    )
+    with pytest.raises(MissingTensorError, match=r"model\.\S+: found in no file"):
+        SourceModel(source)
+
+
+def check(folder: Path, progress: Callable[[int], object] = lambda size: None) -> None:
+    source = SourceModel(folder)
+    check_values(Selection(source, plan_format(source, METHODS["rtn"]((4, 8)), 32, [])), progress)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(spoiled: Path, name: str, value: float) -> None:
-    SourceModel(spoiled).tensors.check_values(lambda size: None)
+    check(spoiled)
     tensor = load_file(spoiled / "model.safetensors")[name]
     tensor.view(-1)[-1] = value
     edit_tensors(spoiled, **{name: tensor})
     message = rf"model\.safetensors: {name}: found NaN or infinity, expected finite weights"
     with pytest.raises(TensorValueError, match=message):
-        SourceModel(spoiled).tensors.check_values(lambda size: None)
+        check(spoiled)
 
 
 def test_every_value_is_checked(tmp_path: Path) -> None:
-    source = SourceModel(write_source(tmp_path / "source", shard_size="100KB"))
     sizes: list[int] = []
-    source.tensors.check_values(sizes.append)
+    check(write_source(tmp_path / "source", shard_size="100KB"), sizes.append)
     assert sum(sizes) == sum(4 * parameter.numel() for parameter in random_model("llama").parameters())
 
 

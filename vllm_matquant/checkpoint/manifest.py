@@ -18,12 +18,13 @@ from vllm_matquant.checkpoint.files import read_json, sha256
 from vllm_matquant.checkpoint.names import (
     MANIFEST_FILE,
     is_plain_name,
+    is_pooling_file,
     is_recipe_decoders_file,
     is_recipe_file,
     is_template_file,
 )
 
-_NAMES = (is_plain_name, is_recipe_file, is_recipe_decoders_file, is_template_file)
+_NAMES = (is_plain_name, is_recipe_file, is_recipe_decoders_file, is_template_file, is_pooling_file)
 _PACKAGES = ("vllm_matquant", "torch", "safetensors", "transformers")
 
 

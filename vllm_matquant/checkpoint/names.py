@@ -11,6 +11,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "MANIFEST.json"
 RECIPES_FOLDER = "recipes"
 TEMPLATES_FOLDER = "additional_chat_templates"  # where transformers keeps those besides the default one
+POOLING_FOLDERS = "[0-9]_Pooling"  # glob: where Sentence Transformers keeps what it makes of the hidden states
 # What people read about a checkpoint. It lies next to the checkpoint but is no part of it: it comes after the rest is
 # published, a model card is edited on a hub, and a report holds seconds, so the manifest lists none of them.
 MODEL_CARD_FILE = "README.md"
@@ -26,6 +27,7 @@ _RECIPE_PATH = rf"{RECIPES_FOLDER}/[A-Za-z0-9][A-Za-z0-9._+-]*"  # without its s
 _RECIPE = re.compile(rf"{_RECIPE_PATH}\.json")
 _RECIPE_DECODERS = re.compile(rf"{_RECIPE_PATH}\.safetensors")
 _TEMPLATE = re.compile(rf"{TEMPLATES_FOLDER}/[A-Za-z0-9_][A-Za-z0-9._+-]*\.jinja")
+_POOLING = re.compile(r"[0-9]_Pooling/config\.json")
 _SHARD = re.compile(r"model-width(?P<width>[2-8])-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -74,6 +76,11 @@ def is_recipe_decoders_file(path: str) -> bool:
 def is_template_file(path: str) -> bool:
     """Whether a path in a model's folder is one of a chat template besides the default one."""
     return _TEMPLATE.fullmatch(path) is not None
+
+
+def is_pooling_file(path: str) -> bool:
+    """Whether a path in a model's folder is one that says how hidden states are pooled to an embedding."""
+    return _POOLING.fullmatch(path) is not None
 
 
 def is_plain_name(name: str) -> bool:

@@ -24,12 +24,15 @@ class Skeleton:
         tied: the parameters that share the memory of an earlier one, which it names: a checkpoint may leave them out.
         linears: (out_features, in_features) of every ``torch.nn.Linear``, in the model's order.
         embeddings: (tokens, hidden size) of the input embedding, by its name.
+        prefix: what the names of the parameters below the head begin with, such as "model."; files of such a model
+            that were saved without a head lack it.
     """
 
     parameters: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     linears: dict[str, tuple[int, int]]
     embeddings: dict[str, tuple[int, int]]
+    prefix: str = ""
 
     def quantized_layers(self, format: Format, where: Path | str = CONFIG_FILE) -> dict[str, tuple[int, int]]:
         """Shape of every layer that a checkpoint of this format has codes of, in the model's order.
@@ -107,4 +110,5 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
             for name, module in model.named_modules()
             if module is embedding and isinstance(module, torch.nn.Embedding)
         },
+        prefix=f"{model.base_model_prefix}.",
     )

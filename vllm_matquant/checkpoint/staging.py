@@ -12,46 +12,30 @@ import errno
 import fcntl
 import os
 import shutil
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from vllm_matquant.checkpoint.copied import copy_files, is_copied
 from vllm_matquant.checkpoint.errors import OutputError, WriteError
-from vllm_matquant.checkpoint.files import NOT_SUPPORTED, check_content, move, sync_file, sync_folder, writing
+from vllm_matquant.checkpoint.files import NOT_SUPPORTED, move, sync_folder
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
     DOCUMENT_FILES,
     INDEX_FILE,
     MANIFEST_FILE,
+    POOLING_FOLDERS,
     RECIPES_FOLDER,
     REPORT_FOLDER,
     TEMPLATES_FOLDER,
-    is_template_file,
     shard_width,
 )
 
 STAGING_FOLDER = ".matquant-unfinished"
-COPIED_FILES = (  # patterns: tokenizer, processor, chat template, generation config and licence of the source model
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
+_BELOW = (
+    f"{RECIPES_FOLDER}/*.json",
+    f"{RECIPES_FOLDER}/*.safetensors",
+    f"{TEMPLATES_FOLDER}/*.jinja",
+    f"{POOLING_FOLDERS}/{CONFIG_FILE}",
 )
-_BELOW = (f"{RECIPES_FOLDER}/*.json", f"{RECIPES_FOLDER}/*.safetensors", f"{TEMPLATES_FOLDER}/*.jinja")
 _MOVE_AWAY = "Move it away, or write to another folder"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -91,13 +75,8 @@ class Staging:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def copy_from(self, source: Path) -> None:
-        """Copy the files of the source model that have nothing to do with its weights, byte for byte."""
-        for name in copied_files(source):
-            target = self.path / name
-            with writing(target):
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, target)
-                sync_file(target)
+        """Copy the files of the source model that have nothing to do with its weights."""
+        copy_files(source, self.path)
 
     def publish(self) -> None:
         """Move the files, each already on the disk, to the output folder in place of those of an older checkpoint.
@@ -120,13 +99,14 @@ class Staging:
                 path.unlink()
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.rglob("*")):
-            target = self.folder / path.relative_to(self.path)
+            name = path.relative_to(self.path)
             if path.is_dir():
-                target.mkdir(exist_ok=True)
-            elif path.name not in last:
-                move(path, target)
-        if (self.folder / TEMPLATES_FOLDER).is_dir():
-            sync_folder(self.folder / TEMPLATES_FOLDER)
+                (self.folder / name).mkdir(exist_ok=True)
+            elif str(name) not in last:
+                move(path, self.folder / name)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                sync_folder(self.folder / path.name)
         for name in last:
             sync_folder(self.folder)  # the files that this one speaks of
             move(self.path / name, self.folder / name)
@@ -221,25 +201,3 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is the checkpoint's own."""
     return name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or shard_width(name) is not None or is_copied(name)
-
-
-def check_copied(folder: Path) -> None:
-    """Check that the files of a source model that :meth:`Staging.copy_from` copies hold their own content.
-
-    Raises:
-        PointerFileError: Git has not fetched one's content.
-    """
-    for name in copied_files(folder):
-        check_content(folder / name)
-
-
-def copied_files(folder: Path) -> list[str]:
-    """The files of a source model that :meth:`Staging.copy_from` copies, sorted, as paths in its folder."""
-    paths = [*folder.iterdir(), *(folder / TEMPLATES_FOLDER).glob("*.jinja")]
-    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
-    return [name for name in names if is_copied(name) or is_template_file(name)]
-
-
-def is_copied(name: str) -> bool:
-    """Whether a file of this name in a source model's folder is copied to the checkpoint as it is."""
-    return any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)

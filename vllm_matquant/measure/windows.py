@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vllm_matquant.checkpoint.copied import check_copied
 from vllm_matquant.checkpoint.errors import MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
-from vllm_matquant.checkpoint.staging import check_copied
 from vllm_matquant.measure.records import Chat
 from vllm_matquant.measure.text import HUB, TextError, held_out_text, read_source
 

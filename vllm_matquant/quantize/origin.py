@@ -8,29 +8,35 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.copied import copied_files
 from vllm_matquant.checkpoint.manifest import describe_file, describe_files, versions
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
-from vllm_matquant.checkpoint.staging import copied_files
 from vllm_matquant.measure.windows import Windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.machine import describe_machine
 from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
+from vllm_matquant.quantize.values import check_values
 
 
-def read_source(source: Source) -> dict[str, Any]:
-    """Read all of the source once, before the long work: size and SHA-256 of its files.
+def read_source(selection: Selection) -> dict[str, Any]:
+    """Read all of the source, before the long work: size and SHA-256 of its files, and whether its values will do.
+
+    Args:
+        selection: what is quantized of it.
 
     Raises:
-        TensorValueError: a tensor holds NaN or infinity.
+        TensorValueError: see :func:`vllm_matquant.quantize.values.check_values`.
     """
+    source = selection.source
     files = [source.folder / CONFIG_FILE, *source.tensors.files]
     total = 2 * sum(path.stat().st_size for path in files)
     with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
         described = describe_files(files, progress.update)
-        source.tensors.check_values(progress.update)
+        check_values(selection, progress.update)
     return described
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
@@ -19,7 +20,6 @@ from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.choice import plan_format
-from vllm_matquant.quantize.magnitudes import check_magnitudes
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.origin import describe_settings, read_source
 from vllm_matquant.quantize.plan import Plan, check_room, disk_bytes, make_plan, shard_bytes
@@ -28,6 +28,7 @@ from vllm_matquant.quantize.resume import ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
+from vllm_matquant.quantize.values import check_values
 
 __all__ = ["CalibrationSettings", "Outcome", "dry_run", "plan_format", "quantize"]
 
@@ -101,8 +102,7 @@ def dry_run(
     activations_on_disk: bool = False,
     held_out: torch.Tensor | None = None,
 ) -> Plan:
-    """Check what :func:`quantize` checks, but for the values of the source's weights and the room on the disk, and plan
-    it; writes nothing.
+    """Check what :func:`quantize` checks, but for the room on the disk, and plan it; writes nothing.
 
     The plan says how much room there is: :func:`vllm_matquant.quantize.plan.check_room` judges it.
 
@@ -118,8 +118,11 @@ def dry_run(
     if method.needs_calibration:
         settings.load(source.folder)
         windows = settings.samples, settings.sequence_length
-    speed = measure_speed(method, format_.group_size, settings.sequence_length)
     selection = Selection(source, format_)
+    total = sum(path.stat().st_size for path in source.tensors.files)
+    with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
+        check_values(selection, progress.update)
+    speed = measure_speed(method, format_.group_size, settings.sequence_length)
     return make_plan(selection, method, speed, output, windows, _shape(held_out), on_disk=activations_on_disk)
 
 
@@ -192,8 +195,7 @@ def quantize(
         return Outcome({}, _take_part(run, held_out, clock), text, clock.seconds)
     replace = overwrite or work.publishing
     with CheckpointWriter(output, format_, shard_bytes=shard_bytes(source), overwrite=replace) as writer:
-        origin = {"source": read_source(source), "calibration": text}
-        check_magnitudes(run.selection)
+        origin = {"source": read_source(run.selection), "calibration": text}
         depends_on = describe_settings(source, method, format_, calibration) | origin
         if resume and work.exists:
             work.check_settings(depends_on)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,19 +12,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from vllm_matquant.checkpoint.copied import MODULES_FILE, check_copied, local_code, without_local_code
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import ConfigError, MissingFileError, MissingTensorError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.model_config import tag_floats
-from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.names import CONFIG_FILE, POOLING_FOLDERS
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.staging import check_copied
+from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
 _LOGGER = logging.getLogger(__name__)
-_HUB_CODE = "--"  # between the name of a model on a hub and that of code there
 # What to fetch of a model on a hub: weights, configuration, tokenizer, and what states the licence.
 # Of sub-folders, which hold the model once more in other formats, only chat templates.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
@@ -71,8 +70,8 @@ class Tensors(Protocol):
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Some rows of a tensor."""
 
-    def check_values(self, progress: Callable[[int], object]) -> None:
-        """Read every tensor once; raises TensorValueError where a value is not finite."""
+    def each(self) -> Iterator[tuple[Path, str, torch.Tensor]]:
+        """The file, the name and the content of every tensor, file by file."""
 
 
 class Runner(Protocol):
@@ -142,15 +141,23 @@ class SourceModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_copied(folder)
         # Numbers that JSON does not know, as transformers once wrote them, and reads them still.
         self.config: dict[str, Any] = tag_floats(read_json(folder / CONFIG_FILE, any_float=True))
         found = self.config.pop("quantization_config", None)
-        if found is not None:
+        if found:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
         check_task(self.config, folder / CONFIG_FILE)
-        check_copied(folder)
-        _drop_absent_code(self.config, folder / CONFIG_FILE)
+        self.config = without_local_code(self.config)
+        if (named := local_code(folder)) and not ranks.launched_rank():
+            _LOGGER.warning(
+                "%s: auto_map: found names of code beside the model (%s), which is neither run nor copied: they are "
+                "left out, and the checkpoint is served by the architecture and the tokenizer that transformers and "
+                "vLLM know",
+                folder,
+                ", ".join(named),
+            )
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
         check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
         # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
@@ -169,20 +176,6 @@ class SourceModel:
 
     def _read(self, parameter: str) -> torch.Tensor:
         return self.tensors.read(parameter if parameter in self.tensors.names else self.skeleton.tied[parameter])
-
-
-def _drop_absent_code(config: dict[str, Any], where: Path) -> None:
-    """Remove the names of code in the model's folder, which is not copied: whoever trusts it would look for it."""
-    named = config.pop("auto_map", None)
-    kept = {name: code for name, code in named.items() if _HUB_CODE in str(code)} if isinstance(named, dict) else {}
-    if kept:
-        config["auto_map"] = kept
-    if kept != named and os.environ.get("RANK", "0") == "0":  # torchrun's: ranks have not met yet
-        _LOGGER.warning(
-            "%s: auto_map: found names of code beside the model, which is neither run nor copied: they are left out, "
-            "and the checkpoint is served by the architecture that transformers and vLLM know",
-            where,
-        )
 
 
 def _matrices(skeleton: Skeleton, blocks: Sequence[str]) -> list[Matrix]:
@@ -231,7 +224,10 @@ def locate(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_NO_FILES))
+        folder = Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_NO_FILES))
+        if (folder / MODULES_FILE).is_file():  # an embedding model's
+            snapshot_download(model, allow_patterns=[f"{POOLING_FOLDERS}/{CONFIG_FILE}"])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         found = f"no such folder, nor a model of the hub ({reason})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from vllm_matquant.checkpoint.errors import (
     MissingTensorError,
     TensorDtypeError,
     TensorShapeError,
-    TensorValueError,
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.files import read_json
@@ -26,8 +25,8 @@ from vllm_matquant.checkpoint.spec import UNQUANTIZED_DTYPES
 
 _SINGLE_FILE = "model.safetensors"
 _SINGLE_SHARD = "model-00001-of-00001.safetensors"
+_DTYPES = (*UNQUANTIZED_DTYPES, torch.float64)
 _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*", "tf_model.h5", "flax_model.msgpack", "*.gguf")
-_CHECKED_VALUES = 2**24  # at a time
 
 
 class SafetensorsFolder:
@@ -50,24 +49,30 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, skeleton: Skeleton) -> None:
         self._folder = folder
         located = _locate(folder)
-        self._file_of = {name: located[name] for name in skeleton.parameters if name in located}
+        # transformers' rule too: names without the prefix count where none has it.
+        lacking = "" if any(name.startswith(skeleton.prefix) for name in located) else skeleton.prefix
+        self._places = {
+            name: (located[stored], stored)
+            for name in skeleton.parameters
+            if (stored := name.removeprefix(lacking)) in located
+        }
         headers = {file: read_header(folder / file) for file in sorted(set(located.values()))}
         self._stored = {file: frozenset(header) for file, header in headers.items()}
-        self._specs = {name: headers[file][name] for name, file in self._file_of.items() if name in headers[file]}
+        self._specs = {
+            name: headers[file][stored] for name, (file, stored) in self._places.items() if stored in headers[file]
+        }
         for name, shape in skeleton.parameters.items():
-            if name not in self._file_of:
+            if name not in self._places:
                 if name in skeleton.tied:
                     continue
                 raise MissingTensorError(folder, name, "in no file", "each of the model's parameters")
-            path, found = folder / self._file_of[name], self._specs.get(name)
+            path, found = folder / self._places[name][0], self._specs.get(name)
             if found is None:
                 raise MissingTensorError(path, name, "no such tensor", f"the one that {INDEX_FILE} lists")
             if found.shape != shape:
                 raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(shape)} by {CONFIG_FILE}")
-            if found.dtype not in UNQUANTIZED_DTYPES:
-                narrower = "Load the model with transformers in torch.float32 and write it with save_pretrained"
-                hint = narrower if found.dtype == torch.float64 else ""
-                raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, UNQUANTIZED_DTYPES)), hint)
+            if found.dtype not in _DTYPES:
+                raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, _DTYPES)))
 
     @property
     def files(self) -> list[Path]:
@@ -82,41 +87,39 @@ class SafetensorsFolder:
     @property
     def names(self) -> list[str]:
         """The parameters that have a tensor of their own, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._places)
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor as it is stored."""
-        return self._specs[name]
+        """Dtype and shape of a tensor as :meth:`read` gives it."""
+        found = self._specs[name]
+        return TensorSpec(torch.float32, found.shape) if found.dtype == torch.float64 else found
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored."""
-        with safe_open(self._folder / self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """A tensor as it is stored, but float64 as float32, as every model computes it."""
+        file_name, stored = self._places[name]
+        with safe_open(self._folder / file_name, framework="pt") as file:
+            return _narrowed(file.get_tensor(stored))
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a tensor as it is stored; the others are not read."""
-        with safe_open(self._folder / self._file_of[name], framework="pt") as file:
-            return file.get_slice(name)[rows]
+        """Rows of a tensor, see :meth:`read`; the others are not read."""
+        file_name, stored = self._places[name]
+        with safe_open(self._folder / file_name, framework="pt") as file:
+            return _narrowed(file.get_slice(stored)[rows])
 
-    def check_values(self, progress: Callable[[int], object] = lambda size: None) -> None:
-        """Read every tensor once.
-
-        Args:
-            progress: called with the bytes of each.
-
-        Raises:
-            TensorValueError: a tensor holds NaN or infinity.
-        """
+    def each(self) -> Iterator[tuple[Path, str, torch.Tensor]]:
+        """The file, the name and the content of every tensor, file by file."""
         for path in self.files:
             # Opened once for all of its tensors: each opening reads the header anew.
             with safe_open(path, framework="pt") as file:
                 for name in self.names:
-                    if self._file_of[name] != path.name:
-                        continue
-                    tensor = file.get_tensor(name)
-                    if not all(part.isfinite().all() for part in tensor.flatten().split(_CHECKED_VALUES)):
-                        raise TensorValueError(path, name, "NaN or infinity", "finite weights")
-                    progress(tensor.nbytes)
+                    file_name, stored = self._places[name]
+                    if file_name == path.name:
+                        yield path, name, _narrowed(file.get_tensor(stored))
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in a dtype that a checkpoint may hold."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _locate(folder: Path) -> dict[str, str]:
