@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.quantize.tiny_architectures import TOKENS, write_tiny
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, random_model, write_source
-from tests.random_models import randomized
 from vllm_matquant.checkpoint.decoder import TensorSpec
 from vllm_matquant.checkpoint.errors import (
     CheckpointError,
@@ -38,19 +35,17 @@ from vllm_matquant.checkpoint.errors import (
     UnsafePathError,
 )
 from vllm_matquant.checkpoint.model_config import build_config
-from vllm_matquant.checkpoint.skeleton import build_skeleton
 from vllm_matquant.measure.text import read_source, read_text
 from vllm_matquant.measure.windows import load_tokenizer
 from vllm_matquant.quantize.choice import plan_format
 from vllm_matquant.quantize.methods import METHODS
-from vllm_matquant.quantize.runner import TransformersRunner, run_block
+from vllm_matquant.quantize.runner import run_block
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Matrix, SourceModel, head_weight, locate, read_matrix
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 from vllm_matquant.quantize.values import check_values
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
-TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -93,101 +88,6 @@ def test_blocks_compute_what_transformers_does(model_type: str, tmp_path: Path) 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 59, 10_000])
 def test_batches(llama: Path, batch_tokens: int) -> None:
     assert_blocks_match(llama, random_model("llama"), batch_tokens)
-
-
-_TINY = {
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"], 64),
-    **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers"], 4),
-    **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], 4),
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
-    **{"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "max_position_embeddings": 64},
-    **{"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
-}
-# What some architectures call otherwise, or cannot have; None leaves a field to its default.
-_OWN: dict[str, dict[str, Any]] = {
-    "codegen": {"rotary_dim": 8},
-    "falcon": {"head_dim": None},
-    "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
-        "activation_sparsity_pattern": [0.0] * 4,
-    },
-    "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "gptj": {"rotary_dim": 8},
-    "minicpm3": {"num_key_value_heads": 4},
-}
-_MOST_WEIGHTS = 2_000_000
-
-
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """A random model of an architecture; skips the test where none can be built, or none that is small."""
-    try:
-        fields = _TINY | _OWN.get(model_type, {})
-        config = AutoConfig.for_model(
-            model_type, **{name: value for name, value in fields.items() if value is not None}
-        )
-        with torch.device("meta"):
-            weights = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
-        if weights > _MOST_WEIGHTS:
-            pytest.skip(f"{model_type}: {weights} weights")
-        model = randomized(config, 0)
-        model(TOKENS, use_cache=False)
-    except Exception as cause:  # each architecture has its own
-        pytest.skip(f"{model_type}: {str(cause).splitlines()[:1]}")
-    return model
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-@torch.no_grad()
-def test_every_architecture_is_right_or_refused_by_name(model_type: str) -> None:
-    model = tiny_model(model_type)
-    config, state = json.loads(model.config.to_json_string(use_diff=False)), model.state_dict()
-    refusal = None
-    try:
-        runner = TransformersRunner(config, build_skeleton(config), state.__getitem__)
-    except ConfigError as cause:
-        refusal = str(cause)
-    if refusal is not None:
-        assert "config.json: " in refusal
-        assert repr(config["model_type"]) in refusal
-        return
-    expected: list[torch.Tensor] = []
-    for block in model.get_decoder().layers:
-        block.register_forward_pre_hook(
-            lambda _, given, named: expected.append([*given, *named.values()][0].clone()), with_kwargs=True
-        )
-    logits = model(TOKENS, use_cache=False).logits
-    hidden = torch.empty_like(expected[0])
-    arguments = runner.embed(TOKENS, hidden)
-    for index, wanted in enumerate(expected):
-        torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
-        run_block(runner.load_block(index), hidden, hidden, arguments[index], 2 * TOKENS.shape[1])
-    torch.testing.assert_close(runner.load_head()(hidden), logits, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0},
-        {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY},
-    ],
-)
-def test_blocks_that_need_more_than_a_hidden_state(fields: dict[str, int], tmp_path: Path) -> None:
-    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 8}
-    config = AutoConfig.for_model("gemma4_text", **(_TINY | layers | fields))
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"config\.json: model_type: found 'gemma4_text', whose blocks share"):
-        SourceModel(tmp_path)
-
-
-def write_tiny(folder: Path, model_type: str, of: type = AutoModelForCausalLM, **fields: object) -> Path:
-    """Save a tiny model of an architecture, of transformers' class for some task."""
-    config = AutoConfig.for_model(model_type, **(_TINY | fields))
-    of.from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("tied", [False, True])
