@@ -2,9 +2,9 @@
 
 A process of its own, for engines leave global state behind. A job is an object with ``model``, ``tokens`` (a prompt),
 ``llm`` (arguments of ``LLM``) and, to switch widths while the engine runs, ``switch`` (a list of {part of a layer's
-name: its width}, each set before one more run). Its result holds ``log_probabilities`` (of the start and of each
-switch), the bytes of each rank and ``generated``, how many programs torch.compile wrote that it had not written
-before, or the ``error``.
+name: its width}, each set before one more run), or ``pooling`` ("embed" or "classify"). Its result holds
+``log_probabilities`` (of the start and of each switch), the bytes of each rank and ``generated``, how many programs
+torch.compile wrote that it had not written before; or what pooling gave as ``pooled``; or the ``error``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ DEFAULTS = {
     "max_logprobs": -1,
     "disable_log_stats": True,
 }
+
+POOLED = {"embed": "embedding", "classify": "probs"}
 
 
 def log_probabilities(llm: LLM, tokens: list[int]) -> torch.Tensor:
@@ -64,6 +66,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm = LLM(job["model"], **(DEFAULTS | job["llm"]))
     except ValueError as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    if "pooling" in job:
+        [output] = getattr(llm, job["pooling"])({"prompt_token_ids": job["tokens"]}, use_tqdm=False)
+        return {"pooled": torch.tensor(getattr(output.outputs, POOLED[job["pooling"]]))}
     rows = [log_probabilities(llm, job["tokens"])]
     for widths in job.get("switch", []):
         llm.apply_model(functools.partial(switch, widths=widths))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -136,7 +137,10 @@ def engine_config(quant_config: Any, load_format: str = "auto", draft: str | Non
         quant_config=quant_config,
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         model_config=SimpleNamespace(
-            quantization=quantization, runner_type="generate", using_transformers_backend=lambda: False
+            quantization=quantization,
+            runner_type="generate",
+            using_transformers_backend=lambda: False,
+            hf_config=PreTrainedConfig(),
         ),
         speculative_config=draft and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=draft)),
     )
@@ -236,6 +240,14 @@ def test_quantized_embeddings_where_vllm_cannot_serve_them(tied: bool, tmp_path:
             ConfigError, match=r"runner: found pooling, for which vLLM drops lm_head,.* --ignore lm_head"
         ):
             settle(config)
+    config.model_config.runner_type = "generate"
+    config.model_config.hf_config = PreTrainedConfig(classifier_from_token=["no", "yes"], tie_word_embeddings=tied)
+    if tied:
+        message = "classifier_from_token: found a classifier made of the .* quantized as model.embed_tokens, expected"
+        with pytest.raises(ConfigError, match=message):
+            settle(config)
+    else:
+        settle(config)  # the head's rows are of another tensor
     config.model_config.using_transformers_backend = lambda: True
     with pytest.raises(ConfigError, match=r"Transformers backend, which cannot look up quantized model\.embed_tokens"):
         settle(config)

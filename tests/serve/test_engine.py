@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from tests.quantize.tiny_sources import write_tokenizer
 from tests.serve.rank_bytes import bytes_of_rank
 from tests.serve.tiny_models import (
     EMBEDDINGS,
@@ -96,6 +99,27 @@ def faults(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# vLLM makes the classifier of the output head's rows.
+FROM_TOKENS = {
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "classifier_from_token": ["b", "d", "e"],
+    "method": "no_post_processing",
+}
+
+
+@pytest.fixture(scope="session")
+def pooled(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The qwen3 checkpoint as an embedding model: by its files it pools the mean, by default vLLM takes the last."""
+    write_tokenizer(models / "qwen3")
+    folder = Path(shutil.copytree(models / "qwen3", tmp_path_factory.mktemp("pooled") / "qwen3"))
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    return folder
+
+
 # Parts of fused layers at widths of their own.
 RECIPE = {"embed": 3, "q_proj": 2, "k_proj": 4, "v_proj": 5, "o_proj": 3, "gate_proj": 3, "up_proj": 2, "down_proj": 4,
           "lm_head": 4}  # fmt: skip
@@ -107,7 +131,9 @@ MIXED = {"embed": 2, "q_proj": 8, "k_proj": 3, "v_proj": 2, "o_proj": 3, "gate_p
 
 
 @pytest.fixture(scope="session")
-def results(models: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
+def results(
+    models: Path, faults: Path, pooled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, dict[str, Any]]:
     """What all engines gave; one process runs them, for the start of a process takes longer than that of an engine."""
     jobs: dict[Any, dict[str, Any]] = {(name, bits): at(bits) | {"model": str(models / name)} for name, bits in EAGER}
     jobs |= {(name, bits): at(bits) | {"model": str(faults / name)} for name, bits in FAULTY}
@@ -123,6 +149,13 @@ def results(models: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory
     jobs["recipe", "compiled"] = llama | at(4.5, enforce_eager=False)
     jobs["recipe", "too small"] = llama | {"llm": {"additional_config": {"matquant": {"memory": "1kB"}}}}
     jobs["parallel"] = llama | at(3, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+    jobs["pooling", "embed"] = {"model": str(pooled), "pooling": "embed"} | at(
+        4, runner="pooling", skip_tokenizer_init=False
+    )
+    jobs["pooling", "classify"] = {"model": str(models / "qwen3"), "pooling": "classify"} | at(
+        4, runner="pooling", skip_tokenizer_init=False, hf_overrides=FROM_TOKENS
+    )
 
     folder = tmp_path_factory.mktemp("engines")
     jobs_path, results_path = folder / "jobs.json", folder / "results.pt"
@@ -182,6 +215,23 @@ def test_a_recipe_that_mixes_widths_inside_fused_layers(models: Path, results: d
     assert result["resident_bytes"] == result["predicted_bytes"] == [share] * ranks
     if ranks == 1:
         assert share == mixed.resident_bytes
+
+
+@torch.no_grad()
+def test_pooling(models: Path, results: dict) -> None:
+    states = reference_model(models / "qwen3", 4).model(torch.tensor([TOKENS])).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(states.mean(dim=0), dim=0)
+    assert "error" not in results["pooling", "embed"], results["pooling", "embed"]
+    torch.testing.assert_close(results["pooling", "embed"]["pooled"], expected, rtol=0, atol=1e-5)
+    assert (torch.nn.functional.normalize(states[-1], dim=0) - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_classifier_of_the_output_heads_rows(models: Path, results: dict) -> None:
+    rows = AutoTokenizer.from_pretrained(models / "qwen3").convert_tokens_to_ids(FROM_TOKENS["classifier_from_token"])
+    logits = reference_model(models / "qwen3", 4)(torch.tensor([TOKENS])).logits[0, -1, rows]
+    assert "error" not in results["pooling", "classify"], results["pooling", "classify"]
+    torch.testing.assert_close(results["pooling", "classify"]["pooled"], logits.softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_a_budget_that_nothing_fits_is_refused(results: dict) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from tests.serve.tiny_models import quantize, served_at, served_widths
 from vllm_matquant.checkpoint.decoder import KINDS
@@ -94,6 +95,19 @@ class Source:
             for part in layer.quant_method.stored.owners[name]:
                 if (name, part) != without:
                     param.weight_loader(param, self.tensors(part)[name], "qkv"[part])
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vllm_finds_the_dense_weight(width: int, dtype: torch.dtype) -> None:
+    """As attention with latent keys and values asks for it."""
+    source = Source(Format(group_size=16), seed=width)
+    layer = new_layer(source.format, served_at(width))
+    layer.input_size_per_partition = COLUMNS
+    source.load(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    expected = torch.cat([source.weight(part, width) for part in range(len(PARTS))])
+    torch.testing.assert_close(get_and_maybe_dequant_weights(layer, dtype), expected.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("group_size", [32, "channel"])

@@ -99,11 +99,11 @@ class Staging:
                 path.unlink()
         last = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
         for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path)
+            place = path.relative_to(self.path)
             if path.is_dir():
-                (self.folder / name).mkdir(exist_ok=True)
-            elif str(name) not in last:
-                move(path, self.folder / name)
+                (self.folder / place).mkdir(exist_ok=True)
+            elif str(place) not in last:
+                move(path, self.folder / place)
         for path in self.path.iterdir():
             if path.is_dir():
                 sync_folder(self.folder / path.name)

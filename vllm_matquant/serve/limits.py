@@ -20,7 +20,7 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
 
     Raises:
         ConfigError: LoRA is asked for, a tensor parallel size that would cut a group, the Transformers backend with
-            a quantized embedding, or pooling with a quantized output head.
+            a quantized embedding, or pooling with a quantized output head, be it tied where a classifier is made of it.
     """
     if vllm_config.lora_config is not None:
         raise ConfigError("lora_config", "enable_lora", True, "no LoRA, which quantized layers do not take yet")
@@ -39,6 +39,15 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
             "runner",
             f"pooling, for which vLLM drops {' and '.join(heads)}, and the checkpoint has it quantized",
             f"runner generate, or a checkpoint quantized with --ignore {heads[0]}",
+        )
+    text_config = model_config.hf_config.get_text_config()
+    tied = format_.quantized_embeddings if getattr(text_config, "tie_word_embeddings", False) else ()
+    if tied and getattr(text_config, "classifier_from_token", None):
+        raise ConfigError(
+            "model_config",
+            "hf_overrides.classifier_from_token",
+            f"a classifier made of the output head's rows, and the checkpoint has it quantized as {' and '.join(tied)}",
+            "a checkpoint quantized without --quantize-embeddings",
         )
     size = vllm_config.parallel_config.tensor_parallel_size
     misfit = find_misfit(format_, layers, size)

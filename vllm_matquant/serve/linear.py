@@ -22,7 +22,9 @@ from vllm_matquant.serve.stored_layer import Cut, StoredLayer
 
 _Setting = TypeVar("_Setting")
 
-HANDLE = "packed_weight"  # the name of its buffer
+# The name of the weight's buffer. vLLM looks for it where it wants the dense weight of a layer, as attention with
+# latent keys and values does, before it multiplies the identity.
+HANDLE = "qweight"
 _store = PlaneStore()  # of all layers in this process
 
 
