@@ -11,10 +11,8 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias) -> Tensor");
     m.def("embedding(Tensor rows, Tensor weight, int columns, ScalarType dtype) -> Tensor");
     m.def(
-        "cuda_plan(Tensor x, Tensor weight, int out_features, Tensor? bias, int segment, int processors, int? splits) "
-        "-> "
-        "(str kernel, int[] grid, int threads, int shared_bytes, int columns, int first_output, int partial_sums, "
-        "int arrivals, Tensor shape)");
+        "cuda_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, int launcher, int processors, "
+        "int? splits) -> Tensor");
     m.def("cuda_instances() -> (str[] names, str[] definitions)");
     m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, str layout, Tensor(a!) out) -> ()");
     m.def(

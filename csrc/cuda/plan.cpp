@@ -1,15 +1,12 @@
 #include "cuda/plan.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include "check.h"
@@ -160,41 +157,6 @@ int64_t splits_of(const Shape& shape, int64_t passes, int64_t processors) {
                                std::max(1, shape.steps() / kWarps));
 }
 
-// What an operator returns: kernel, grid, threads, shared bytes, columns of the input, the segment's first output,
-// values of partial sums and of arrivals, the bytes of Shape.
-using PlanValues =
-    std::tuple<std::string, std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Tensor>;
-
-PlanValues plan_operator(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias,
-                         int64_t segment, int64_t processors, const std::optional<int64_t>& splits) {
-    const std::shared_ptr<const Weight> weight = find_weight(handle);
-    STD_TORCH_CHECK(0 < processors && processors < 1 << 20, "processors: found ", processors, ", expected at least 1");
-    const std::vector<Plan> plans = make_plans(*weight, x, out_features, bias, static_cast<int>(processors), splits);
-    STD_TORCH_CHECK(0 <= segment && segment < static_cast<int64_t>(plans.size()), "segment: found ", segment,
-                    ", expected one of the weight's ", plans.size());
-    const Plan& plan = plans[segment];
-    Tensor shape = torch::stable::empty({sizeof(Shape)}, ScalarType::Byte);
-    std::memcpy(shape.mutable_data_ptr(), &plan.shape, sizeof(Shape));
-    return {instances()[plan.instance].name,
-            {plan.grid.begin(), plan.grid.end()},
-            kThreads,
-            plan.shared_bytes,
-            plan.columns(),
-            plan.first_output,
-            plan.partial_sums,
-            plan.arrivals,
-            shape};
-}
-
-std::tuple<std::vector<std::string>, std::vector<std::string>> instances_operator() {
-    std::vector<std::string> names, definitions;
-    for (const Instance& instance : instances()) {
-        names.push_back(instance.name);
-        definitions.push_back(instance.definition);
-    }
-    return {names, definitions};
-}
-
 }  // namespace
 
 const std::vector<Instance>& instances() {
@@ -288,10 +250,5 @@ std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) { m.impl("add_segment", TORCH_BOX(&add_segment)); }
-
-STABLE_TORCH_LIBRARY_IMPL(matquant, CompositeExplicitAutograd, m) {
-    m.impl("cuda_plan", TORCH_BOX(&plan_operator));
-    m.impl("cuda_instances", TORCH_BOX(&instances_operator));
-}
 
 }  // namespace matquant::cuda

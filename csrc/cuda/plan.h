@@ -1,6 +1,5 @@
-// Which kernels compute a product, on what grids and with which arguments: the host's part of it in plain C++, which is
-// compiled whether or not there is CUDA. The library's own launch (linear.cu) follows it, and so does Python's for
-// kernels that are compiled at run time.
+// Which kernels compute a product, on what grids and with which shapes: plain C++, which is compiled whether or not
+// there is CUDA.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

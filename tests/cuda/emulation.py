@@ -1,11 +1,12 @@
 """CUDA kernels without a GPU: compiled to PTX and executed by an emulator, with checks of memory, races and copies.
 
-What starts them is the code that starts them on a GPU where they are compiled at run time; what it asks the library's
-plan for is what the library's own launch asks it for. emulator_protocol.py says what an emulator must be.
+The library's host code is what runs on a GPU too, but for the CUDA runtime's calls (csrc/cuda/device.cu), in the place
+of which is the emulator. emulator_protocol.py says what an emulator must be.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch
 from tests.cuda.emulator_protocol import EmulatorModule
 from tests.cuda.random_layers import Layer
 from vllm_matquant.kernels import cuda_jit, cuda_launch
-from vllm_matquant.kernels.cuda_launch import Plan
+from vllm_matquant.kernels.cuda_launch import Launch, Memory
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -53,6 +54,17 @@ def compile_ptx(folder: Path, architecture: str, kernels: Collection[str], sourc
     return target.read_text()
 
 
+class Recorder:
+    """Starts nothing and remembers what it was asked for."""
+
+    def __init__(self, processors: int = 1) -> None:
+        self.processors = processors
+        self.launched: list[Launch] = []
+
+    def launch(self, launch: Launch) -> None:
+        self.launched.append(launch)
+
+
 class Emulated:
     """Launches the kernels of a piece of PTX; what they write is poisoned before."""
 
@@ -62,17 +74,23 @@ class Emulated:
         module = emulator_module()
         self.emulator, self.out = module.Emulator(ptx), module.Out
         self.options: dict[str, Any] = {}
+        self.written: list[np.ndarray] = []  # by kernels that dequantize
 
-    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
+    def launch(self, launch: Launch) -> None:
         # The output of a segment has columns of those before it, which must stay.
-        written = [3] if plan.dequantizes else [5, 6] if plan.first_output == 0 else [6]
-        arrays = [value if value is None or isinstance(value, bytes) else as_array(value) for value in arguments]
-        passed = [self.out(value) if index in written else value for index, value in enumerate(arrays)]
-        self.emulator.launch(plan.kernel, plan.grid, plan.threads, passed, shared=plan.shared_bytes, **self.options)
-        if not plan.dequantizes:
-            arrivals = arguments[7]
-            assert isinstance(arrivals, torch.Tensor)
-            assert not arrivals.any()
+        written = [3] if launch.dequantizes else [6] if self.written else [5, 6]
+        arrays = [None if memory is None else as_array(memory) for memory in launch.pointers]
+        passed = [
+            self.out(value) if index in written and value is not None else value for index, value in enumerate(arrays)
+        ]
+        arguments = [*passed, launch.shape]
+        options = {"shared": launch.shared_bytes, **self.options}
+        self.emulator.launch(launch.kernel, launch.grid, launch.threads, arguments, **options)
+        if launch.dequantizes:
+            self.written.append(arrays[3].copy())
+        else:
+            self.written.append(arrays[5])
+            assert arrays[7] is None or not arrays[7].any()
 
     def multiply(
         self,
@@ -84,20 +102,19 @@ class Emulated:
         **options: Any,
     ) -> torch.Tensor:
         """``x`` [tokens, in_features] times the layer at ``widths``."""
-        self.options = options
+        self.options, self.written = options, []
         layer.activate(widths)
         return cuda_launch.multiply(self, x, layer.weight, bias, splits)
 
     def dequantize(self, layer: Layer, widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The weights at ``widths``, columns padded to whole steps."""
-        self.options = {}
-        layer.activate(widths)
-        x = torch.zeros(100, layer.codes.shape[1], dtype=dtype)
-        plans = list(cuda_launch.plans_of(x, layer.weight, None, self.processors))
-        return cuda_launch.dequantize(self, layer.weight, plans, x)
+        self.multiply(layer, torch.zeros(100, layer.codes.shape[1], dtype=dtype), widths)
+        sizes = [sum(segment.resident.output_sizes) for segment in layer.weight.segments]
+        parts = zip(self.written, sizes, strict=True)
+        return torch.cat([torch.from_numpy(array).view(dtype).view(size, -1) for array, size in parts])
 
 
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor, 16-bit values as numpy takes them."""
-    assert tensor.is_contiguous()
-    return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
+def as_array(memory: Memory) -> np.ndarray:
+    """The bytes that a pointer points to."""
+    content = (ctypes.c_uint8 * memory.size).from_address(memory.address)
+    return np.frombuffer(content, np.uint8)

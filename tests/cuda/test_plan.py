@@ -9,20 +9,29 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cuda.emulation import SOURCES
+from tests.cuda.emulation import SOURCES, Recorder
 from tests.cuda.random_layers import CUDA, KINDS, Layer, make_input, make_layer, make_segments
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.kernels import cuda_launch, ops
-from vllm_matquant.kernels.cuda_launch import Plan, kernel_definitions
+from vllm_matquant.kernels.cuda_launch import Launch, Memory, kernel_definitions
 from vllm_matquant.kernels.support import KERNELS
 
 MAX_PARTITIONS = 8
 
 
-def plan_of(layer: Layer, tokens: int, dtype: torch.dtype = torch.float16, processors: int = 1) -> Plan:
-    x = torch.zeros(tokens, layer.codes.shape[1], dtype=dtype)
-    [plan] = cuda_launch.plans_of(x, layer.weight, None, processors)
-    return plan
+def launches_of(layer: Layer, tokens: int, dtype: torch.dtype = torch.float16, processors: int = 1) -> list[Launch]:
+    recorder = Recorder(processors)
+    cuda_launch.multiply(recorder, torch.zeros(tokens, layer.codes.shape[1], dtype=dtype), layer.weight)
+    return recorder.launched
+
+
+def launch_of(layer: Layer, tokens: int, dtype: torch.dtype = torch.float16, processors: int = 1) -> Launch:
+    [launch] = launches_of(layer, tokens, dtype, processors)
+    return launch
+
+
+def size_of(memory: Memory | None) -> int:
+    return 0 if memory is None else memory.size
 
 
 def test_every_kernel_is_listed_once() -> None:
@@ -58,14 +67,15 @@ VARIANTS = [(kind, dtype) for kind in ("affine_float16", "affine_int8") for dtyp
 )
 def test_the_kernel_for_the_fewest_tokens_that_are_enough(tokens, group_size, chosen, dtype, kind) -> None:
     layer = make_layer([40], 600, group_size, [4], kind=kind)
-    plan = plan_of(layer, tokens, getattr(torch, dtype))
-    assert plan.kernel == "matquant_" + chosen.format(f"{kind.name.replace('-', '_')}_{dtype}")
-    assert plan.kernel in kernel_definitions()
-    assert plan.dequantizes == (tokens > 64)
-    assert plan.columns == 640
+    launch = launch_of(layer, tokens, getattr(torch, dtype))
+    assert launch.kernel == "matquant_" + chosen.format(f"{kind.name.replace('-', '_')}_{dtype}")
+    assert launch.kernel in kernel_definitions()
+    assert launch.threads == 128
+    assert launch.dequantizes == (tokens > 64)
+    # Columns are padded to whole steps.
+    assert launch.pointers[3 if launch.dequantizes else 0].size == 2 * 640 * (40 if launch.dequantizes else tokens)
 
 
-# Tensors that are only looked at take no memory on this device.
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "grid"),
     [
@@ -78,12 +88,12 @@ def test_the_kernel_for_the_fewest_tokens_that_are_enough(tokens, group_size, ch
 )
 def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, grid) -> None:
     layer = make_layer([rows], columns, 128, [2])
-    plan = plan_of(layer, tokens, processors=100)
-    assert plan.grid == grid
-    splits, passes = grid[1], grid[2]
-    several = splits > 1 and not plan.dequantizes
-    assert plan.partial_sums == (splits * rows * tokens if several else 0)
-    assert plan.arrivals == (passes * rows // 64 if several else 0)
+    launch = launch_of(layer, tokens, processors=100)
+    assert list(launch.grid) == grid
+    if not launch.dequantizes:
+        splits, passes = grid[1], grid[2]
+        partial_sums, arrivals = (splits * rows * tokens, passes * rows // 64) if splits > 1 else (0, 0)
+        assert [size_of(memory) for memory in launch.pointers[6:]] == [4 * partial_sums, 4 * arrivals]
 
 
 @pytest.mark.parametrize(
@@ -101,27 +111,26 @@ def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, gri
 def test_shared_memory(kind, group_size, tokens, width, expected) -> None:
     layer = make_layer([70], 600, group_size, sorted({2, width}), kind=kind)
     assert layer.weight.decoder_kind is kind
-    assert plan_of(layer, tokens).shared_bytes == expected
+    assert launch_of(layer, tokens).shared_bytes == expected
 
 
 def test_the_shape_that_kernels_are_passed() -> None:
     none = 2**32 - 1
     layer = make_segments([([100, 30], (2, 5)), ([70], (4,))], 1100, 256)
-    first, second = cuda_launch.plans_of(make_input(3, 1100, torch.float16), layer.weight, None, 1)
-    assert (first.first_output, second.first_output) == (0, 130)
+    first, second = launches_of(layer, 3)
     # Tokens, output stride, rows, tile rows, tile columns, resident width, groups, shift, partitions; where partitions
     # begin; the byte where the decoders of a width begin.
-    numbers = list(struct.unpack("<9i8i8i7I", bytes(first.shape.tolist())))
+    numbers = list(struct.unpack("<9i8i8i7I", first.shape))
     assert numbers[:25] == [3, 200, 130, 3, 18, 5, 5, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
     assert numbers[25:] == [0, none, none, 3 * 5 * 256, none, none, none]
-    numbers = list(struct.unpack("<9i8i8i7I", bytes(second.shape.tolist())))
+    numbers = list(struct.unpack("<9i8i8i7I", second.shape))
     assert numbers[:25] == [3, 200, 70, 2, 18, 4, 5, 1, 1, *[0] * 16]
     assert numbers[25:] == [none, none, 0, none, none, none, none]
 
     mixed = make_segments([([100], (5, 3, 8))], 1100, 256, kind=AFFINE_INT8)
-    [plan] = cuda_launch.plans_of(make_input(3, 1100, torch.float16), mixed.weight, None, 1)
+    launch = launch_of(mixed, 3)
     wide, narrow = 2 * 5 * 256, 2 * (256 + 5 * 128)
-    numbers = list(struct.unpack("<9i8i8i7I", bytes(plan.shape.tolist())))
+    numbers = list(struct.unpack("<9i8i8i7I", launch.shape))
     assert numbers[25:] == [none, wide, none, 0, none, none, wide + narrow]
 
 
@@ -130,9 +139,9 @@ def test_the_shape_that_kernels_are_passed() -> None:
     [(32, 4096, 4, 0), (64, 64, 2, 0), (128, 4096, 1, 0), (512, 4096, 1, 2), (100, 100, 1, 31)],
 )
 def test_groups_of_a_step(group_size, columns, groups, shift) -> None:
-    plan = plan_of(make_layer([64], columns, group_size, [2]), 1)
-    assert plan.kernel.endswith(f"_{groups}")
-    assert struct.unpack_from("<9i", bytes(plan.shape.tolist()))[7] == shift
+    launch = launch_of(make_layer([64], columns, group_size, [2]), 1)
+    assert launch.kernel.endswith(f"_{groups}")
+    assert struct.unpack_from("<9i", launch.shape)[7] == shift
 
 
 @pytest.mark.parametrize("group_size", [16, 96])
@@ -210,40 +219,41 @@ def test_decoders_of_another_kind() -> None:
         ops.add_segment(number, segment.resident.planes, segment.resident.decoders, segment.active_width, [4], [70])
 
 
+STARTED = 1  # the address of a launcher, which is never called
 X, BIAS = make_input(3, 200, torch.float16), make_input(1, 70, torch.float16)[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X.float(), 70, None, 0, 1, None), "x: found dtype Float, expected BFloat16 or Half"),
-        ((X[:, :199], 70, None, 0, 1, None), "x: found 199 columns, expected the weight's 200"),
-        ((X[0, 0], 70, None, 0, 1, None), "x: found a scalar"),
+        ((X.float(), 70, None, STARTED, 1, None), "x: found dtype Float, expected BFloat16 or Half"),
+        ((X[:, :199], 70, None, STARTED, 1, None), "x: found 199 columns, expected the weight's 200"),
+        ((X[0, 0], 70, None, STARTED, 1, None), "x: found a scalar"),
         (
-            (X.to("meta"), 70, None, 0, 1, None),
+            (X.to("meta"), 70, None, STARTED, 1, None),
             "x: found it on another:-?[0-9]+, expected it where the weight's planes are",
         ),
-        ((X, 71, None, 0, 1, None), "out_features: found 71, expected the weight's 70"),
-        ((X, 70, BIAS.bfloat16(), 0, 1, None), "bias: found dtype BFloat16, expected Half"),
-        ((X, 70, BIAS[1:], 0, 1, None), r"bias: found shape \[69\], expected \[70\]"),
-        ((X, 70, BIAS.repeat(2)[::2], 0, 1, None), "bias: found strides"),
-        ((X, 70, BIAS.to("meta"), 0, 1, None), "bias: found it on"),
-        ((X, 70, None, 1, 1, None), "segment: found 1, expected one of the weight's 1"),
-        ((X, 70, None, 0, 0, None), "processors: found 0"),
-        ((X, 70, None, 0, 1, 0), "splits: found 0, expected 1 to 65535"),
+        ((X, 71, None, STARTED, 1, None), "out_features: found 71, expected the weight's 70"),
+        ((X, 70, BIAS.bfloat16(), STARTED, 1, None), "bias: found dtype BFloat16, expected Half"),
+        ((X, 70, BIAS[1:], STARTED, 1, None), r"bias: found shape \[69\], expected \[70\]"),
+        ((X, 70, BIAS.repeat(2)[::2], STARTED, 1, None), "bias: found strides"),
+        ((X, 70, BIAS.to("meta"), STARTED, 1, None), "bias: found it on"),
+        ((X, 70, None, 0, 1, None), "launcher: found the address 0, expected a function's"),
+        ((X, 70, None, STARTED, 0, None), "processors: found 0"),
+        ((X, 70, None, STARTED, 1, 0), "splits: found 0, expected 1 to 65535"),
     ],
 )
 def test_a_product_that_contradicts_its_weight(arguments, message) -> None:
     layer = make_layer([70], 200, 64, [4])
     x, rows, *rest = arguments
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.matquant.cuda_plan(x, layer.weight.handle, rows, *rest)
+        torch.ops.matquant.cuda_linear(x, layer.weight.handle, rows, *rest)
 
 
 def test_a_weight_for_another_device_is_refused() -> None:
     on_cpu = make_layer([70], 200, 64, [4], kernel=KERNELS[0])
     with pytest.raises(RuntimeError, match='weight: found the layout "cpu-pairs", expected "cuda"'):
-        torch.ops.matquant.cuda_plan(X, on_cpu.weight.handle, 70, None, 0, 1, None)
+        torch.ops.matquant.cuda_linear(X, on_cpu.weight.handle, 70, None, STARTED, 1, None)
     [segment] = make_layer([70], 200, 64, [4]).weight.segments
     number = ops.new_weight(200, 64, "affine-float16", "cpu-pairs")
     with pytest.raises(RuntimeError, match="planes: found shape"):
@@ -259,10 +269,10 @@ def test_the_cpu_refuses_a_weight_for_a_gpu() -> None:
 def test_a_weight_without_segments_and_one_that_was_freed() -> None:
     number = ops.new_weight(200, 64, "affine-int8", "cuda")
     with pytest.raises(RuntimeError, match="weight: found one without segments"):
-        torch.ops.matquant.cuda_plan(X, torch.tensor([number]), 70, None, 0, 1, None)
+        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), 70, None, STARTED, 1, None)
     ops.free_weight(number)
     with pytest.raises(RuntimeError, match=f"weight: found {number}, expected the handle of a packed weight"):
-        torch.ops.matquant.cuda_plan(X, torch.tensor([number]), 70, None, 0, 1, None)
+        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), 70, None, STARTED, 1, None)
 
 
 def test_the_sources_are_part_of_the_package() -> None:

@@ -11,46 +11,131 @@ from typing import Any
 import gpu_check
 import pytest
 import torch
-from gpu_check import main
+from gpu_check import Part, main
 
+from tests.cuda import random_layers
+from tests.cuda.random_layers import Layer
 from vllm_matquant.bench import cuda as bench_cuda
 from vllm_matquant.bench import kernel as bench_kernel
-from vllm_matquant.kernels import ops
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 1
-    assert "torch finds no CUDA device" in capsys.readouterr().err
+def test_without_a_device_it_says_so() -> None:
+    with pytest.raises(SystemExit, match="torch finds no CUDA device"):
+        main([])
 
 
-def test_a_library_without_kernels_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "is_built_for", lambda device_type: False)
-    assert main([]) == 1
-    assert ops.BUILD_COMMAND in capsys.readouterr().err
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Of a machine with a GPU, where the parts are scripts in a folder, which is returned."""
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"gpu": "one", "torch": "2"})
+    script = tmp_path / "gpu_check.py"
+    named = "sys.argv[sys.argv.index('--part') + 1]"
+    script.write_text(f"import pathlib, sys\nexec(pathlib.Path({str(tmp_path)!r}, {named}).read_text())\n")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "PARTS", {name: Part(lambda: iter(()), 20) for name in ("one", "two", "three")})
+    for name in gpu_check.PARTS:
+        (tmp_path / name).write_text("print('something')")
+    return tmp_path
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_the_report_has_machine_tests_and_figures(status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def rows(report: Any) -> Any:
-        report("marlin refuses")
-        row = {"n": 64, "k": 128, "m": 1, "bits": 2, "seconds": 1e-6, "gb_per_s": 1.0, "read_gb_per_s": 2.0}
-        yield row | {"peer_seconds": {"torch": 2e-6}}
+def run(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    output = folder / "report.json"
+    status = main(["--output", str(output), "--parts", "one,two,three", *options])
+    return status, json.loads(output.read_text())["parts"]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "is_built_for", lambda device_type: True)
-    monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"gpu": "one"})
-    monkeypatch.setattr(gpu_check, "run_tests", lambda: {"exit_status": status, "output": []})
-    monkeypatch.setattr(gpu_check, "bench_cuda", rows)
-    output = tmp_path / "report.json"
-    assert main(["--output", str(output)]) == status
-    report = json.loads(output.read_text())
-    assert report["machine"] == {"gpu": "one"}
-    assert report["refusals"] == ["marlin refuses"]
-    assert [row["bits"] for row in report["rows"]] == [2]
+
+ROW = "print('gpu-check-result {\"bits\": 2}', flush=True)\n"
+
+
+def test_a_part_that_ends_badly_ends_alone(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (machine / "one").write_text(f"{ROW}print('said', flush=True)\nimport os; os.abort()")
+    (machine / "two").write_text(ROW)
+    status, parts = run(machine)
+    assert status == 1
+    assert parts["one"]["outcome"] == "ended with -6"
+    assert parts["one"]["rows"] == parts["two"]["rows"] == [{"bits": 2}]
+    assert parts["one"]["output"][0] == "said"
+    assert parts["two"]["outcome"] == parts["three"]["outcome"] == "right"
+    said = capsys.readouterr().out
+    assert "said" in said
+    assert "gpu-check-result" not in said
+    assert "one         ended with -6" in said
+
+
+def test_a_part_that_hangs_is_cut_off_and_its_rows_stay(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_check.PARTS, "two", Part(lambda: iter(()), 2))
+    (machine / "two").write_text(f"{ROW}import time; time.sleep(60)")
+    status, parts = run(machine)
+    assert status == 1
+    assert parts["two"]["outcome"] == "cut off after 2 s"
+    assert parts["two"]["rows"] == [{"bits": 2}]
+    assert parts["three"]["outcome"] == "right"
+
+
+def test_a_second_run_goes_on_after_what_was_right(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine / "one").write_text(ROW)
+    (machine / "two").write_text("raise SystemExit(3)")
+    assert run(machine)[0] == 1
+    (machine / "one").write_text("raise SystemExit(1)")
+    (machine / "two").write_text(ROW)
+    status, parts = run(machine)
+    assert status == 0
+    assert parts["one"]["rows"] == parts["two"]["rows"] == [{"bits": 2}]
+    assert run(machine, "--fresh")[0] == 1
+    (machine / "one").write_text(ROW)
+    assert run(machine)[0] == 0
+    (machine / "one").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(gpu_check, "sources", lambda: "others")  # what was right then is not known to be right now
+    assert run(machine)[0] == 1
+
+
+def test_what_a_machine_lacks_and_what_time_is_left_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        gpu_check.PARTS, "one", Part(lambda: iter(()), 20, gpu_check._without("python3", "no-such-tool"))
+    )
+    status, parts = run(machine)
+    assert status == 0
+    assert parts["one"]["outcome"] == "left out: no no-such-tool"
+    status, parts = run(machine, "--minutes", "0.1", "--fresh")
+    assert parts["two"]["outcome"].startswith("left out: no time left")
+
+
+def test_no_such_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--parts", "speed,sped"])
+    assert "--parts: found sped, expected some of build, products, speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["products", "one_product"])
+def test_the_parts_that_compare_products(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that stay on the CPU, and products in float64 in the place of the kernels'."""
+    made: list[Layer] = []
+
+    def remember(make: Any) -> Any:
+        def make_on_the_cpu(*arguments: Any, device: str, **options: Any) -> Layer:
+            assert device == "cuda"
+            made.append(make(*arguments, device="cpu", **options))
+            return made[-1]
+
+        return make_on_the_cpu
+
+    def linear(x: torch.Tensor, handle: torch.Tensor, rows: int, bias: None) -> torch.Tensor:
+        layer = made[-1]
+        assert torch.equal(handle, layer.weight.handle)
+        weights, _ = layer.weights([int(width) for each in layer.weight.segments for width in each.active_width])
+        assert len(weights) == rows
+        return (x.double() @ weights.T * scale).to(x.dtype)
+
+    monkeypatch.setattr(random_layers, "make_segments", remember(random_layers.make_segments))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(type(random_layers.CUDA), "linear", staticmethod(linear), raising=False)
+    scale = 1.0
+    rows = list((gpu_check.PARTS | gpu_check.HIDDEN_PARTS)[part].run())
+    assert {row["decoders"] for row in rows} == {"affine-float16", "affine-int8"}
+    scale = 1.1
+    with pytest.raises(AssertionError, match="times the tolerance"):
+        list((gpu_check.PARTS | gpu_check.HIDDEN_PARTS)[part].run())
 
 
 def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +159,7 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cuda, "seconds_of", seconds_of)
     monkeypatch.setattr(bench_cuda.ops, "linear", linear)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(bench_cuda, "PEERS", {"torch-float16": bench_cuda.torch_float16, "vllm-marlin-int4": refuse})
+    monkeypatch.setattr(bench_cuda, "PEERS", {"torch-bfloat16": bench_cuda.torch_bfloat16, "vllm-marlin-int4": refuse})
     refusals: list[str] = []
     rows = list(bench_cuda.bench_cuda([(70, 256)], [1, 3], [2, 5], report=refusals.append))
     assert [(row["bits"], row["m"]) for row in rows] == [(2, 1), (2, 3), (5, 1), (5, 3)]
@@ -82,7 +167,7 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
         256 + 2 * 128
     )  # tiles of 512 bytes a bit, decoders of 128 a group after 256
     assert rows[0]["gb_per_s"] == pytest.approx(rows[0]["bytes"] / 1e-3 / 1e9)
-    assert set(rows[0]["peer_seconds"]) == {"torch-float16"}
+    assert set(rows[0]["peer_seconds"]) == {"torch-bfloat16"}
     assert refusals == ["vllm-marlin-int4 refuses 70 x 256: no such device"]
     assert len(set(calls)) > 1  # every use takes the next copy
 
@@ -116,7 +201,7 @@ def test_humming_gets_a_layer_of_its_own_for_each_copy(monkeypatch: pytest.Monke
         "shape_n": 64,
         "shape_k": 256,
         "weight_config": {"dtype": "int3", "group_size": 128},
-        "torch_dtype": torch.float16,
+        "torch_dtype": torch.bfloat16,
     }
     assert all(layer.steps == [("load", (64, 256)), ("transform",)] for layer in made)
     uses = [multiply(torch.zeros(1, 256)) for _ in made]

@@ -18,10 +18,15 @@ from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT
 from vllm_matquant.kernels.support import CUDA
 from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
-SHAPES = ((4096, 4096), (4096, 11008), (28672, 4096), (4096, 14336))  # out_features, in_features
-BATCHES = (1, 8, 16, 32, 64, 512)
+# out_features, in_features: of Llama 3 8B, then of TinyLlama 1.1B, fused as vLLM fuses them.
+SHAPES = (
+    *((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)),
+    *((11264, 2048), (2048, 5632), (2560, 2048), (2048, 2048)),
+)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 ROUNDS = 20
 DEVICE = "cuda"
+_TILE_ROWS = 64
 
 
 class Layer:
@@ -30,8 +35,10 @@ class Layer:
     def __init__(self, rows: int, columns: int, width: int, group_size: int, kind: DecoderKind = AFFINE_INT8) -> None:
         self.rows = rows
         shape = cuda_layout.planes_shape(width, [rows], columns)
-        values = Affine(*torch.rand(2, rows, -(-columns // group_size)))
-        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [rows]).to(DEVICE)
+        # Those of one tile's rows, as often as there are tiles: to pack them all takes longer than to measure.
+        tiles = -(-rows // _TILE_ROWS)
+        values = Affine(*torch.rand(2, _TILE_ROWS, -(-columns // group_size)))
+        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [_TILE_ROWS]).to(DEVICE).repeat(tiles)
         active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
         self.weights = []
         for _ in range(copies_of(rows * columns * width // 8)):
@@ -50,10 +57,10 @@ class Layer:
         ops.linear(x, self.weights[self.uses % len(self.weights)].handle, self.rows)
 
 
-def torch_float16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
-    """torch's linear layer in float16."""
+def torch_bfloat16(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
+    """torch's linear layer in bfloat16."""
     copies = range(copies_of(2 * rows * columns))
-    weights = itertools.cycle([torch.randn(rows, columns, device=DEVICE).half() for _ in copies])
+    weights = itertools.cycle([torch.randn(rows, columns, device=DEVICE).bfloat16() for _ in copies])
     return lambda x: torch.nn.functional.linear(x, next(weights))
 
 
@@ -71,7 +78,7 @@ def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
         torch.randint(-(2**31), 2**31 - 1, (columns // 16, rows * 2), dtype=torch.int32, device=device)
         for _ in range(copies_of(rows * columns // 2))
     ]
-    scales = torch.rand(columns // 128, rows, device=device).half()
+    scales = torch.rand(columns // 128, rows, device=device).bfloat16()
     empty, workspace = marlin_make_empty_g_idx(device), marlin_make_workspace_new(device)
     uses = itertools.cycle(weights)
     return lambda x: apply_gptq_marlin_linear(
@@ -93,11 +100,11 @@ def humming(bits: int, rows: int, columns: int) -> Callable[[torch.Tensor], Any]
     """Humming's kernel (package humming-kernels) for weights of ``bits`` bits in groups of 128."""
     from humming.layer import HummingLayer
 
-    weight = torch.randn(rows, columns, device=DEVICE).half()
+    weight = torch.randn(rows, columns, device=DEVICE).bfloat16()
     layers = []
     for _ in range(copies_of(rows * columns * bits // 8)):
         schema = {"dtype": f"int{bits}", "group_size": 128}
-        layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=schema, torch_dtype=torch.float16).to(DEVICE)
+        layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=schema, torch_dtype=torch.bfloat16).to(DEVICE)
         layer.load_from_unquantized(weight)
         layer.transform()
         layers.append(layer)
@@ -106,7 +113,7 @@ def humming(bits: int, rows: int, columns: int) -> Callable[[torch.Tensor], Any]
 
 
 PEERS: dict[str, Callable[[int, int], Callable[[torch.Tensor], Any]]] = {
-    "torch-float16": torch_float16,
+    "torch-bfloat16": torch_bfloat16,
     "vllm-marlin-int4": marlin_int4,
     **{f"humming-int{bits}": partial(humming, bits) for bits in (2, 3, 4, 6, 8)},
 }
@@ -157,14 +164,14 @@ def bench_cuda(
             try:
                 peer = make(rows, columns)
                 for batch in batches:
-                    x = torch.randn(batch, columns, device=DEVICE).half()
+                    x = torch.randn(batch, columns, device=DEVICE).bfloat16()
                     peer_seconds[batch][name] = seconds_of(lambda call=peer, x=x: call(x))  # type: ignore[misc]
             except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
                 report(f"{name} refuses {rows} x {columns}: {str(error).splitlines()[0]}")
         for width in widths:
             layer = Layer(rows, columns, width, group_size)
             for batch in batches:
-                x = torch.randn(batch, columns, device=DEVICE).half()
+                x = torch.randn(batch, columns, device=DEVICE).bfloat16()
                 seconds = seconds_of(lambda layer=layer, x=x: layer.multiply(x))  # type: ignore[misc]
                 gb_per_s = layer.bytes_read / seconds / 1e9
                 yield {

@@ -14,7 +14,7 @@ import torch
 
 from vllm_matquant.checkpoint.files import publish_bytes
 from vllm_matquant.kernels import cuda_launch
-from vllm_matquant.kernels.cuda_launch import Plan
+from vllm_matquant.kernels.cuda_launch import Launch
 from vllm_matquant.kernels.operators import define_linear
 from vllm_matquant.kernels.weight import PackedWeight
 
@@ -108,26 +108,21 @@ class CupyLauncher:
         self.processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         self.functions: dict[str, Any] = {}
 
-    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
-        """Start the plan's kernel, which is compiled if it was never used before."""
+    def launch(self, launch: Launch) -> None:
+        """Start a kernel, which is compiled if it was never used before."""
         import cupy
         import numpy as np
 
-        if plan.kernel not in self.functions:
-            self.functions[plan.kernel] = load_kernel(plan.kernel, self.device)
-        function = self.functions[plan.kernel]
-
-        def as_argument(value: torch.Tensor | bytes | None) -> Any:
-            if isinstance(value, bytes):
-                return np.frombuffer(value, np.uint8)  # CuPy passes what an array holds by value
-            return np.uint64(0 if value is None else value.data_ptr())
-
+        if launch.kernel not in self.functions:
+            self.functions[launch.kernel] = load_kernel(launch.kernel, self.device)
+        function = self.functions[launch.kernel]
+        pointers = [np.uint64(0 if memory is None else memory.address) for memory in launch.pointers]
+        shape = np.frombuffer(launch.shape, np.uint8)  # CuPy passes what an array holds by value
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with cupy.cuda.Device(self.device), cupy.cuda.ExternalStream(stream):
-            if plan.shared_bytes > function.max_dynamic_shared_size_bytes:
-                function.max_dynamic_shared_size_bytes = plan.shared_bytes
-            values = tuple(as_argument(value) for value in arguments)
-            function(tuple(plan.grid), (plan.threads,), values, shared_mem=plan.shared_bytes)
+            if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = launch.shared_bytes
+            function(launch.grid, (launch.threads,), (*pointers, shape), shared_mem=launch.shared_bytes)
 
 
 @functools.cache

@@ -1,11 +1,12 @@
-"""Starts the CUDA kernels that the library's plan names, for kernels that are compiled at run time.
+"""The product that a GPU computes, its kernels started from Python: for kernels that are compiled at run time.
 
-What csrc/cuda/linear.cu does in C++ with the same plan (csrc/cuda/plan.cpp).
+Which kernels, on what grids and with which arguments is the library's to say (csrc/cuda/plan.cpp and linear.cpp), as it
+is where the library starts them itself (csrc/cuda/device.cu).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,30 +17,39 @@ from vllm_matquant.kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one segment of a weight is multiplied.
+class Memory:
+    """What a pointer points to.
+
+    Attributes:
+        address: where it begins.
+        size: bytes.
+    """
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel to start.
 
     Attributes:
         kernel: its name.
-        grid: blocks.
+        grid: blocks in three dimensions.
         threads: of a block.
         shared_bytes: dynamic shared memory of a block.
-        columns: of the input, which is padded with zeros.
-        first_output: of the segment.
-        partial_sums: values of scratch memory, float32.
-        arrivals: values of scratch memory, int32, zero before and after.
-        shape: what the kernel is passed by value, uint8.
+        pointers: its first arguments, None for the null pointer. Of a kernel that multiplies: activations, planes,
+            decoders, active widths, bias, output, and scratch memory for partial sums and for arrivals, which are zero
+            before and after. Of one that dequantizes: planes, decoders, active widths, weights.
+        shape: its last argument, which is passed by value.
     """
 
     kernel: str
-    grid: list[int]
+    grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
-    columns: int
-    first_output: int
-    partial_sums: int
-    arrivals: int
-    shape: torch.Tensor
+    pointers: tuple[Memory | None, ...]
+    shape: bytes
 
     @property
     def dequantizes(self) -> bool:
@@ -48,15 +58,15 @@ class Plan:
 
 
 class Launcher(Protocol):
-    """Starts kernels; tensors among the arguments are passed as pointers, None as the null pointer, bytes by value."""
+    """Starts kernels on the device that has the weight."""
 
     @property
     def processors(self) -> int:
         """Multiprocessors of the device."""
         ...
 
-    def launch(self, plan: Plan, arguments: Sequence[torch.Tensor | bytes | None]) -> None:
-        """Start the plan's kernel."""
+    def launch(self, launch: Launch) -> None:
+        """Start a kernel."""
         ...
 
 
@@ -65,26 +75,6 @@ def kernel_definitions() -> dict[str, str]:
     ops.load_library()
     names, definitions = torch.ops.matquant.cuda_instances()
     return dict(zip(names, definitions, strict=True))
-
-
-def plans_of(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, processors: int, splits: int | None = None
-) -> Iterator[Plan]:
-    """The plans for the segments of a weight.
-
-    Args:
-        x: float16 or bfloat16 [..., in_features].
-        weight: in the layout of the CUDA kernels, known to the library.
-        bias: [out_features] of the dtype of ``x``.
-        processors: multiprocessors of the device.
-        splits: blocks that the columns of a row of tiles are divided among; by default as many as fill the device.
-
-    Raises:
-        RuntimeError: an argument contradicts the weight.
-    """
-    for segment in range(len(weight.segments)):
-        arguments = (x, weight.handle, weight.out_features, bias, segment, processors, splits)
-        yield Plan(*torch.ops.matquant.cuda_plan(*arguments))
 
 
 def multiply(
@@ -108,44 +98,59 @@ def multiply(
 
     Raises:
         RuntimeError: an argument contradicts the weight.
+        Exception: what the launcher raises.
     """
-    plans = list(plans_of(x, weight, bias, launcher.processors, splits))
-    tokens, columns = x.numel() // weight.in_features, plans[0].columns
-    shape = (*x.shape[:-1], weight.out_features)
-    if tokens == 0:
-        return x.new_empty(shape)
-    padded = x.reshape(tokens, weight.in_features)
-    padded = torch.nn.functional.pad(padded, (0, columns - weight.in_features)).contiguous()
-    if plans[0].dequantizes:
-        weights = dequantize(launcher, weight, plans, x)
-        return torch.nn.functional.linear(padded, weights, bias).view(shape)
-    output = x.new_empty(tokens, weight.out_features)
-    for plan, segment in zip(plans, weight.segments, strict=True):
-        resident = segment.resident
-        partial_sums = x.new_empty(plan.partial_sums, dtype=torch.float32)
-        arrivals = x.new_zeros(plan.arrivals, dtype=torch.int32)
-        # Views of the tensors from the segment's first output on.
-        own_bias = None if bias is None else bias[plan.first_output :]
-        own_output = output.flatten()[plan.first_output :]
-        tensors = (padded, resident.planes, resident.decoders, segment.active_width, own_bias, own_output)
-        launcher.launch(plan, (*tensors, partial_sums, arrivals, bytes(plan.shape.tolist())))
-    return output.view(shape)
+    failed: list[Exception] = []
+
+    @_FUNCTION
+    def start(told: ctypes._Pointer[_Launch]) -> int:
+        try:
+            launcher.launch(told.contents.read())
+        except Exception as cause:  # C++ knows none of Python's
+            failed.append(cause)
+        return len(failed)
+
+    address = ctypes.cast(start, ctypes.c_void_p).value
+    try:
+        return torch.ops.matquant.cuda_linear(
+            x, weight.handle, weight.out_features, bias, address, launcher.processors, splits
+        )
+    except RuntimeError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
-def dequantize(launcher: Launcher, weight: PackedWeight, plans: Sequence[Plan], like: torch.Tensor) -> torch.Tensor:
-    """The weights at the widths that are active now.
+class _Memory(ctypes.Structure):
+    """As csrc/cuda/launcher.h has it."""
 
-    Args:
-        launcher: starts the kernels.
-        weight: in the layout of the CUDA kernels.
-        plans: for its segments, all of which dequantize.
-        like: a tensor of the dtype and on the device that the result is to have.
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
-    Returns:
-        [out_features, plans[0].columns].
-    """
-    weights = like.new_empty(weight.out_features, plans[0].columns)
-    for plan, segment in zip(plans, weight.segments, strict=True):
-        tensors = (segment.resident.planes, segment.resident.decoders, segment.active_width)
-        launcher.launch(plan, (*tensors, weights[plan.first_output :], bytes(plan.shape.tolist())))
-    return weights
+
+class _Launch(ctypes.Structure):
+    """As csrc/cuda/callback.cpp has it."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+        ("pointers", ctypes.c_int32),
+        ("memory", ctypes.POINTER(_Memory)),
+        ("shape", ctypes.c_void_p),
+        ("shape_bytes", ctypes.c_int64),
+    )
+
+    def read(self) -> Launch:
+        memory = self.memory[: self.pointers]
+        return Launch(
+            self.kernel.decode(),
+            tuple(self.grid),
+            self.threads,
+            self.shared_bytes,
+            tuple(Memory(each.data, each.bytes) if each.data else None for each in memory),
+            ctypes.string_at(self.shape, self.shape_bytes),
+        )
+
+
+_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
