@@ -6,6 +6,10 @@
 
 #include "cuda/launcher.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 and older
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace matquant::cuda {
 namespace {
 
