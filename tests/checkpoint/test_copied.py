@@ -11,7 +11,7 @@ import pytest
 
 from tests.quantize.tiny_sources import write_source
 from vllm_matquant.checkpoint.copied import check_copied, copied_files, copy_files
-from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
+from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.verify import verify
@@ -84,6 +84,13 @@ def test_all_that_an_embedding_model_needs(write: Callable[..., Any], model: Pat
 def test_what_an_embedding_model_computes_that_no_copied_file_holds(model: Path, modules: object, message: str) -> None:
     write_files(model, {"modules.json": modules})
     with pytest.raises(ConfigError, match=message):
+        SourceModel(model)
+
+
+def test_a_copy_without_its_sub_folders(model: Path) -> None:
+    write_files(model, {"modules.json": POOLING["modules.json"]})
+    message = r"1_Pooling/config\.json: found no such file, expected that of the sentence_transformers\.models\.Pooling"
+    with pytest.raises(MissingFileError, match=message):
         SourceModel(model)
 
 

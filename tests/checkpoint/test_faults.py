@@ -391,9 +391,6 @@ FAULTS = {
         replace_tensor(NORM, lambda norm: norm[:-1]), errors.TensorShapeError, f"shape of {NORM}: found [63]"
     ),
     # recipes
-    "recipe listed but absent": fault(
-        in_quantization(recipes=["recipes/none.json"]), errors.MissingFileError, "none.json: found no such file"
-    ),
     "recipe outside of its folder": fault(
         in_quantization(recipes=["../recipes/a.json"]), errors.ConfigError, "recipes", "../recipes/a.json"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,7 +246,7 @@ def test_wishes_that_cannot_be_met(shared_sample: Any, tmp_path: Path) -> None:
             checkpoint.slice(**ways)
     with pytest.raises(WidthError, match=r"bits: found 9, expected one of the offered widths \[2, 3"):
         checkpoint.slice(9)
-    with pytest.raises(RecipeError, match=r"recipe: found 'none', expected one of \[\]"):
+    with pytest.raises(RecipeError, match=r"recipe: found 'none', expected one of \[\], or of the widths \[2, 3"):
         checkpoint.slice("none")
     with pytest.raises(MissingFileError, match=r"none\.json: found no such file"):
         checkpoint.slice(tmp_path / "none.json")
@@ -259,6 +261,42 @@ def test_wishes_that_cannot_be_met(shared_sample: Any, tmp_path: Path) -> None:
     least = checkpoint.slice(2).resident_bytes + checkpoint.unquantized_bytes()
     with pytest.raises(RecipeError, match=rf"found 10 bytes, expected at least {least:,} bytes \(uniform-2\)"):
         checkpoint.slice(memory=10)
+
+
+@pytest.mark.parametrize("which", [4.0, "4", np.int64(4), np.float32(4)])
+def test_a_width_in_other_words(shared_sample: Any, which: Any) -> None:
+    checkpoint = open_checkpoint(shared_sample.folder)
+    assert checkpoint.slice(which) == checkpoint.slice(4)
+
+
+def test_a_recipe_may_have_a_number_as_its_name(sample: Any) -> None:
+    checkpoint = add(sample.folder, Recipe("4", mixed(open_checkpoint(sample.folder), seed=1)))
+    assert checkpoint.slice("4").name == "4"
+    assert checkpoint.slice(4).width == 4
+    assert checkpoint.slice("5").width == 5
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "message"),
+    [
+        (
+            3.5,
+            WidthError,
+            r"bits: found 3\.5, expected one of the offered widths .*\. Ask for .* slice\(budget=3\.5\)$",
+        ),
+        (float("nan"), WidthError, r"bits: found nan, expected one of the offered widths"),
+        (9.0, WidthError, r"bits: found 9, expected one of the offered widths \[2, 3"),
+        ("9", WidthError, r"bits: found 9, expected one of the offered widths \[2, 3"),
+        ("3.5", RecipeError, r"recipe: found '3\.5', expected one of \[\], or of the widths \[2, 3"),
+        ({"layer": 4}, RecipeError, r"slice: found \{'layer': 4\}, expected a width, a recipe, its name or its file's"),
+    ],
+)
+def test_what_is_neither_width_nor_recipe(
+    shared_sample: Any, which: Any, error: type[ValueError], message: str
+) -> None:
+    checkpoint = open_checkpoint(shared_sample.folder)
+    with pytest.raises(error, match=message):
+        checkpoint.slice(which)
 
 
 # What a process opens
@@ -376,3 +414,19 @@ def test_an_opening_that_checks_everything_reads_each_file_once(sample: Any, mon
             checkpoint.check(checkpoint.slice(which))
     files = {file for which in (*WIDTHS, "mine") for file in checkpoint.slice(which).files}
     assert counts["header"] == counts["safetensors"] == dict.fromkeys(files, 1)
+
+
+def test_a_copy_without_the_folder_of_recipes(sample: Any, caplog: pytest.LogCaptureFixture) -> None:
+    widths = dict.fromkeys(open_checkpoint(sample.folder).layers, 3)
+    add(sample.folder, Recipe("three", widths, kl=0.25, own_decoders=True), Recipe("other", widths, kl=0.5))
+    (sample.folder / "recipes" / "three.json").unlink()
+    checkpoint = open_checkpoint(sample.folder)
+    assert "found no recipes/three.json, which config.json lists: copy the folder recipes too" in caplog.text
+    assert [recipe.name for recipe in checkpoint.recipes] == ["other"]
+    shutil.rmtree(sample.folder / "recipes")
+    checkpoint = open_checkpoint(sample.folder)
+    assert checkpoint.slice(3).name == "uniform-3"
+    add(sample.folder, Recipe("third", widths, kl=0.5))  # those that are not there are listed no more
+    caplog.clear()
+    assert [recipe.name for recipe in open_checkpoint(sample.folder).recipes] == ["third"]
+    assert not caplog.records

@@ -346,6 +346,39 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="output folder: found a file, expected a folder"):
         CheckpointWriter(tmp_path / "out", FORMAT, overwrite=True)
+    with pytest.raises(OutputError, match=r"found a file in its place, .*/out, expected a folder, or nothing"):
+        CheckpointWriter(tmp_path / "out" / "deep" / "below", FORMAT)
+
+
+def test_output_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(
+            OutputError, match=r"found a link to nothing.*, expected .*\. Name another folder, or remove"
+        ):
+            CheckpointWriter(folder, FORMAT)
+    (tmp_path / "nowhere").mkdir()
+    CheckpointWriter(tmp_path / "link", FORMAT).__exit__(None, None, None)
+
+
+def test_output_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(OutputError, match=rf"found no permission to write to {tmp_path}, or a file system"):
+        CheckpointWriter(tmp_path / "deep" / "out", FORMAT)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recipes/mine.json", "recipes/mine.safetensors", "additional_chat_templates/a.jinja", "1_Pooling/config.json"],
+)
+def test_files_of_the_users_own_stay(write: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(OutputError, match=rf"found {name}, expected no files of a checkpoint\. Use --overwrite"):
+        write(tmp_path / "out", FORMAT)
+    assert file.read_text() == "mine"
 
 
 def test_two_writers_at_a_time(tmp_path: Path) -> None:

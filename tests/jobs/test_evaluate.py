@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vllm_matquant import cli
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -68,6 +69,16 @@ def test_recipes_beside_widths(
     assert "--recipes: found 'none-such', expected a file or one of mixed, uniform-4" in said
 
 
+def test_text_column(
+    nested: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"content": text_file.read_text()}) + "\n")
+    arguments = [str(nested), "--reference", str(source), "--text", str(text), "--bits", "8", *SMALL]
+    assert "text.jsonl:1: found" in refusal(capsys, *arguments)[1]
+    assert run_evaluate([*arguments, "--text-column", "content"]) == 0
+
+
 def test_widths_in_the_folder(nested: Path, source: Path, text_file: Path, tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     shutil.copytree(nested, partial, ignore=shutil.ignore_patterns("model-width[5-8]-*"))
@@ -113,10 +124,34 @@ def test_refusals(
     status: int,
     message: str,
 ) -> None:
-    options = {"--reference": str(source), "--text": str(text_file)} | changes
+    options = {"--reference": str(source), "--text": str(text_file), "--sequence-length": "24"} | changes
     found, said = refusal(capsys, nested, *(part for option in options.items() for part in option))
     assert found == status
     assert message in said
+
+
+def test_a_reference_that_is_not_the_whole_source(
+    nested: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking, deeper = (Path(shutil.copytree(source, tmp_path / name)) for name in ("lacking", "deeper"))
+    tensors = load_file(lacking / "model.safetensors")
+    config = json.loads((deeper / "config.json").read_text())
+    last = f"layers.{config['num_hidden_layers']}"
+    more = {name.replace("layers.0", last): each.clone() for name, each in tensors.items()}
+    save_file(tensors | more, deeper / "model.safetensors")
+    config["num_hidden_layers"] += 1
+    config.pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config))
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, lacking / "model.safetensors")
+    for reference, message in (
+        (nested, "quantization_config: found matquant, expected a model that is not quantized"),
+        (lacking, "model.layers.1.mlp.up_proj.weight: found in no file"),
+        (deeper, f"expected no such parameter as in {nested}"),
+    ):
+        status, said = refusal(capsys, nested, "--reference", reference, "--text", text_file)
+        assert status == 1
+        assert message in said
 
 
 def test_folder_that_is_no_checkpoint(source: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +163,6 @@ def test_folder_that_is_no_checkpoint(source: Path, text_file: Path, capsys: pyt
 def test_text_that_is_no_text(nested: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "image.txt"
     image.write_bytes(b"\xff\xd8\xff")
-    status, said = refusal(capsys, nested, "--reference", source, "--text", image)
+    status, said = refusal(capsys, nested, "--reference", source, "--text", image, *SMALL)
     assert status == 1
     assert f"{image}: found bytes that are not UTF-8" in said

@@ -82,6 +82,14 @@ def test_options(source: Path, text_file: Path, tmp_path: Path) -> None:
     assert json.loads((output / "MANIFEST.json").read_text())["calibration"]["seed"] == 7
 
 
+def test_last_line_can_be_pasted(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "my out"
+    assert run_quantize([str(source), "--output", str(output), "--method", "rtn", "--no-report", "--bits", "4"]) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("tensor parallelism will be refused on ")
+    assert last == f"{output} offers 4 bits: vllm serve '{output}' --bits 4"
+
+
 @pytest.mark.parametrize("options", [[], ["--bits", "4", "--method", "gptq"], ["--method", "rtn"]])
 def test_dry_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert run_quantize([str(source), "--output", str(tmp_path / "deep" / "nested"), "--dry-run", *FEW, *options]) == 0
@@ -302,6 +310,35 @@ def test_resume(
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole" / "nested").iterdir()}
 
 
+def test_resume_beside_a_finished_checkpoint(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "nested"
+    arguments = [str(source), *FEW, "--bits", "4", "--output", str(output)]
+    assert run_quantize([*arguments, "--method", "rtn"]) == 0
+    save = WorkFolder.save
+
+    def interrupted(self: WorkFolder, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", interrupted)
+        assert refusal(capsys, *arguments, "--overwrite")[0] == 130
+    for dry in ([], ["--dry-run"]):
+        said = refusal(capsys, *arguments, *dry)[1]
+        assert "Use --resume --overwrite to go on, or --overwrite to start again" in said
+        said = refusal(capsys, *arguments, "--resume", *dry)[1]
+        assert "expected no files of a checkpoint. Use --resume --overwrite to go on with the unfinished work" in said
+    other = output / "pytorch_model.bin"
+    other.touch()
+    assert "Move it away" in refusal(capsys, *arguments, "--resume")[1]  # no --overwrite would help
+    other.unlink()
+    assert run_quantize([*arguments, "--resume", "--overwrite"]) == 0
+    assert read_manifest(output)
+    assert not (output / WORK_FOLDER).exists()
+
+
 def test_overwrite(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(source), "--output", str(tmp_path / "nested"), "--method", "rtn"]
     assert run_quantize(arguments) == 0
@@ -352,6 +389,14 @@ def test_bad_arguments(
         (["--calibration", __file__, "--samples", "9999"], "test_quantize.py: found"),
         (["--calibration", sys.executable], "found bytes that are not UTF-8"),
         (["--samples", "1000000"], "built-in text: found"),
+        (
+            ["--method", "rtn", "--calibration", "mine.txt"],
+            "calibration: found mine.txt, expected none with method rtn, which reads no text. Leave out --calibration",
+        ),
+        (
+            ["--no-report", "--held-out", "mine.txt"],
+            "held_out: found mine.txt, expected none with --no-report, which measures no quality. Leave out one of",
+        ),
     ],
 )
 def test_refusals(

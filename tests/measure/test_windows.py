@@ -152,7 +152,7 @@ def test_tables(load: Any, tmp_path: Path, suffix: str, monkeypatch: pytest.Monk
     table, path = datasets.Dataset.from_dict({"id": [1, 2], "text": documents}), tmp_path / f"text{suffix}"
     table.to_csv(path) if suffix == ".csv" else table.to_parquet(path)
     assert load(path).source["sha256"] == sha256(*documents)
-    with pytest.raises(TextError, match=rf"text\{suffix}: found .*, expected {{\"prompt\""):
+    with pytest.raises(TextError, match=rf"text\{suffix}: row 1: found .*, expected {{\"prompt\""):
         load(path, text_column="prompt")
     path.write_bytes(b"")
     with pytest.raises(TextError, match=rf"text\{suffix}: found no table "):
@@ -201,6 +201,31 @@ def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast, text_f
         spread_windows(text_file, small, samples=4, sequence_length=16)
     write_source(tmp_path)
     assert load_tokenizer(tmp_path).vocabulary == VOCABULARY
+
+
+def test_windows_longer_than_the_model_has_positions(text_file: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    for config in ({"max_position_embeddings": 32}, {"n_positions": 32}, {"text_config": {"n_positions": 32}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded = load_tokenizer(tmp_path)
+        spread_windows(text_file, loaded, samples=1, sequence_length=32)
+        message = r"sequence_length: found 33, expected at most the model's 32 positions .*: --sequence-length 32"
+        with pytest.raises(TextError, match=message):
+            spread_windows(text_file, loaded, samples=1, sequence_length=33)
+        with pytest.raises(TextError, match=message):
+            draw_windows(str(text_file), loaded, samples=1, sequence_length=33, seed=0)
+
+
+def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    named = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(MissingFileError, match="tokenizer: found none"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_such_file(load: Any, tmp_path: Path) -> None:
@@ -351,7 +376,7 @@ def test_data_set_without_text(load: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_data_set_with_a_row_without_text(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([{"text": "fine"}, {"text": None}]))
-    with pytest.raises(TextError, match=r"hf:x: found NoneType in a row, expected one named \"text\" of text"):
+    with pytest.raises(TextError, match=r"hf:x: found NoneType in row 2, expected one named \"text\" of text"):
         load("hf:x")
 
 

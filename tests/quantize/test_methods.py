@@ -16,7 +16,7 @@ from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize.columns import LayerInputs
 from vllm_matquant.quantize.decoders import cell_centres, parent_grid
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
-from vllm_matquant.quantize.methods import METHODS, settings_of, with_settings
+from vllm_matquant.quantize.methods import METHODS, check_devices, settings_of, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
 
@@ -206,3 +206,16 @@ def test_columns_from_left_to_right(random_layer: Callable[..., Layer]) -> None:
 
 def test_rounding_to_nearest_has_no_settings_of_its_own() -> None:
     assert [name for name, _ in settings_of(METHODS["rtn"]((2, 8)))] == ["damping"]
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_devices(with_settings(NestedTuned((2, 8)), ["tuning.device=cuda:0", "end_to_end.device=cuda"]))
+    for setting, reason in (
+        ("tuning.device=cuda:1", "torch finds 1 CUDA devices"),
+        ("end_to_end.device=gpu", "Expected one of cpu, cuda"),
+        ("end_to_end.device=meta", "quantizing is not made for it"),
+    ):
+        name, _, device = setting.partition("=")
+        with pytest.raises(ValueError, match=rf"setting {name}: found '{device}' \({reason}.*expected cpu, or cuda on"):
+            check_devices(with_settings(NestedTuned((2, 8)), [setting]))

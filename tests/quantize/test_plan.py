@@ -132,7 +132,7 @@ def test_tensor_parallel_sizes() -> None:
     found = misfits(Format(group_size=512), shapes)
     line = str(Plan({2: 1}, 1, 1, 1, {}, 1.0, found)).splitlines()[-1]
     assert line == (
-        "tensor parallel not on 2, 4, 8 ranks: a.o_proj has 512 input features, no multiple of 2 x 512; "
+        "tensor parallel refused on 2, 4, 8 ranks: a.o_proj has 512 input features, no multiple of 2 x 512; "
         "a smaller --group-size fits more"
     )
 

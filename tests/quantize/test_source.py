@@ -447,6 +447,48 @@ def test_names_without_the_prefix_of_the_model(tmp_path: Path, tied: bool) -> No
         SourceModel(source)
 
 
+@torch.no_grad()
+def test_a_head_of_its_own_that_the_configuration_ties(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As adapters that train the head leave it: transformers and vLLM keep it."""
+    folder = write_source(tmp_path / "source", "qwen3", tie_word_embeddings=True)
+    words = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder, **{"lm_head.weight": words.clone()})
+    assert SourceModel(folder).config["tie_word_embeddings"] is True
+    assert not caplog.records
+    head = torch.randn(words.shape, generator=torch.Generator().manual_seed(1))
+    edit_tensors(folder, **{"lm_head.weight": head})
+    source = SourceModel(folder)
+    assert "found true, and another lm_head.weight in the files than what it is tied to: it is kept" in caplog.text
+    assert source.config["tie_word_embeddings"] is False
+    assert not source.skeleton.tied
+    torch.testing.assert_close(head_weight(source), head, rtol=0, atol=0)
+    quantized = plan_format(source, METHODS["rtn"]((4, 8)), 32, [], quantize_embeddings=True)
+    assert {"lm_head", "model.embed_tokens"} <= Selection(source, quantized).shapes.keys()
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+    hidden = torch.empty(*TOKENS.shape, source.runner.hidden_size)
+    arguments = source.runner.embed(TOKENS, hidden)
+    for index in range(len(source.runner.block_names)):
+        run_block(source.runner.load_block(index), hidden, hidden, arguments[index], 1000)
+    torch.testing.assert_close(source.runner.load_head()(hidden), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_a_configuration_leaves_out_is_written(spoiled: Path, dtype: torch.dtype) -> None:
+    """vLLM would read it off the checkpoint's tensors, which are others than the source's."""
+    config = json.loads((spoiled / "config.json").read_text())
+    for name in ("architectures", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    (spoiled / "config.json").write_text(json.dumps(config))
+    tensors = load_file(spoiled / "model.safetensors")
+    kept = {name: each.to(dtype) if each.dim() > 1 else each.float() for name, each in tensors.items()}
+    save_file(kept, spoiled / "model.safetensors")
+    source = SourceModel(spoiled)
+    assert source.config["architectures"] == ["LlamaForCausalLM"]
+    assert source.config["dtype"] == ("float32" if dtype == torch.float64 else str(dtype).removeprefix("torch."))
+    edit_config(spoiled, architectures=["LlamaForCausalLM"], torch_dtype="bfloat16")
+    assert "dtype" not in SourceModel(spoiled).config
+
+
 def check(folder: Path, progress: Callable[[int], object] = lambda size: None) -> None:
     source = SourceModel(folder)
     check_values(Selection(source, plan_format(source, METHODS["rtn"]((4, 8)), 32, [])), progress)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
+from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError
 from vllm_matquant.checkpoint.files import check_content, read_json, sync_file, writing
 from vllm_matquant.checkpoint.names import (
     CONFIG_FILE,
@@ -46,7 +46,8 @@ COPIED_FILES = (  # patterns: tokenizer, processor, chat template, pooling, gene
     "NOTICE*",
 )
 # Those that have no weights: what they do is told by their files.
-_MODULES = ("Transformer", "Pooling", "Normalize")
+_POOLING = "Pooling"
+_MODULES = ("Transformer", _POOLING, "Normalize")
 _HUB_CODE = "--"  # between the name of a model on a hub and that of code there
 
 
@@ -67,6 +68,7 @@ def check_copied(folder: Path) -> None:
 
     Raises:
         PointerFileError: Git has not fetched one's content.
+        MissingFileError: the file that says how an embedding model pools is absent.
         ConfigError: something would be computed after the last block that the copied files do not hold, or by an
             adapter that lies beside the model.
     """
@@ -82,8 +84,10 @@ def check_copied(folder: Path) -> None:
         )
     for number, module in enumerate(_modules(folder / MODULES_FILE)):
         kind, place = str(module.get("type")), str(module.get("path"))
-        known = kind.rpartition(".")[2] in _MODULES
-        if known and not (kind.endswith("Pooling") and not is_pooling_file(f"{place}/{CONFIG_FILE}")):
+        name, file = kind.rpartition(".")[2], f"{place}/{CONFIG_FILE}"
+        if name in _MODULES and (name != _POOLING or is_pooling_file(file)):
+            if name == _POOLING and not (folder / file).is_file():
+                raise MissingFileError(folder, file, "no such file", f"that of the {kind} which {MODULES_FILE} names")
             continue
         expected = f"{', '.join(_MODULES[:-1])} or {_MODULES[-1]}, the second in a folder such as 1_Pooling"
         raise ConfigError(folder / MODULES_FILE, f"[{number}].type", f"{kind} in {place!r}", expected)

@@ -5,9 +5,10 @@ A folder without the last shards opens at the widths that are left.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from vllm_matquant.checkpoint.validate import (
     expected_tensors,
     read_index,
 )
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Checkpoint:
 
     def slice(
         self,
-        which: int | str | Path | Recipe | None = None,
+        which: float | str | Path | Recipe | None = None,
         *,
         widths: Mapping[str, int] | None = None,
         budget: float | None = None,
@@ -92,9 +95,9 @@ class Checkpoint:
         """What can be served, by any of the ways to ask for it; none of its files is opened.
 
         Args:
-            which: a width that the checkpoint offers, which each layer takes as far as it has it; or a recipe, also
-                given by the name of one of the checkpoint's or by a file. Without any argument the widest width that
-                the folder can serve.
+            which: a width that the checkpoint offers, which each layer takes as far as it has it, also written as 4.0
+                or "4"; or a recipe, also given by the name of one of the checkpoint's, which may be "4" too, or by a
+                file. Without any argument the widest width that the folder can serve.
             widths: the width of every layer.
             budget: the most that the average width may be: the recipe or width of least loss that the folder can serve.
             memory: the most bytes that all weights may take: the recipe or width of least loss that the folder can
@@ -103,10 +106,10 @@ class Checkpoint:
                 still come.
 
         Raises:
-            WidthError: the checkpoint does not offer this width.
+            WidthError: the checkpoint does not offer this width, or it is no whole number.
             RecipeError: a layer is not the checkpoint's, is left out, or does not have its width; there is no such
-                recipe, or it was measured with decoders of its own that the checkpoint does not have; or nothing is
-                within the budget.
+                recipe, or it was measured with decoders of its own that the checkpoint does not have; nothing is
+                within the budget; or ``which`` is of none of its kinds.
             MissingFileError: there is no such file of a recipe.
             ValueError: more than one of the ways is given.
         """
@@ -130,7 +133,7 @@ class Checkpoint:
         if which is None:
             # With no width on the disk the narrowest is asked for, whose files are then found missing.
             which = max(self.servable_widths, default=self.format.widths[0])
-        return maker.uniform(which) if isinstance(which, int) else maker.of_recipe(which)
+        return maker.of(which)
 
     def files_for(self, served: Slice) -> list[Path]:
         """The files that serving a slice reads.
@@ -264,6 +267,19 @@ class Checkpoint:
                 self.check(each, values=values)
 
 
+def _without_absent_recipes(format: Format, folder: Path) -> Format:
+    """The format without the recipes whose files are not in the folder: widths are served without them."""
+    absent = [file for file in format.recipes if not (folder / file).is_file()]
+    if absent:
+        _LOGGER.warning(
+            "%s: found no %s, which config.json lists: copy the folder recipes too, or budgets and recipes are chosen "
+            "without them",
+            folder,
+            " and no ".join(absent),
+        )
+    return replace(format, recipes=tuple(file for file in format.recipes if file not in absent))
+
+
 def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_values: bool = True) -> Checkpoint:
     """Open a checkpoint folder, checking config.json, the index and the recipes.
 
@@ -292,6 +308,7 @@ def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_value
     check_index(folder / INDEX_FILE, weight_map, expected)
 
     layers = skeleton.quantized_layers(format, config_path)
+    format = _without_absent_recipes(format, folder)
     recipes = [read_recipe(folder / file, format, layers) for file in format.recipes]
     files = TensorFiles(folder, weight_map, expected)
     checkpoint = Checkpoint(folder, config, format, layers, weight_map, recipes, files)

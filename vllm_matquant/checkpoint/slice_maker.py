@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 from vllm_matquant.checkpoint.decoder import part_name
-from vllm_matquant.checkpoint.errors import RecipeError
+from vllm_matquant.checkpoint.errors import RecipeError, WidthError
 from vllm_matquant.checkpoint.names import WEIGHT_BASE, plane_name, recipe_decoders_file, shard_width
 from vllm_matquant.checkpoint.recipe import Recipe, average_bits, complete_widths, read_recipe, resident_bytes
 from vllm_matquant.checkpoint.slice import UNIFORM, Slice
@@ -75,6 +76,25 @@ class SliceMaker:
         places = {name: self.weight_map[name] for name in names}
         return places | {name: own_decoders or self.weight_map[name] for name in decoders}
 
+    def of(self, which: object) -> Slice:
+        """The slice of a width or of a recipe.
+
+        Args:
+            which: a whole number, also as a text where no recipe of the checkpoint has it as its name; or a recipe, as
+                of :meth:`of_recipe`.
+
+        Raises:
+            WidthError: the checkpoint does not offer this width, or it is no whole number.
+            MissingFileError, RecipeError: as of :meth:`of_recipe`, or ``which`` is none of these.
+        """
+        if isinstance(which, str) and which.isdecimal() and all(recipe.name != which for recipe in self.recipes):
+            return self.uniform(int(which))
+        if isinstance(which, (str, Path, Recipe)):
+            return self.of_recipe(which)
+        if isinstance(which, Real):
+            return self.uniform(self._whole(float(which)))
+        raise RecipeError(self.folder, "slice", repr(which), "a width, a recipe, its name or its file's Path")
+
     def uniform(self, width: int) -> Slice:
         """The slice of a width that the checkpoint offers.
 
@@ -118,11 +138,19 @@ class SliceMaker:
         uniform = [each for each in map(self.uniform, self.format.widths) if each.widths not in taken]
         return [each for each in (*recipes, *uniform) if partial or not each.missing_files]
 
+    def _whole(self, bits: float) -> int:
+        """The width that a number stands for."""
+        if not bits.is_integer():
+            hint = f"Ask for an average with slice(budget={bits})"
+            raise WidthError(self.folder, "bits", bits, f"one of the offered widths {list(self.format.widths)}", hint)
+        return int(bits)
+
     def _recipe(self, which: str | Path) -> Recipe:
         if isinstance(which, str):
             named = {recipe.name: recipe for recipe in self.recipes}
             if which not in named:
-                raise RecipeError(self.folder, "recipe", repr(which), f"one of {sorted(named)}")
+                expected = f"one of {sorted(named)}, or of the widths {list(self.format.widths)}"
+                raise RecipeError(self.folder, "recipe", repr(which), expected)
             return named[which]
         recipe = read_recipe(which, self.format, self.layers)
         if recipe.own_decoders and self._own_decoders(recipe) is None:

@@ -174,10 +174,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     Raises:
         OutputError: it holds files of a model, or it is no folder.
     """
+    check_writable(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise OutputError(folder, "output folder", "a file", "a folder", "Name another folder, or remove the file")
     for name in (REPORT_FOLDER, RECIPES_FOLDER, TEMPLATES_FOLDER):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise OutputError(folder, name, "a file", "a folder, or nothing", _MOVE_AWAY)
@@ -188,6 +187,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
             raise OutputError(folder, name, "a folder", "a file, or nothing", _MOVE_AWAY)
     own = [name for name in names if is_checkpoint_file(name)]
     own += [name for name in DOCUMENT_FILES if (folder / name).exists()]
+    own += [path.relative_to(folder).as_posix() for pattern in _BELOW for path in sorted(folder.glob(pattern))]
     if own and not overwrite:
         raise OutputError(folder, "output folder", own[0], "no files of a checkpoint", "Use --overwrite to replace it")
     for name in names:
@@ -196,6 +196,30 @@ def check_output(folder: Path, overwrite: bool) -> None:
             raise OutputError(
                 folder, "output folder", name, "no weights but those of a matquant checkpoint", _MOVE_AWAY
             )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to ``folder``, which need not be there, without touching it.
+
+    Raises:
+        OutputError: it or a folder above it is no folder, or none that this user may write to.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        found = "a file" if place.exists() else "a link to nothing"
+        found += "" if place == folder.absolute() else f" in its place, {place}"
+        hint = f"Name another folder, or remove {place}"
+        raise OutputError(folder, "output folder", found, "a folder, or nothing", hint)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(
+            folder,
+            "output folder",
+            f"no permission to write to {place}, or a file system that nobody may write to",
+            "one that can be written to",
+            "Name another folder, or change the permissions",
+        )
 
 
 def is_checkpoint_file(name: str) -> bool:

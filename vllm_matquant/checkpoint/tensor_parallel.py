@@ -51,12 +51,12 @@ def find_misfit(format_: Format, shapes: Mapping[str, tuple[int, int]], size: in
 
 
 def describe_misfits(found: Sequence[Misfit]) -> str:
-    """Which tensor parallel sizes cannot be served and why, in one line.
+    """Which tensor parallel sizes are refused and why, in one line: "refused on 4, 8 ranks: ...".
 
     Args:
         found: at least one, see :func:`misfits`.
     """
-    return f"not on {', '.join(str(each.size) for each in found)} ranks: {found[0]}"
+    return f"refused on {', '.join(str(each.size) for each in found)} ranks: {found[0]}"
 
 
 def misfits(format_: Format, shapes: Mapping[str, tuple[int, int]]) -> list[Misfit]:

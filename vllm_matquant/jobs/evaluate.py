@@ -11,11 +11,11 @@ from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.jobs.arguments import output_file, positive, width_list
 from vllm_matquant.jobs.job import Job, Say, argument, running, silent
+from vllm_matquant.jobs.reference import locate_reference
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.measure.evaluate import evaluate as evaluate_slices
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
-from vllm_matquant.quantize.source import locate
 from vllm_matquant.serve.request import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
@@ -40,6 +40,9 @@ class Evaluate(Job[list[dict[str, Any]]]):
         default=None, metadata=argument("widths to evaluate; default: all that the folder can serve", parse=width_list)
     )
     recipes: str | None = field(default=None, metadata=argument(RECIPES_HELP.format("evaluate"), metavar="LIST"))
+    text_column: str = field(
+        default="text", metadata=argument("the text's field in a record (default: %(default)s)", metavar="NAME")
+    )
     samples: int = field(
         default=16, metadata=argument("windows, spread evenly over the text (default: %(default)s)", parse=positive)
     )
@@ -61,12 +64,13 @@ class Evaluate(Job[list[dict[str, Any]]]):
     def run(self, say: Say = silent) -> list[dict[str, Any]]:
         checkpoint = open_checkpoint(self.folder)
         slices = chosen_slices(checkpoint, self.bits, self.recipes)
-        reference = locate(str(self.reference))
+        reference = locate_reference(str(self.reference), checkpoint)
         windows = spread_windows(
             Path(self.text),
             load_tokenizer(reference),
             samples=self.samples,
             sequence_length=self.sequence_length,
+            text_column=self.text_column,
         )
         rows = [
             row | {"beginning_of_text": windows.source["beginning_of_text"]}

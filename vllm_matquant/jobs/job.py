@@ -11,8 +11,9 @@ import inspect
 import re
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import PurePath
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 Say = Callable[[str], None]
@@ -66,13 +67,44 @@ class Argument:
         Raises:
             argparse.ArgumentTypeError: there is no such value.
         """
+        if value is not None and self.repeated:
+            return tuple(self.parse(self._text(each)) for each in self._several(value))
         if value is None or isinstance(value, (bool, *self.as_is)):
             return value
-        if self.repeated:
-            return tuple(self.parse(self.show(each)) for each in value)
-        value = self.parse(value if isinstance(value, str) else self.show(value))
+        value = self.parse(self._text(value))
         if self.choices is not None and value not in self.choices:
             raise argparse.ArgumentTypeError(f"found {value!r}, expected one of {', '.join(map(str, self.choices))}")
+        return value
+
+    def _text(self, value: Any) -> str:
+        """The value as a command line has it.
+
+        Raises:
+            argparse.ArgumentTypeError: there is no such text.
+        """
+        try:
+            return value if isinstance(value, str) else self.show(value)
+        except (TypeError, LookupError) as error:  # no pair where a rule is one
+            raise argparse.ArgumentTypeError(f"found {value!r}, expected {self.metavar or 'a text'}") from error
+
+    def _several(self, value: Any) -> Iterable[Any]:
+        """The values of an option that may be given several times: one text or path is one value, not its letters.
+
+        Args:
+            value: one, an iterable of them, or, of an option that is written NAME=VALUE, a mapping.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none of these.
+        """
+        if isinstance(value, (str, PurePath)):
+            return [value]
+        form = self.metavar or "a text"
+        rules = "=" in form
+        if isinstance(value, Mapping) and rules:
+            return [f"{name}={show(each)}" for name, each in value.items()]
+        if isinstance(value, Mapping) or not isinstance(value, Iterable):
+            expected = f"{form}, a list of such{' or a mapping' if rules else ''}"
+            raise argparse.ArgumentTypeError(f"found {value!r}, expected {expected}")
         return value
 
 
@@ -84,7 +116,8 @@ def argument(help: str, **how: Any) -> dict[str, Argument]:
 class Job(ABC, Generic[Result]):
     """One thing that a user asks for; a subclass is a frozen dataclass whose fields have :func:`argument` as metadata.
 
-    Every value may also be given as a command line would have it: "2,4" for (2, 4), a text for a path.
+    Every value may also be given as a command line would have it: "2,4" for (2, 4), a text for a path. An option that a
+    command line may give several times takes a list, a single text, or, where it is written NAME=VALUE, a mapping.
 
     Attributes:
         epilog: what the command's help ends with.

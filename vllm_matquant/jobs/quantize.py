@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import cast
 
 from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.files import publish_json
@@ -59,7 +61,7 @@ class Quantize(PlannedJob[Outcome]):
     bits: Sequence[int] = field(
         default=WIDTHS, metadata=argument("widths to offer, such as 2,4,8 (default: all)", parse=arguments.width_list)
     )
-    bits_for: Sequence[tuple[str, Sequence[int]]] = field(
+    bits_for: Mapping[str, Sequence[int] | int] | Sequence[tuple[str, Sequence[int] | int]] = field(
         default=(),
         metadata=argument(
             "other widths for the layers that match, such as down_proj=4,8: where the model is served at a width that "
@@ -79,7 +81,7 @@ class Quantize(PlannedJob[Outcome]):
             parse=arguments.group_size,
         ),
     )
-    group_size_for: Sequence[tuple[str, GroupSize]] = field(
+    group_size_for: Mapping[str, GroupSize] | Sequence[tuple[str, GroupSize]] = field(
         default=(),
         metadata=argument(
             "another group size for the layers that match; may be given several times, and the last match counts; "
@@ -102,7 +104,7 @@ class Quantize(PlannedJob[Outcome]):
     method: str = field(
         default="nested", metadata=argument("how to choose the codes (default: %(default)s)", choices=tuple(METHODS))
     )
-    setting: Sequence[str] = field(
+    setting: Mapping[str, object] | Sequence[str] = field(
         default=(),
         metadata=argument(
             "change a setting of the method, such as end_to_end.up_to=4, or of nested-tuned tuning.iterations=100 and "
@@ -191,6 +193,19 @@ class Quantize(PlannedJob[Outcome]):
         ),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is not None and not METHODS[self.method].needs_calibration:
+            raise ValueError(
+                f"calibration: found {self.calibration}, expected none with method {self.method}, which reads no text. "
+                "Leave out --calibration, or choose another --method"
+            )
+        if self.held_out is not None and self.no_report:
+            raise ValueError(
+                f"held_out: found {self.held_out}, expected none with --no-report, which measures no quality. "
+                "Leave out one of --held-out and --no-report"
+            )
+
     def plan(self) -> Plan:
         work = self._work()
         held_out = None if self.no_report else self._held_out_windows(work[0].folder)
@@ -211,7 +226,7 @@ class Quantize(PlannedJob[Outcome]):
         held_out = None if self.no_report else self._held_out_windows(source.folder)
         found = misfits(format_, Selection(source, format_).shapes)
         if found and not ranks.launched_rank():
-            say(f"tensor parallelism will be refused {describe_misfits(found)}; a smaller --group-size fits more")
+            say(f"tensor parallelism will be {describe_misfits(found)}; a smaller --group-size fits more")
         command = command_line(command_of("quantize", self))
         try:
             with ranks.started():
@@ -247,20 +262,24 @@ class Quantize(PlannedJob[Outcome]):
             perplexities = f"perplexity {row['perplexity']:.2f} (source {row['reference_perplexity']:.2f})"
             say(f"{row['bits']} bits: {perplexities}, KL divergence {row['kl']:.4f}")
         offered = ", ".join(map(str, format_.widths))
-        say(f"{output} offers {offered} bits: vllm serve {output} --bits {format_.widths[0]}")
+        say(f"{output} offers {offered} bits: vllm serve {shlex.quote(str(output))} --bits {format_.widths[0]}")
         return outcome
 
     def _work(self) -> tuple[SourceModel, Path, Method, Format, CalibrationSettings]:
         """What to quantize, to where, how, and on which text."""
-        method = with_settings(METHODS[self.method](tuple(self.bits)), self.setting)
+        # Of what a user may give, the job holds what the command line's parser makes of it.
+        settings_of_method = cast(Sequence[str], self.setting)
+        bits_for = cast(Sequence[tuple[str, tuple[int, ...]]], self.bits_for)
+        group_size_for = cast(Sequence[tuple[str, GroupSize]], self.group_size_for)
+        method = with_settings(METHODS[self.method](tuple(self.bits)), settings_of_method)
         source = SourceModel(locate(str(self.model)))
         format_ = plan_format(
             source,
             method,
             self.group_size,
             self.ignore,
-            self.group_size_for,
-            [(expression, tuple(widths)) for expression, widths in self.bits_for],
+            group_size_for,
+            bits_for,
             quantize_embeddings=self.quantize_embeddings,
             decoder_kind=KINDS[self.decoder] if self.decoder else None,
         )

@@ -25,6 +25,7 @@ from vllm_matquant.jobs.search_inputs import (
 )
 from vllm_matquant.jobs.search_run import METHODS, Bar, Effort, SearchRun
 from vllm_matquant.measure.sliced import SlicedModel
+from vllm_matquant.quantize.device import check_device
 from vllm_matquant.research.law import Law, read_law
 from vllm_matquant.research.shapes import SHAPES
 from vllm_matquant.search.budget import Budget, BudgetError, Costs, check_feasible, parse_budget
@@ -188,7 +189,9 @@ of the model over the text for the sensitivities, once, 4 runs for each step of 
                 milliseconds = {layer: {int(w): ms for w, ms in own.items()} for layer, own in measured.items()}
             limits = self._limits(inputs, milliseconds)
             reference = inputs.reference
-            source = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16) if reference else None
+            source = None
+            if reference:
+                source = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16, trust_remote_code=False)
             planner = Planner(
                 SlicedModel(checkpoint, source, device=self.device),
                 inputs.calibration.tokens,
@@ -223,6 +226,7 @@ of the model over the text for the sensitivities, once, 4 runs for each step of 
         return read_law(Path(self.law)) if self.law else None
 
     def _open(self) -> SearchInputs:
+        check_device("device", self.device)
         text = TextSettings(
             None if self.calibration is None else str(self.calibration),
             self.text_column,

@@ -14,8 +14,9 @@ from vllm_matquant.checkpoint.manifest import read_manifest
 from vllm_matquant.checkpoint.names import INDEX_FILE, MANIFEST_FILE, shard_width
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.staging import check_writable
+from vllm_matquant.jobs.reference import locate_reference
 from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer, split_windows
-from vllm_matquant.quantize.source import locate
 
 SENSITIVITY_LENGTH = 128  # tokens of a window from which sensitivities are estimated
 DECODER_SAMPLES = 64
@@ -98,10 +99,11 @@ def open_inputs(folder: Path, model: str | None, text: TextSettings) -> SearchIn
         ValueError: files of an offered width are missing, or decoders shall be trained without a reference.
     """
     checkpoint = open_checkpoint(folder)
+    check_writable(folder)
     missing = sorted(set(checkpoint.format.widths) - set(checkpoint.servable_widths))
     if missing:
         raise ValueError(f"{folder}: found no files of {missing} bits, expected those of all offered widths")
-    reference = locate(model) if model else None
+    reference = locate_reference(model, checkpoint) if model else None
     trained = text.decoder_samples
     if trained is None:
         trained = DECODER_SAMPLES if reference else 0

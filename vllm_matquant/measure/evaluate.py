@@ -80,7 +80,7 @@ def compare(
         ValueError: the reference does not have the layers, or a candidate has others.
         WriteError: the disk for temporary files has no room for the reference's predictions.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, trust_remote_code=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
     for layer, shape in layers.items():
         found = shapes.get(f"{layer}.weight", "no such layer")

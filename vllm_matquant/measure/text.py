@@ -13,6 +13,7 @@ from typing import Any
 from vllm_matquant.checkpoint.files import check_content
 from vllm_matquant.measure.records import (
     CHATS,
+    LINES,
     TABLES,
     Render,
     dataset_loader,
@@ -38,10 +39,10 @@ def read_source(
     text file, the first records of any other file, the first rows of a data set.
 
     Args:
-        source: ``FILE.json``, a list of texts or of records; ``FILE.jsonl``, a record in each line; ``FILE.csv`` or
-            ``FILE.parquet``, a record in each row; any other file is text; ``hf:NAME[:CONFIG]``, a data set whose
-            "train" split is streamed; None for the text that comes with this package. A record has a field of text, or
-            a chat as ``messages`` or ``conversations``.
+        source: ``FILE.json``, a list of texts or of records; ``FILE.jsonl`` or ``FILE.ndjson``, a record in each line;
+            ``FILE.csv``, ``FILE.tsv`` or ``FILE.parquet``, a record in each row; any other file is text;
+            ``hf:NAME[:CONFIG]``, a data set whose "train" split is streamed; None for the text that comes with this
+            package. A record has a field of text, or a chat as ``messages`` or ``conversations``, maybe with ``tools``.
         characters: how many are asked for; of a file at least 2**20 are read, if it holds them.
         column: the text's field in a record, or column in a data set.
         render: makes a text of a chat.
@@ -88,7 +89,8 @@ def _documents(source: str | None, characters: float, column: str, render: Rende
     path, characters = Path(source), math.inf if whole else max(characters, _FILE_CHARACTERS)
     if not path.is_file():
         raise TextError(
-            f"{path}: found no such file, expected a .txt, .json, .jsonl, .csv or .parquet file, or {HUB}NAME"
+            f"{path}: found no such file, expected a .txt, .json, .jsonl, .ndjson, .csv, .tsv or .parquet file, "
+            f"or {HUB}NAME"
         )
     check_content(path)
     if (records := _records(path, column)) is not None:
@@ -101,11 +103,12 @@ def _documents(source: str | None, characters: float, column: str, render: Rende
 
 def _records(path: Path, column: str) -> Iterator[tuple[str, Any]] | None:
     """The records of a file, each with what to call it in an error; None if it is plain text."""
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in LINES:
         return _lines(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return json_records(path, _decode(path, path.read_bytes()), column)
-    return table_records(path) if path.suffix in TABLES else None
+    return table_records(path) if suffix in TABLES else None
 
 
 def _some(documents: Iterator[str], characters: float) -> Iterator[str]:
@@ -164,8 +167,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _hub_documents(source: str, column: str, render: Render | None) -> Iterator[str]:
     load_dataset = dataset_loader(source)
     name, _, config = source.removeprefix(HUB).partition(":")
-    for row in load_dataset(name, config or None, split="train", streaming=True):
+    for number, row in enumerate(load_dataset(name, config or None, split="train", streaming=True), start=1):
         if not isinstance(row.get(column), str) and (column in row or not set(CHATS) & set(row)):
-            found = f"columns {sorted(row)}" if column not in row else f"{type(row[column]).__name__} in a row"
+            found = f"columns {sorted(row)}" if column not in row else f"{type(row[column]).__name__} in row {number}"
             raise TextError(f'{source}: found {found}, expected one named "{column}" of text')
-        yield text_of(source, row, column, render)
+        yield text_of(f"{source}: row {number}", row, column, render)

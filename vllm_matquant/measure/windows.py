@@ -40,11 +40,13 @@ class TextTokenizer:
         tokenizer: transformers' tokenizer.
         beginning: the tokens that every text of the model begins with: its beginning-of-text token, or none.
         vocabulary: how many tokens the model's embedding has, None if that is not known.
+        positions: how many tokens the longest text of the model has, None if that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     beginning: tuple[int, ...] = ()
     vocabulary: int | None = None
+    positions: int | None = None
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without any that the model wants before or after it.
@@ -61,14 +63,14 @@ class TextTokenizer:
             )
         return found
 
-    def render(self, chat: Chat) -> str:
-        """The text that the model's chat template makes of a chat.
+    def render(self, chat: Chat, tools: list[dict[str, Any]] | None = None) -> str:
+        """The text that the model's chat template makes of a chat, and of the tools at hand in it.
 
         Raises:
             TextError: there is no template, or it refuses the chat.
         """
         try:
-            return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(chat, tools=tools, tokenize=False))
         except Exception as cause:  # a template is a program
             reason = str(cause).strip().split("\n")[0]
             raise TextError(
@@ -80,8 +82,13 @@ class TextTokenizer:
         """How many tokens of text a window of ``sequence_length`` tokens holds.
 
         Raises:
-            TextError: none.
+            TextError: none, or more tokens than the model has positions.
         """
+        if self.positions is not None and sequence_length > self.positions:
+            raise TextError(
+                f"sequence_length: found {sequence_length}, expected at most the model's {self.positions} positions "
+                f"(max_position_embeddings in {CONFIG_FILE}): --sequence-length {self.positions}"
+            )
         least = len(self.beginning) + 1
         if sequence_length < least:
             raise TextError(
@@ -141,19 +148,22 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     if folder.is_dir():
         check_copied(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Code beside a model is never run, and nobody is asked whether it shall be.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
-    return TextTokenizer(tokenizer, _beginning(tokenizer, folder), _vocabulary(folder))
+    vocabulary, positions = _number(folder, "vocab_size"), _number(folder, "max_position_embeddings", "n_positions")
+    return TextTokenizer(tokenizer, _beginning(tokenizer, folder), vocabulary, positions)
 
 
-def _vocabulary(folder: Path) -> int | None:
+def _number(folder: Path, *names: str) -> int | None:
+    """The first of some fields of config.json that is a number, None if none is."""
     if not (folder / CONFIG_FILE).is_file():
         return None
     config = read_json(folder / CONFIG_FILE, any_float=True)
-    found = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    return found if isinstance(found, int) else None
+    found = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:

@@ -15,6 +15,31 @@ def _has_bfloat16_instructions() -> bool:
     return bool(capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False))
 
 
+def check_device(name: str, device: str) -> None:
+    """Check that torch can compute on a device here, before any work.
+
+    Args:
+        name: of the setting or option, to name in an error.
+        device: such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: it cannot.
+    """
+    reason = ""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as cause:
+        reason = str(cause).split("\n")[0]
+    else:
+        if wanted.type == "cuda":
+            count = torch.cuda.device_count()
+            reason = "" if (wanted.index or 0) < count else f"torch finds {count} CUDA devices"
+        elif wanted.type != "cpu":
+            reason = "quantizing is not made for it"
+    if reason:
+        raise ValueError(f"{name}: found {device!r} ({reason}), expected cpu, or cuda on a machine with such a GPU")
+
+
 def fast_products(device: str = "cpu") -> torch.autocast:
     """A context in which a block runs in bfloat16 if products of that are faster than float32's on the device.
 

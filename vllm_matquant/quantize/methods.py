@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
+from vllm_matquant.quantize.device import check_device
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
@@ -52,6 +53,17 @@ def with_settings(method: Method, settings: Sequence[str]) -> Method:
             raise ValueError(f"setting {name}: found {text!r}, expected {expected}") from cause
         method = _replaced(method, name.split("."), value)
     return method
+
+
+def check_devices(method: Method) -> None:
+    """Check that the devices which a method's settings name are there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in settings_of(method):
+        if name.rpartition(".")[2] == "device":
+            check_device(f"setting {name}", str(value))
 
 
 def _replaced(part: Any, path: Sequence[str], value: int | float | str) -> Any:

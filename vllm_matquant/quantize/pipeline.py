@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.errors import OutputError
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.staging import check_output
@@ -21,6 +23,7 @@ from vllm_matquant.measure.windows import Windows, draw_windows, load_tokenizer
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.choice import plan_format
 from vllm_matquant.quantize.method import Method
+from vllm_matquant.quantize.methods import check_devices
 from vllm_matquant.quantize.origin import describe_settings, read_source
 from vllm_matquant.quantize.plan import Plan, check_room, disk_bytes, make_plan, shard_bytes
 from vllm_matquant.quantize.probe import measure_speed
@@ -113,6 +116,7 @@ def dry_run(
     Raises:
         CheckpointError, ResumeError, TextError: as :func:`quantize`.
     """
+    check_devices(method)
     _check_output(WorkFolder(output), source, overwrite=overwrite, resume=resume)
     windows = (0, 0)
     if method.needs_calibration:
@@ -168,7 +172,8 @@ def quantize(
         ResumeError: there is unfinished work, and neither ``resume`` nor ``overwrite`` is given, or it was begun with
             another model, text, setting or version.
         TextError: the calibration text cannot be used.
-        ValueError: a text has fewer windows than there are ranks, or the ranks were given different work.
+        ValueError: a text has fewer windows than there are ranks, the ranks were given different work, or a device that
+            the method names is not there.
         LostRankError: another rank has ended.
         OutputError: the disk has too little room for the work.
         WriteError: the disk is full, or the folder cannot be written to.
@@ -177,6 +182,7 @@ def quantize(
         What was measured; on other ranks than the first without the layers' errors.
     """
     clock, work = _Clock(), WorkFolder(output)
+    check_devices(method)
     _check_output(work, source, overwrite=overwrite, resume=resume)
     calibration = settings.load(source.folder) if method.needs_calibration else None
     if calibration:
@@ -249,10 +255,20 @@ def _kept_when_interrupted(run: Run) -> Iterator[None]:
 
 
 def _check_output(work: WorkFolder, source: Source, *, overwrite: bool, resume: bool) -> None:
+    output = work.path.parent
     if work.exists and not (resume or overwrite):
         blocks = source.runner.block_names
         found = f"unfinished work, {work.finished(blocks)} of {len(blocks)} blocks"
+        replaces = (output / CONFIG_FILE).exists() and not work.publishing
+        go_on = "--resume --overwrite" if replaces else "--resume"
         raise ResumeError(
-            work.path, "work folder", found, "none", "Use --resume to go on, or --overwrite to start again"
+            work.path, "work folder", found, "none", f"Use {go_on} to go on, or --overwrite to start again"
         )
-    check_output(work.path.parent, overwrite or work.publishing)
+    try:
+        check_output(output, overwrite or work.publishing)
+    except OutputError as error:
+        if overwrite or not work.exists:
+            raise
+        check_output(output, overwrite=True)  # tells what --overwrite does not help against
+        hint = "Use --resume --overwrite to go on with the unfinished work and replace it, not --overwrite alone"
+        raise OutputError(error.where, error.subject, error.found, error.expected, hint) from error

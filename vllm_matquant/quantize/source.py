@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_matquant.checkpoint.copied import MODULES_FILE, check_copied, local_code, without_local_code
 from vllm_matquant.checkpoint.decoder import TensorSpec
@@ -158,6 +161,21 @@ class SourceModel:
                 folder,
                 ", ".join(named),
             )
+        self._open()
+        if kept := self._own_though_tied():
+            _LOGGER.warning(
+                "%s: tie_word_embeddings: found true, and another %s in the files than what it is tied to: it is kept, "
+                "and the checkpoint says false, for transformers and vLLM read the file so",
+                folder / CONFIG_FILE,
+                kept,
+            )
+            self.config["tie_word_embeddings"] = False
+            self._open()
+        self._say_what_readers_guess()
+
+    def _open(self) -> None:
+        """Build the model of the configuration, and find its tensors in the files."""
+        folder = self.folder
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
         check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
         # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
@@ -173,6 +191,25 @@ class SourceModel:
         self.embedding = next(iter(self.skeleton.embeddings), None)
         self.output_head = runner.output_head
         self.matrices = {matrix.name: matrix for matrix in _matrices(self.skeleton, runner.block_names)}
+
+    def _own_though_tied(self) -> str | None:
+        """The parameter that is tied to another by the configuration, and not by the files; None if there is none."""
+        stored = self.tensors.names
+        for name, first in self.skeleton.tied.items():
+            if name in stored and first in stored and not torch.equal(self._read(name), self._read(first)):
+                return name
+        return None
+
+    def _say_what_readers_guess(self) -> None:
+        """Put into the configuration what vLLM would read off other tensors than the source's."""
+        if not self.config.get("architectures"):
+            self.config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config["model_type"]]]
+        if not (self.config.get("dtype") or self.config.get("torch_dtype")):
+            sizes: Counter[torch.dtype] = Counter()
+            for name in self.tensors.names:
+                spec = self.tensors.spec(name)
+                sizes[spec.dtype] += math.prod(spec.shape)
+            self.config["dtype"] = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
     def _read(self, parameter: str) -> torch.Tensor:
         return self.tensors.read(parameter if parameter in self.tensors.names else self.skeleton.tied[parameter])
