@@ -73,9 +73,11 @@ class Candidate:
         else:
             script = [sys.executable, "-m", "vllm_matquant", "quantize", "--no-report"]
             script += [str(model), "--output", str(folder)]
-            script += ["--method", self.method.removesuffix(ONE_WIDTH), "--samples", str(options.samples)]
+            method = self.method.removesuffix(ONE_WIDTH)
+            script += ["--method", method, "--samples", str(options.samples)]
             script += ["--sequence-length", str(options.sequence_length), "--seed", str(options.seed)]
-            script += ["--calibration", options.calibration] if options.calibration else []
+            if options.calibration and METHODS[method].needs_calibration:
+                script += ["--calibration", options.calibration]
         return [*script, "--bits", ",".join(map(str, self.widths)), "--group-size", str(options.group_size)]
 
 

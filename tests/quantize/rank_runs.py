@@ -142,8 +142,9 @@ def main(folder: Path, text: Path) -> None:
     results = {}
 
     def run(name: str, count: int, *arguments: str, output: str = "", hook: Hook = lambda rank: None) -> None:
-        common = ["--output", str(folder / (output or name)), "--calibration", str(text), "--sequence-length", "32"]
+        common = ["--output", str(folder / (output or name)), "--sequence-length", "32"]
         common += ["--bits", "2,3,8", "--samples", str(WINDOWS)]
+        common += [] if "rtn" in arguments else ["--calibration", str(text)]
         began = time.monotonic()
         chosen = [str(damaged if name == "damaged_source" else source), *common, *arguments]
         results[name] = launch(count, chosen, folder / name, hook)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    checkpoint: Checkpoint | Path | str, which: Slice | int | str | None = None, dtype: torch.dtype = torch.bfloat16
+    checkpoint: Checkpoint | Path | str, which: Slice | float | str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
     """A transformers model with the weights of a slice, an ordinary one: for its hidden states, its gradients, a study.
 
@@ -27,7 +27,7 @@ def load_model(
 
     Args:
         checkpoint: an open checkpoint, or its folder.
-        which: a slice, a width, or the name of a recipe; by default the widest width that the folder can serve.
+        which: a slice, a width (4, 4.0 or "4"), or the name of a recipe; by default the widest width that the folder can serve.
         dtype: of its parameters.
 
     Raises:
