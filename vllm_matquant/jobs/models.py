@@ -27,7 +27,8 @@ def load_model(
 
     Args:
         checkpoint: an open checkpoint, or its folder.
-        which: a slice, a width (4, 4.0 or "4"), or the name of a recipe; by default the widest width that the folder can serve.
+        which: a slice, a width (4, 4.0 or "4"), or the name of a recipe; by default the widest width that the folder
+            can serve.
         dtype: of its parameters.
 
     Raises:
