@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
@@ -102,7 +103,11 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
         lora_config=None,
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         model_config=SimpleNamespace(
-            model="someone/model", revision=None, quantization="matquant", runner_type="generate"
+            model="someone/model",
+            revision=None,
+            quantization="matquant",
+            runner_type="generate",
+            hf_config=PreTrainedConfig(),
         ),
     )
     settle(config)
