@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,20 @@ def test_a_dry_run_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "2.5" in said
     assert "1MB" in said
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_stops_a_search_is_said_before_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    status, said = refusal(capsys, folder, "--budget", "3", "--device", "gpu", *dry)
+    assert status == 1
+    assert "device: found 'gpu'" in said
+    status, said = refusal(capsys, folder, "--budget", "3", "--reference", folder, *dry)
+    assert status == 1
+    assert "quantization_config: found matquant, expected a model that is not quantized" in said
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)  # root may write anywhere
+    status, said = refusal(capsys, folder, "--budget", "3", *dry)
+    assert status == 1
+    assert f"found no permission to write to {folder}" in said
+    assert not (folder / STATE_FOLDER).exists()
