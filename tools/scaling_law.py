@@ -80,7 +80,7 @@ def observe(options: argparse.Namespace) -> list[Observation]:
         windows = spread_windows(
             options.text, load_tokenizer(folder), samples=options.samples, sequence_length=options.sequence_length
         )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         mixed = MixedModel(folder.name, model, linear_layers(model), windows.tokens, options.bits, options.high_bits)
         total = len(options.blocks) * len(options.ratios)
         found = mixed.observe(options.ratios, options.blocks, options.trials, options.seed)

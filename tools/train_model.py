@@ -105,7 +105,7 @@ def thinned(source: Path, count: int) -> PreTrainedModel:
     Raises:
         ValueError: it has fewer.
     """
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     decoder = model.get_decoder()
     blocks = list(decoder.layers)
     if count > len(blocks):

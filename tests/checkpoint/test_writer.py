@@ -316,11 +316,12 @@ def test_folder_with_a_file_of_a_checkpoint_is_refused(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_folder_without_a_place_for_the_report_is_refused(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / REPORT_FOLDER).write_text("mine")
-    with pytest.raises(OutputError, match=f"{tmp_path}: report: found a file, expected a folder"):
+@pytest.mark.parametrize("name", [REPORT_FOLDER, "recipes", "additional_chat_templates", "1_Pooling"])
+def test_folder_without_a_place_for_a_sub_folder_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"{tmp_path}: {name}: found a file, expected a folder"):
         CheckpointWriter(tmp_path, FORMAT, overwrite=overwrite)
-    assert contents(tmp_path) == {REPORT_FOLDER: b"mine"}
+    assert contents(tmp_path) == {name: b"mine"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

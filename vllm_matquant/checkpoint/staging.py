@@ -177,7 +177,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     check_writable(folder)
     if not folder.exists():
         return
-    for name in (REPORT_FOLDER, RECIPES_FOLDER, TEMPLATES_FOLDER):
+    pooling = [path.name for path in folder.glob(POOLING_FOLDERS)]
+    for name in (REPORT_FOLDER, RECIPES_FOLDER, TEMPLATES_FOLDER, *pooling):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise OutputError(folder, name, "a file", "a folder, or nothing", _MOVE_AWAY)
     names = sorted(path.name for path in folder.iterdir())
