@@ -111,10 +111,7 @@ def graph() -> Iterator[Row]:
 
 def tests() -> Iterator[Row]:
     """The tests that need a device."""
-    status = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/cuda"], cwd=ROOT).returncode
-    yield {"exit_status": status}
-    if status:
-        raise RuntimeError(f"pytest ended with {status}")
+    yield _ended("pytest", [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/cuda"])
 
 
 def one_product() -> Iterator[Row]:
@@ -173,11 +170,15 @@ def serve() -> Iterator[Row]:
 
 
 def _sanitized(tool: str) -> Iterator[Row]:
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    status = subprocess.run([*command, sys.executable, __file__, "--part", "one_product"]).returncode
-    yield {"exit_status": status}
-    if status:
-        raise RuntimeError(f"compute-sanitizer's {tool} ended with {status}")
+    watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    yield _ended(f"compute-sanitizer's {tool}", [*watch, sys.executable, __file__, "--part", "one_product"])
+
+
+def _ended(what: str, command: Sequence[str]) -> Row:
+    """The row of a program that ended well; raises if it did not."""
+    if status := subprocess.run(command, cwd=ROOT).returncode:
+        raise RuntimeError(f"{what} ended with {status}")
+    return {"exit_status": 0}
 
 
 def _capability() -> str:
@@ -302,7 +303,10 @@ def summary(report: Row) -> str:
 def publish(path: Path, report: Row) -> None:
     """Write the report in one step."""
     temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    with temporary.open("w") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -342,10 +346,13 @@ def check(path: Path, names: Sequence[str], minutes: float, *, fresh: bool) -> i
 
 
 def main(arguments: list[str] | None = None) -> int:
+    sys.path.insert(0, str(ROOT))  # the package need not be installed
+    from vllm_matquant.jobs.arguments import output_file
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_file,
         default=ROOT / "gpu-report.json",
         help="where the report is written, and looked for to go on (default: %(default)s)",
     )

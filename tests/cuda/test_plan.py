@@ -90,6 +90,7 @@ def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, gri
     layer = make_layer([rows], columns, 128, [2])
     launch = launch_of(layer, tokens, processors=100)
     assert list(launch.grid) == grid
+    assert len(launch.pointers) == (4 if launch.dequantizes else 8)  # no scratch memory where weights are written
     if not launch.dequantizes:
         splits, passes = grid[1], grid[2]
         partial_sums, arrivals = (splits * rows * tokens, passes * rows // 64) if splits > 1 else (0, 0)
@@ -118,6 +119,7 @@ def test_the_shape_that_kernels_are_passed() -> None:
     none = 2**32 - 1
     layer = make_segments([([100, 30], (2, 5)), ([70], (4,))], 1100, 256)
     first, second = launches_of(layer, 3)
+    assert second.pointers[5].address == first.pointers[5].address + 2 * 130
     # Tokens, output stride, rows, tile rows, tile columns, resident width, groups, shift, partitions; where partitions
     # begin; the byte where the decoders of a width begin.
     numbers = list(struct.unpack("<9i8i8i7I", first.shape))

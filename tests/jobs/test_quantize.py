@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -284,12 +286,9 @@ def test_interrupt_while_the_report_is_written(
     assert open_checkpoint(output).format.widths == (4,)
 
 
-def test_resume(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(source), *FEW, "--output"]
-    assert run_quantize([*arguments, str(tmp_path / "whole" / "nested")]) == 0
-    output = tmp_path / "resumed" / "nested"
+@contextmanager
+def interrupted_after_a_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In it a quantization is interrupted, as by Ctrl-C, once its first block is kept."""
     save = WorkFolder.save
 
     def interrupted(self: WorkFolder, *arguments: Any) -> None:
@@ -298,6 +297,16 @@ def test_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "save", interrupted)
+        yield
+
+
+def test_resume(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(source), *FEW, "--output"]
+    assert run_quantize([*arguments, str(tmp_path / "whole" / "nested")]) == 0
+    output = tmp_path / "resumed" / "nested"
+    with interrupted_after_a_block(monkeypatch):
         status, said = refusal(capsys, *arguments, output)
     assert status == 130
     assert said.endswith(f": interrupted; no checkpoint was written to {output}")
@@ -316,14 +325,7 @@ def test_resume_beside_a_finished_checkpoint(
     output = tmp_path / "nested"
     arguments = [str(source), *FEW, "--bits", "4", "--output", str(output)]
     assert run_quantize([*arguments, "--method", "rtn"]) == 0
-    save = WorkFolder.save
-
-    def interrupted(self: WorkFolder, *arguments: Any) -> None:
-        save(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "save", interrupted)
+    with interrupted_after_a_block(monkeypatch):
         assert refusal(capsys, *arguments, "--overwrite")[0] == 130
     for dry in ([], ["--dry-run"]):
         said = refusal(capsys, *arguments, *dry)[1]

@@ -14,7 +14,7 @@ from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
 from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout, ops
-from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT
+from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT, TILE_ROWS
 from vllm_matquant.kernels.support import CUDA
 from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
@@ -26,7 +26,6 @@ SHAPES = (
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 ROUNDS = 20
 DEVICE = "cuda"
-_TILE_ROWS = 64
 
 
 class Layer:
@@ -36,9 +35,9 @@ class Layer:
         self.rows = rows
         shape = cuda_layout.planes_shape(width, [rows], columns)
         # Those of one tile's rows, as often as there are tiles: to pack them all takes longer than to measure.
-        tiles = -(-rows // _TILE_ROWS)
-        values = Affine(*torch.rand(2, _TILE_ROWS, -(-columns // group_size)))
-        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [_TILE_ROWS]).to(DEVICE).repeat(tiles)
+        tiles = -(-rows // TILE_ROWS)
+        values = Affine(*torch.rand(2, TILE_ROWS, -(-columns // group_size)))
+        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [TILE_ROWS]).to(DEVICE).repeat(tiles)
         active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
         self.weights = []
         for _ in range(copies_of(rows * columns * width // 8)):

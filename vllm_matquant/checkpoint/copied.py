@@ -85,19 +85,16 @@ def check_copied(folder: Path) -> None:
     for number, module in enumerate(_modules(folder / MODULES_FILE)):
         kind, place = str(module.get("type")), str(module.get("path"))
         name, file = kind.rpartition(".")[2], f"{place}/{CONFIG_FILE}"
-        if name in _MODULES and (name != _POOLING or is_pooling_file(file)):
-            if name == _POOLING and not (folder / file).is_file():
-                raise MissingFileError(folder, file, "no such file", f"that of the {kind} which {MODULES_FILE} names")
-            continue
-        expected = f"{', '.join(_MODULES[:-1])} or {_MODULES[-1]}, the second in a folder such as 1_Pooling"
-        raise ConfigError(folder / MODULES_FILE, f"[{number}].type", f"{kind} in {place!r}", expected)
+        if name not in _MODULES or (name == _POOLING and not is_pooling_file(file)):
+            expected = f"{', '.join(_MODULES[:-1])} or {_MODULES[-1]}, the second in a folder such as 1_Pooling"
+            raise ConfigError(folder / MODULES_FILE, f"[{number}].type", f"{kind} in {place!r}", expected)
+        if name == _POOLING and not (folder / file).is_file():
+            raise MissingFileError(folder, file, "no such file", f"that of the {kind} which {MODULES_FILE} names")
 
 
 def local_code(folder: Path) -> list[str]:
     """The files of a source model that name code in its folder (``auto_map``), which is not copied."""
-    names = (name for name in (CONFIG_FILE, *copied_files(folder)) if name.endswith("config.json"))
-    contents = ((name, _read_config(folder / name)) for name in names)
-    return [name for name, content in contents if without_local_code(content) != content]
+    return [name for name in (CONFIG_FILE, *copied_files(folder)) if _shortened(folder / name) is not None]
 
 
 def without_local_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,25 +116,30 @@ def copy_files(source: Path, folder: Path) -> None:
     Raises:
         WriteError: the folder cannot be written to.
     """
-    renamed = local_code(source)
     for name in copied_files(source):
         target = folder / name
         with writing(target):
             target.parent.mkdir(exist_ok=True)
-            if name in renamed:
-                content = without_local_code(_read_config(source / name))
+            if (content := _shortened(source / name)) is not None:
                 target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(source / name, target)
             sync_file(target)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of a configuration; nothing of one that is absent or no JSON object, which is copied as it is."""
+def _shortened(path: Path) -> dict[str, Any] | None:
+    """The content of a configuration that names code in its folder, without it; None of any other file.
+
+    One that is no JSON object is copied as it is: whoever reads it says what is wrong.
+    """
+    if not path.name.endswith("config.json"):
+        return None
     try:
-        return read_json(path, any_float=True)
+        content = read_json(path, any_float=True)
     except CheckpointError:
-        return {}
+        return None
+    kept = without_local_code(content)
+    return None if kept == content else kept
 
 
 def _modules(path: Path) -> Iterator[Mapping[str, Any]]:

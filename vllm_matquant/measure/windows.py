@@ -10,7 +10,7 @@ hold L tokens of text, of which the first is given. Either way L - 1 tokens are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,28 +153,26 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     except (ValueError, OSError) as cause:
         reason = str(cause).strip().split("\n")[0]
         raise MissingFileError(folder, "tokenizer", f"none ({reason})", "files that transformers can load") from cause
-    vocabulary, positions = _number(folder, "vocab_size"), _number(folder, "max_position_embeddings", "n_positions")
-    return TextTokenizer(tokenizer, _beginning(tokenizer, folder), vocabulary, positions)
-
-
-def _number(folder: Path, *names: str) -> int | None:
-    """The first of some fields of config.json that is a number, None if none is."""
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    config = read_json(folder / CONFIG_FILE, any_float=True)
-    found = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
-    return next((number for number in found if isinstance(number, int)), None)
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
-    plain, whole = (tokenizer("text", add_special_tokens=added)["input_ids"] for added in (False, True))
-    for count in range(1, len(whole) - len(plain) + 1):
-        if whole[count : count + len(plain)] == plain:
-            return tuple(whole[:count])
     own, model = (
         read_json(folder / name, any_float=True) if (folder / name).is_file() else {}
         for name in (_TOKENIZER_CONFIG_FILE, CONFIG_FILE)
     )
+    vocabulary, positions = _number(model, "vocab_size"), _number(model, "max_position_embeddings", "n_positions")
+    return TextTokenizer(tokenizer, _beginning(tokenizer, own, model), vocabulary, positions)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of some fields of a model's configuration that is a number, None if none is."""
+    found = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, ...]:
+    """What texts begin with by the tokenizer, by ``own``, its configuration, and by ``model``, that of the model."""
+    plain, whole = (tokenizer("text", add_special_tokens=added)["input_ids"] for added in (False, True))
+    for count in range(1, len(whole) - len(plain) + 1):
+        if whole[count : count + len(plain)] == plain:
+            return tuple(whole[:count])
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.get("bos_token_id")
     says = own.get("add_bos_token")
     if not isinstance(says, bool):

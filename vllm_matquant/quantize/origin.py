@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import asdict
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_matquant.checkpoint.copied import copied_files
 from vllm_matquant.checkpoint.manifest import describe_file, describe_files, versions
 from vllm_matquant.checkpoint.names import CONFIG_FILE
@@ -19,7 +17,7 @@ from vllm_matquant.quantize.machine import describe_machine
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
-from vllm_matquant.quantize.values import check_values
+from vllm_matquant.quantize.values import check_values, checking
 
 
 def read_source(selection: Selection) -> dict[str, Any]:
@@ -33,8 +31,7 @@ def read_source(selection: Selection) -> dict[str, Any]:
     """
     source = selection.source
     files = [source.folder / CONFIG_FILE, *source.tensors.files]
-    total = 2 * sum(path.stat().st_size for path in files)
-    with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
+    with checking(2 * sum(path.stat().st_size for path in files)) as progress:
         described = describe_files(files, progress.update)
         check_values(selection, progress.update)
     return described

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.names import CONFIG_FILE
@@ -31,7 +30,7 @@ from vllm_matquant.quantize.resume import ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
-from vllm_matquant.quantize.values import check_values
+from vllm_matquant.quantize.values import check_values, checking
 
 __all__ = ["CalibrationSettings", "Outcome", "dry_run", "plan_format", "quantize"]
 
@@ -123,8 +122,7 @@ def dry_run(
         settings.load(source.folder)
         windows = settings.samples, settings.sequence_length
     selection = Selection(source, format_)
-    total = sum(path.stat().st_size for path in source.tensors.files)
-    with tqdm(total=total, desc="checking the source", unit="B", unit_scale=True) as progress:
+    with checking(sum(path.stat().st_size for path in source.tensors.files)) as progress:
         check_values(selection, progress.update)
     speed = measure_speed(method, format_.group_size, settings.sequence_length)
     return make_plan(selection, method, speed, output, windows, _shape(held_out), on_disk=activations_on_disk)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 from vllm_matquant.checkpoint.decoder import FLOAT16
 from vllm_matquant.checkpoint.errors import TensorValueError
@@ -17,6 +19,11 @@ _CHECKED_VALUES = 2**24  # at a time
 _LARGEST = torch.finfo(torch.float16).max / 2
 # Below it a scale is one of float16's subnormals with less than seven bits, and a code at the edge off by a whole step.
 _LEAST_SCALE = 2.0**-17
+
+
+def checking(size: int) -> tqdm[NoReturn]:
+    """The progress of reading ``size`` bytes of a source."""
+    return tqdm(total=size, desc="checking the source", unit="B", unit_scale=True)
 
 
 def check_values(selection: Selection, progress: Callable[[int], object] = lambda size: None) -> None:
