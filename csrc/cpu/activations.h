@@ -113,7 +113,7 @@ Factor pack_span(const float* values, uint8_t* target) {
 
 template <class Lanes, int bits>
 void pack_tokens(const Product& product, int64_t begin, int64_t end) {
-    constexpr int64_t kBytes = kSpanSteps * Lanes::template kStepBytes<bits>;
+    constexpr int64_t kBytes = Lanes::template kSpanBytes<bits>;
     for (int64_t token = begin; token < end; ++token) {
         int64_t index = token;
         for (int64_t column = 0; column < product.columns; index += product.tokens) {

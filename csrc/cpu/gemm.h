@@ -28,6 +28,10 @@ constexpr int64_t kSpanSteps = kSpanColumns / kStepColumns;
 // products.
 constexpr int64_t kBlockTokens = 512;
 
+// Tokens past the last for which there must be memory behind the packed activations: a kernel may read them, and makes
+// no use of them.
+constexpr int64_t kSpareTokens = 15;
+
 enum class Element { kBFloat16, kHalf, kFloat };
 
 // What a token's span is multiplied with: its activations are `scale` times their integers, and these add up to
@@ -48,7 +52,7 @@ struct Product {
     Element element;      // of input, output and bias
     int64_t tokens;
     const void* input;     // [tokens, columns]
-    uint8_t* activations;  // packed by the kernel: [spans, tokens, kSpanSteps, bytes of a step]
+    uint8_t* activations;  // packed by the kernel: [spans, tokens, bytes of a span]
     Factor* factors;       // [spans, tokens]
     const void* bias;      // [rows of all tiles] or nullptr
     void* output;          // [tokens, output_stride]
@@ -87,8 +91,8 @@ inline int64_t count_spans(int64_t columns, int64_t group_size) {
 }  // namespace
 
 struct Kernel {
-    // Bytes of a packed step of four activations.
-    int64_t (*step_bytes)(int activation_bits);
+    // Bytes of a token's packed activations of one span.
+    int64_t (*span_bytes)(int activation_bits);
     // Packs the tokens [begin, end).
     void (*pack)(const Product& product, int64_t begin, int64_t end);
     // Multiplies all tokens with `count` rows of tiles and writes their outputs.
@@ -101,6 +105,7 @@ extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx2VnniKernel;
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx512VnniKernel;
+extern const Kernel kAmxKernel;
 #elif defined(__aarch64__)
 extern const Kernel kNeonKernel;
 #endif

@@ -222,7 +222,7 @@ class Writer {
 };
 
 template <class Lanes, int bits>
-constexpr int64_t kSpanBytes = kSpanSteps * Lanes::template kStepBytes<bits>;  // of one token
+constexpr int64_t kSpanBytes = Lanes::template kSpanBytes<bits>;  // of one token
 
 // All of a row of tiles with all tokens; spans are whole tiles.
 template <class Lanes, int bits, int width, int pairs, int tokens>
@@ -269,11 +269,11 @@ void multiply_few(const Product& product, const TileRow& row) {
 }
 
 // Unpacks tiles to codes [steps, rows, 64], those of one row.
-template <class Lanes, int width, int pairs, int rows>
+template <class Lanes, int width, int pairs, int rows, int64_t prefetch_bytes>
 void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t plane_stride, uint8_t* codes) {
     const TilePlanes<width, pairs> planes{row, plane_stride};
     for (int64_t tile = first_tile; tile < first_tile + count; ++tile) {
-        planes.template prefetch<kManyPrefetchBytes>(tile);
+        planes.template prefetch<prefetch_bytes>(tile);
         const PackedTile<Lanes, width, pairs> packed(planes, tile);
         repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
             Lanes::store_bytes(codes + step * rows * kPlaneBytes, packed.template codes<step>());
@@ -349,9 +349,9 @@ constexpr int variant_of(int width, bool paired) { return 2 * (width - kMinWidth
 constexpr int width_of(int variant) { return kMinWidth + variant / 2; }
 constexpr int pairs_of(int variant) { return variant % 2 != 0 ? width_of(variant) / 2 : 1; }
 
-template <class Lanes, int rows, int... variants>
+template <class Lanes, int rows, int64_t prefetch_bytes, int... variants>
 constexpr auto unpackers_by_variant(std::integer_sequence<int, variants...>) {
-    return std::array{&unpack_tiles<Lanes, width_of(variants), pairs_of(variants), rows>...};
+    return std::array{&unpack_tiles<Lanes, width_of(variants), pairs_of(variants), rows, prefetch_bytes>...};
 }
 
 template <class Lanes, int... parts>
@@ -362,7 +362,8 @@ auto decoders_of(const Product& product, const TileRow* row, std::integer_sequen
 // All of some rows of tiles, all tokens, any groups.
 template <class Lanes, int bits, int rows>
 void multiply_many(const Product& product, const TileRow* row) {
-    static constexpr auto kUnpack = unpackers_by_variant<Lanes, rows>(std::make_integer_sequence<int, kVariants>());
+    static constexpr auto kUnpack =
+        unpackers_by_variant<Lanes, rows, kManyPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
     alignas(64) uint8_t codes[kSpanSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
@@ -405,13 +406,17 @@ constexpr auto few_by_variant_and_tokens(std::integer_sequence<int, indices...>)
         &multiply_few<Lanes, bits, width_of(indices / kTokens), pairs_of(indices / kTokens), indices % kTokens + 1>...};
 }
 
+// Whether spans are whole tiles, but for the last.
+inline bool has_whole_tiles(const Product& product) {
+    return product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
+}
+
 template <class Lanes, int bits>
 void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
     static constexpr auto kFew =
         few_by_variant_and_tokens<Lanes, bits>(std::make_integer_sequence<int, kVariants * kTokens>());
-    const bool whole_tiles = product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
-    if (product.tokens <= kTokens && whole_tiles) {
+    if (product.tokens <= kTokens && has_whole_tiles(product)) {
         for (int64_t index = 0; index < count; ++index) {
             kFew[variant_of(rows[index].width, product.paired) * kTokens + product.tokens - 1](product, rows[index]);
         }
@@ -439,8 +444,8 @@ struct KernelOf {
         }
     }
 
-    static int64_t step_bytes(int activation_bits) {
-        return with_bits(activation_bits, [](auto bits) { return Lanes::template kStepBytes<bits>; });
+    static int64_t span_bytes(int activation_bits) {
+        return with_bits(activation_bits, [](auto bits) { return kSpanBytes<Lanes, bits>; });
     }
     static void pack(const Product& product, int64_t begin, int64_t end) {
         with_bits(product.activation_bits, [&](auto bits) { pack_tokens<Lanes, bits>(product, begin, end); });
@@ -449,7 +454,7 @@ struct KernelOf {
         with_bits(product.activation_bits, [&](auto bits) { multiply_rows<Lanes, bits>(product, rows, count); });
     }
 
-    static constexpr Kernel kKernel = {step_bytes, pack, multiply};
+    static constexpr Kernel kKernel = {span_bytes, pack, multiply};
 };
 
 }  // namespace

@@ -6,8 +6,27 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace matquant::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Whether there are tile registers and products of bytes, and the system lets this process use them: Linux keeps the
+// registers' state only for those that have asked.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 Isa choose_isa() {
     const std::vector<Isa> isas = available_isas();
@@ -55,6 +74,9 @@ std::vector<Isa> available_isas() {
     isas.push_back({"avx512", &kAvx512Kernel});
     if (__builtin_cpu_supports("avx512vnni")) {
         isas.push_back({"avx512_vnni", &kAvx512VnniKernel});
+        if (has_amx()) {
+            isas.push_back({"amx", &kAmxKernel});
+        }
     }
 #elif defined(__aarch64__)
     isas.push_back({"neon", &kNeonKernel});

@@ -96,7 +96,7 @@ std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepar
         product.activation_bits = activation_bits_of(weight, plan.narrow[index], common.element);
         PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
         product.activations =
-            activations.steps.take(spans * tokens * kSpanSteps * kernel.step_bytes(product.activation_bits));
+            activations.steps.take((spans * tokens + kSpareTokens) * kernel.span_bytes(product.activation_bits));
         product.factors = activations.factors.take(spans * tokens);
     }
     return products;

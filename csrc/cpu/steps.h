@@ -30,12 +30,15 @@ MATQUANT_INLINE inline void repeat(Body body) {
 }
 
 // Activations as signed bytes: the dot product of four with four unsigned bytes is one 32-bit lane. An integer of 16
-// bits is two of them, and two sums.
+// bits is two of them, and two sums. A span's bytes of one significance lie together, so that those of many columns can
+// be read at once.
 struct ByteSteps {
     template <int bits>
     static constexpr int kSums = bits / 8;
     template <int bits>
-    static constexpr int64_t kStepBytes = kSums<bits> * kStepColumns;
+    static constexpr int64_t kStepBytes = kStepColumns;
+    template <int bits>
+    static constexpr int64_t kSpanBytes = kSums<bits> * kSpanColumns;
 
     template <int bits>
     static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
@@ -43,18 +46,13 @@ struct ByteSteps {
             std::copy_n(high, kSpanColumns, reinterpret_cast<int8_t*>(target));
             return;
         }
-        alignas(64) int8_t parts[3][kSpanColumns];
         for (int64_t column = 0; column < kSpanColumns; ++column) {
             const int upper = (high[column] + 128) >> 8;
-            parts[0][column] = static_cast<int8_t>(upper);
-            parts[1][column] = static_cast<int8_t>(high[column] - 256 * upper);
-            parts[2][column] = bits == 24 ? rest[column] : int8_t{0};
+            target[column] = static_cast<uint8_t>(upper);
+            target[kSpanColumns + column] = static_cast<uint8_t>(high[column] - 256 * upper);
         }
-        for (int64_t step = 0; step < kSpanSteps; ++step) {
-            for (int part = 0; part < kSums<bits>; ++part) {
-                std::memcpy(target + (step * kSums<bits> + part) * kStepColumns, parts[part] + step * kStepColumns,
-                            kStepColumns);
-            }
+        if constexpr (bits == 24) {
+            std::memcpy(target + 2 * kSpanColumns, rest, kSpanColumns);
         }
     }
 
@@ -78,6 +76,8 @@ struct WordSteps {
     static constexpr int kSums = bits == 24 ? 2 : 1;
     template <int bits>
     static constexpr int64_t kStepBytes = kSums<bits> * kStepColumns * 2;
+    template <int bits>
+    static constexpr int64_t kSpanBytes = kSpanSteps * kStepBytes<bits>;
 
     template <int bits>
     static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {

@@ -35,6 +35,7 @@ std::vector<Named> other_kernels() {
     }
     if (__builtin_cpu_supports("avx512vnni")) {
         kernels.push_back({"avx512_vnni", kAvx512VnniKernel});
+        kernels.push_back({"amx", kAmxKernel});
     }
 #elif defined(__aarch64__)
     kernels.push_back({"neon", kNeonKernel});
@@ -69,7 +70,8 @@ class Layer {
 
     std::vector<uint8_t> multiply(const Kernel& kernel) const {
         const int64_t spans = count_spans(case_.columns, case_.group_size);
-        std::vector<uint8_t> activations(spans * case_.tokens * kSpanSteps * kernel.step_bytes(case_.activation_bits));
+        std::vector<uint8_t> activations((spans * case_.tokens + kSpareTokens) *
+                                         kernel.span_bytes(case_.activation_bits));
         std::vector<Factor> factors(spans * case_.tokens);
         std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
         const Product product = {.columns = case_.columns,
@@ -155,41 +157,59 @@ class Layer {
     std::vector<uint8_t> input_, bias_;
 };
 
+// Multiplies with every kernel.
+class Comparison {
+  public:
+    void compare(const Case& shape) {
+        const Layer layer(shape);
+        const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
+        for (const auto& [name, kernel] : kernels_) {
+            ++compared_;
+            if (layer.multiply(kernel) != expected) {
+                ++different_;
+                std::printf(
+                    "%s: %d x %d, group size %d, %d tokens, %d bits, activations of %d bits, decoders of kind %d\n",
+                    name, int(shape.outputs), int(shape.columns), int(shape.group_size), int(shape.tokens), shape.width,
+                    shape.activation_bits, int(shape.decoder_kind));
+            }
+        }
+    }
+
+    bool report() const {
+        std::string names;
+        for (const auto& [name, kernel] : kernels_) {
+            names += std::string(" ") + name;
+        }
+        std::printf("compared %d products of:%s\n", compared_, names.c_str());
+        return different_ == 0 && compared_ > 0;
+    }
+
+  private:
+    std::vector<Named> kernels_ = other_kernels();
+    int compared_ = 0, different_ = 0;
+};
+
 }  // namespace
 
 int main() {
     const int64_t shapes[][3] = {{1, 8, 8},     {33, 9, 4},     {15, 36, 12},  {16, 64, 64},
                                  {52, 130, 32}, {20, 300, 300}, {77, 416, 96}, {48, 7, 512}};
-    int64_t compared = 0, different = 0;
+    Comparison comparison;
     for (const auto& [outputs, columns, group_size] : shapes) {
         for (int width = kMinWidth; width <= kMaxWidth; ++width) {
             for (const int bits : {8, 16, 24}) {
-                for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31}) {
+                for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31, 33}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
                     for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8}) {
-                        const Layer layer({outputs, columns, group_size, tokens, width, bits, paired, kind, element});
-                        const std::vector<uint8_t> expected = layer.multiply(kScalarKernel);
-                        for (const auto& [name, kernel] : other_kernels()) {
-                            ++compared;
-                            if (layer.multiply(kernel) != expected) {
-                                ++different;
-                                std::printf(
-                                    "%s: %d x %d, group size %d, %d tokens, %d bits, activations of %d bits, decoders "
-                                    "of kind %d\n",
-                                    name, int(outputs), int(columns), int(group_size), int(tokens), width, bits,
-                                    int(kind));
-                            }
-                        }
+                        comparison.compare({outputs, columns, group_size, tokens, width, bits, paired, kind, element});
                     }
                 }
             }
         }
     }
-    std::string names;
-    for (const auto& [name, kernel] : other_kernels()) {
-        names += std::string(" ") + name;
-    }
-    std::printf("compared %d products of:%s\n", int(compared), names.c_str());
-    return different == 0 && compared > 0 ? 0 : 1;
+    // More tokens and columns than a kernel takes at once, and more rows than it has results for.
+    comparison.compare({300, 616, 32, kBlockTokens, 3, 16, true, DecoderKind::kAffineInt8, Element::kBFloat16});
+    comparison.compare({70, 1100, 1100, 300, 6, 8, false, DecoderKind::kAffineInt8, Element::kHalf});
+    return comparison.report() ? 0 : 1;
 }

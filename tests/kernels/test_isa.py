@@ -58,7 +58,7 @@ for output_sizes, columns, group_size in SHAPES:
                 rounding = layer.rounding_to(activation_bits)
                 # The dtype and the kind do not meet in the kernels, so the second kind needs not all of them.
                 for dtype in DTYPES if kind is KINDS[0] else [DTYPES[(index + activation_bits // 8) % len(DTYPES)]]:
-                    for rows in (1, 3, 8, 30):
+                    for rows in (1, 3, 8, 30, 41):
                         x = make_input(rows, columns, dtype)
                         digest.update(bytes_of(rounding.run(x, [width])))
     print(output_sizes, columns, group_size, digest.hexdigest())

@@ -1,0 +1,172 @@
+// The kernel for AMX: one instruction multiplies the codes of 16 rows and 64 columns with 16 tokens, eight times what
+// AVX-512 does in that time. So it is unpacking the codes, and making floats of a span's sums, that take the time. The
+// sums are the same integers as everywhere, and so are the bytes of the results.
+#include <vector>
+
+#include "cpu/lanes_avx512.h"
+#ifdef MATQUANT_TILES  // a stand-in, for tests on machines without AMX
+#include MATQUANT_TILES
+#else
+#include "cpu/tiles_amx.h"
+#endif
+
+namespace matquant::cpu {
+namespace {
+
+struct Lanes : Avx512Lanes, ByteSteps {};
+
+constexpr int kRows = 2;  // rows of tiles whose sums, with both bytes of the activations, fill four registers
+constexpr int kTokens = kRegisterRows;
+constexpr int64_t kChunkSteps = 16;
+static_assert(kPlaneBytes == kRegisterRowBytes && kChunkSteps * kStepColumns == kRegisterRowBytes);
+
+// Columns that are unpacked at once: their codes stay in the first cache, 512 tokens' activations in the second.
+constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kPanelSteps = kPanelColumns / kStepColumns;
+static_assert(kPanelColumns % kSpanColumns == 0);
+constexpr int64_t kPanelPrefetchBytes = 8192;
+
+// Of the second cache, for activations or for results.
+constexpr int64_t kCachedBytes = 1 << 19;
+
+// Fewer tokens are multiplied as fast without tile registers.
+constexpr int64_t kFewestTokens = 32;
+
+// What each register holds.
+constexpr int sums_of(int row, int part) { return 2 * row + part; }
+constexpr int activations_of(int part) { return 4 + part; }
+constexpr int codes_of(int row) { return 6 + row; }
+
+// Adds the product of a span and up to 16 tokens to their results [tokens, rows, 16].
+template <int bits, int rows>
+void multiply_block(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t* activations, const Factor* factors,
+                    float* results) {
+    constexpr int kParts = Lanes::kSums<bits>;
+    repeat<rows * kParts>([&](auto sum) MATQUANT_INLINE { Tiles::zero<sums_of(sum / kParts, sum % kParts)>(); });
+    // The last chunk may reach past the span: whatever codes are there meet zeros.
+    for (int64_t step = 0; step < span.steps; step += kChunkSteps) {
+        repeat<kParts>([&](auto part) MATQUANT_INLINE {
+            Tiles::load<activations_of(part)>(activations + part * kSpanColumns + step * kStepColumns,
+                                              Lanes::kSpanBytes<bits>);
+        });
+        repeat<rows>([&](auto row) MATQUANT_INLINE {
+            Tiles::load<codes_of(row)>(span.codes + (step * rows + row) * kPlaneBytes, rows * kPlaneBytes);
+            repeat<kParts>([&](auto part) MATQUANT_INLINE {
+                Tiles::dot<sums_of(row, part), activations_of(part), codes_of(row)>();
+            });
+        });
+    }
+    alignas(64) int32_t sums[rows][kParts][kTokens][kTileRows];
+    repeat<rows * kParts>([&](auto sum) MATQUANT_INLINE {
+        Tiles::store<sums_of(sum / kParts, sum % kParts)>(sums[sum / kParts][sum % kParts], kRegisterRowBytes);
+    });
+    for (int64_t token = 0; token < tokens; ++token) {
+        repeat<rows>([&](auto row) MATQUANT_INLINE {
+            Lanes::Sums parts[kParts];
+            repeat<kParts>([&](auto part) MATQUANT_INLINE { parts[part] = _mm512_load_si512(sums[row][part][token]); });
+            float* result = results + (token * rows + row) * kTileRows;
+            Lanes::store(result, span.decoders[row].add_span(Lanes::total<Lanes, bits>(parts), factors[token],
+                                                             Lanes::load(result)));
+        });
+    }
+}
+
+// Adds the product of a panel, the columns [first, last), and all tokens to their results [tokens, rows, 16]. `index`
+// is the number of spans before it.
+template <int bits, int rows>
+void multiply_panel(const Product& product, const TileRow* row, const std::array<RowDecoders<Lanes>, rows>& decoders,
+                    int64_t first, int64_t last, int64_t index, float* results) {
+    static constexpr auto kUnpack =
+        unpackers_by_variant<Lanes, rows, kPanelPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
+    alignas(64) uint8_t codes[(kPanelSteps + kChunkSteps) * rows * kPlaneBytes];
+    const int64_t tiles = ceil_div(last - first, kTileColumns);
+    for (int part = 0; part < rows; ++part) {
+        kUnpack[variant_of(row[part].width, product.paired)](row[part], first / kTileColumns, tiles,
+                                                             product.plane_stride, codes + part * kPlaneBytes);
+    }
+
+    int64_t group = first / product.group_size;
+    for (int64_t begin = first; begin < last; ++index) {
+        const int64_t group_end = (group + 1) * product.group_size;
+        const int64_t cut = (begin + kSpanColumns) & -kSpanColumns;
+        const int64_t end = std::min({group_end, cut, last});
+        Span<Lanes, rows> span;
+        span.codes = codes + (begin - first) / kStepColumns * rows * kPlaneBytes;
+        span.steps = ceil_div(end - begin, kStepColumns);
+        for (int part = 0; part < rows; ++part) {
+            span.decoders[part] = decoders[part].of_group(group);
+        }
+        group += end == group_end ? 1 : 0;
+        for (int64_t token = 0; token < product.tokens; token += kTokens) {
+            const int64_t place = index * product.tokens + token;
+            multiply_block<bits, rows>(span, std::min<int64_t>(product.tokens - token, kTokens),
+                                       product.activations + place * Lanes::kSpanBytes<bits>, product.factors + place,
+                                       results + token * rows * kTileRows);
+        }
+        begin = end;
+    }
+}
+
+// All of some pairs of rows of tiles, or of single ones, panel by panel. So each panel's activations are read from
+// memory once for all these rows.
+template <int bits, int rows>
+void multiply_group(const Product& product, const TileRow* row, int64_t count) {
+    thread_local std::vector<float> results;
+    const int64_t size = product.tokens * rows * kTileRows;
+    results.assign(count * size, 0.0f);
+    std::vector<std::array<RowDecoders<Lanes>, rows>> decoders;
+    for (int64_t each = 0; each < count; ++each) {
+        decoders.push_back(decoders_of<Lanes>(product, row + each * rows, std::make_integer_sequence<int, rows>()));
+    }
+    int64_t index = 0;
+    for (int64_t first = 0; first < product.columns; first += kPanelColumns) {
+        const int64_t last = std::min(first + kPanelColumns, product.columns);
+        for (int64_t each = 0; each < count; ++each) {
+            multiply_panel<bits, rows>(product, row + each * rows, decoders[each], first, last, index,
+                                       results.data() + each * size);
+        }
+        index = count_spans(last, product.group_size);
+    }
+    for (int64_t each = 0; each < count * rows; ++each) {
+        const Writer<Lanes> writer(product, row[each]);
+        const float* result = results.data() + each / rows * size + each % rows * kTileRows;
+        for (int64_t token = 0; token < product.tokens; ++token) {
+            writer.write(token, Lanes::load(result + token * rows * kTileRows));
+        }
+    }
+}
+
+template <int bits>
+void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
+    const int64_t spans = count_spans(product.columns, product.group_size);
+    const bool cached = spans * product.tokens * Lanes::kSpanBytes<bits> <= 2 * kCachedBytes;
+    const int64_t pair_bytes = product.tokens * kRows * kTileRows * static_cast<int64_t>(sizeof(float));
+    const int64_t most = cached ? 1 : std::max<int64_t>(kCachedBytes / pair_bytes, 1);
+    const uint8_t tokens = static_cast<uint8_t>(std::min<int64_t>(product.tokens, kTokens));
+    Tiles::configure({tokens, tokens, tokens, tokens, tokens, tokens, kChunkSteps, kChunkSteps});
+    while (count >= kRows) {
+        const int64_t pairs = std::min(count / kRows, most);
+        multiply_group<bits, kRows>(product, rows, pairs);
+        rows += pairs * kRows;
+        count -= pairs * kRows;
+    }
+    if (count > 0) {
+        multiply_group<bits, 1>(product, rows, count);
+    }
+    Tiles::release();
+}
+
+void multiply(const Product& product, const TileRow* rows, int64_t count) {
+    if (product.tokens < kFewestTokens || product.activation_bits == 24 || !has_whole_tiles(product)) {
+        return kAvx512VnniKernel.multiply(product, rows, count);
+    }
+    return product.activation_bits == 8 ? multiply_rows<8>(product, rows, count)
+                                        : multiply_rows<16>(product, rows, count);
+}
+
+}  // namespace
+
+// Packed activations are those of the kernel for AVX-512 with VNNI, which multiplies few tokens.
+const Kernel kAmxKernel = {kAvx512VnniKernel.span_bytes, kAvx512VnniKernel.pack, multiply};
+
+}  // namespace matquant::cpu
