@@ -19,6 +19,7 @@ from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
+from vllm_matquant.serve.cores import usable_cores
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.files import fetch, identity, opened
 from vllm_matquant.serve.limits import check_engine
@@ -43,6 +44,7 @@ class MatquantConfig(QuantizationConfig):
         served: what is served, by the checkpoint's names of layers; None until that is settled.
         checkpoint: what tells the checkpoint from any other, None until it is settled.
         layers: (out_features, in_features) of the checkpoint's quantized layers, empty until it is settled.
+        cores: that the engine's processes on this machine may compute with, 0 until that is settled.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
@@ -53,6 +55,7 @@ class MatquantConfig(QuantizationConfig):
         self.served: Served | None = None
         self.checkpoint: Hashable = None
         self.layers: dict[str, tuple[int, int]] = {}
+        self.cores = 0
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
@@ -172,6 +175,7 @@ def settle(vllm_config: Any) -> None:
         if load_config.load_format not in LOAD_FORMATS:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
         quant_config.settle(request, load_config.download_dir)
+        quant_config.cores = usable_cores(vllm_config.parallel_config.local_world_size)
         check_engine(vllm_config, quant_config.format, quant_config.layers)
         if not _has_matquant_draft(vllm_config):  # which is settled later, by the same settings
             vllm_config.additional_config = without_settings(vllm_config.additional_config)

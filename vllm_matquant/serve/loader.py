@@ -12,6 +12,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
+from vllm_matquant.serve.cores import warn_of_idle_cores
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.files import fetch, opened
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
@@ -52,6 +53,7 @@ class MatquantModelLoader(DefaultModelLoader):
             resident_bytes(model),
             predicted_bytes(model),
         )
+        warn_of_idle_cores(quant_config.cores, vllm_config.parallel_config.local_world_size)
         return model
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
