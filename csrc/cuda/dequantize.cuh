@@ -1,21 +1,22 @@
 // From the words of a tile to the A operand of the tensor cores.
 //
-// A code of up to 4 bits is put into the mantissa of a value whose exponent e makes the code's last bit worth 1: the
-// value is then 2^e + code, for one instruction, (word & mask) | exponent, and two weights. The sum of all 2^e times
-// the activations is taken off again by a product with constants (multiply.cuh). Codes of more bits are two such parts,
-// upper 4 and lower bits, each with a product of its own: bfloat16 has no room for more, and merging them costs as
-// much as the second product.
+// A code is put into the mantissa of a value whose exponent e makes the code's last bit worth 1: the value is then
+// 2^e + code, for one instruction, (word & mask) | exponent, and two weights. The sum of all 2^e times the activations
+// is taken off again by a product with constants (multiply.cuh). Codes of as many bits as the mantissa has are one such
+// value; those of 8 bits are two for bfloat16, the upper 6 and the lower 2 bits, each with a product of its own.
 //
 // A row's 16 codes in a lane are two rows of eight 2-bit fields in a word of the base field, field f in the bits 2 f
-// and 2 f + 1 of each half. Two more bits come from planes, interleaved to a word like it, turned right by two bits.
-// Taking every other pair of bits from one of the words and the rest from the other gives 4-bit codes, upper fields
-// from the base field and lower ones from the planes: those of the odd fields at the bits 2 f + 1 .. 2 f - 2, and with
-// the words exchanged those of the even fields there. A code is so had where it lies in the mantissa already, or after
-// the word was turned by 8 bits (by 4, 8 and 12 for bfloat16). Field 0 comes to lie in the other half by that, and is
-// stored so.
+// and 2 f + 1 of each half. Two more bits come from planes, interleaved to a word like it, turned right by two bits;
+// the next two from a word turned by four, the last two from one turned by six: so all bits of a code follow each
+// other. Taking every other pair of bits from one word and the rest from the next gives 4-bit codes: those of the odd
+// fields at the bits 2 f + 1 .. 2 f - 2, and with the words exchanged those of the even fields there. Taking every
+// other four bits from the codes' first halves and the rest from their second ones gives codes of up to 8 bits, two in
+// a half of a word. A code is so had where it lies in the mantissa already, or after the word was turned. What lies
+// past the end of a word comes in at its other end; field 0, which is turned from there, is stored in the other half.
 #pragma once
 
 #include "cuda/element.cuh"
+#include "decoder.h"
 
 namespace matquant::cuda {
 
@@ -48,43 +49,110 @@ __device__ inline RowPair interleave(uint32_t upper, uint32_t lower) {
     return {select_bits(upper, lower, kUpper), turn_right(select_bits(lower, upper, kUpper), 31)};
 }
 
-// One part of codes: `bits` of them, with `below` less significant bits in the other part.
-template <class Element, int bits, int below>
+// A lane's words of a tile.
+struct TileWords {
+    uint32_t base[kRowTiles][2], planes[kMaxWidth][kRowTiles];
+
+    // Of a row tile's codes the bits `first` and `first` + 1, counted from the most significant one, or the first
+    // alone.
+    template <int first, int bits>
+    __device__ RowPair fields(int row_tile) const {
+        if constexpr (first == 0) {
+            return {base[row_tile][0], base[row_tile][1]};
+        } else {
+            return interleave<bits>(planes[first][row_tile], planes[first + 1][row_tile]);
+        }
+    }
+};
+
+// Up to four bits of a row's codes: a word with those of the odd fields and one with those of the even ones.
+struct Nibbles {
+    uint32_t odd, even;
+};
+
+// One part of codes: `bits` of them from the bit `first` on, with `below` less significant bits in the other part.
+template <class Element, int first, int bits, int below>
 struct Part {
-    // The pair of columns 2 q and 2 q + 1 of a lane: how far its word is turned, and the place of its upper bit then.
-    __host__ __device__ static constexpr int turn_of(int q) {
-        return Element::kMantissaBits >= 10 ? q % 4 / 2 * 8 : q % 4 * 4;
-    }
+    static_assert(bits <= Element::kMantissaBits && (first == 0 || bits <= 2));
+
+    // Where the upper bit of a code is in its word: of the pair of columns 2 q and 2 q + 1 of a lane. Pairs 0 to 3 are
+    // in the odd fields.
+    __host__ __device__ static constexpr int stored_top_of(int q) { return (q < 4 ? 4 * q + 3 : 4 * q - 11) - first; }
+    // And where it is to be: so that few turns bring all codes into the mantissa.
     __host__ __device__ static constexpr int top_of(int q) {
-        return (q < 4 ? 3 : 5) + (Element::kMantissaBits >= 10 ? q % 2 * 4 : 0);
+        if (Element::kMantissaBits >= 10) {
+            return bits <= 4 ? (q < 4 ? 3 : 5) + q % 2 * 4 : q < 4 ? 7 : bits <= 6 && q % 2 == 0 ? 5 : 9;
+        }
+        return bits <= 2   ? (stored_top_of(q) + first - 1) % 6 + 1
+               : bits == 3 ? 2 + q % 2 * 4
+               : bits == 4 ? (q < 4 ? 3 : 5)
+               : bits <= 6 ? 5
+                           : 6;
     }
+    __host__ __device__ static constexpr int turn_of(int q) { return (stored_top_of(q) - top_of(q)) & 31; }
     __host__ __device__ static constexpr int last_of(int q) { return top_of(q) - bits + 1; }
     __host__ __device__ static constexpr uint32_t mask_of(int q) { return ((1u << bits) - 1) << last_of(q); }
     // 2^exponent is what the value is more than the code.
     __host__ __device__ static constexpr int exponent_of(int q) { return Element::kMantissaBits - last_of(q) + below; }
 
-    // The values of a row: words[q] has the columns 2 q and 2 q + 1. `odd` has the codes of the odd fields.
-    __device__ static void values(uint32_t odd, uint32_t even, uint32_t (&words)[8]) {
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-            const uint32_t word = turn_right(q < 4 ? odd : even, turn_of(q));
-            words[q] = mask_or(word, power_of_two<Element>(exponent_of(q)) * 0x10001u, mask_of(q) * 0x10001u);
+    // Of a row tile: words[h][q] has the columns 2 q and 2 q + 1 of the row g + 8 h.
+    __device__ static void unpack(const TileWords& tile, int row_tile, uint32_t (&words)[2][8]) {
+        RowPair fields[4];
+        fields[0] = tile.fields<first, at_most_two(bits)>(row_tile);
+        if constexpr (bits > 2) {
+            fields[1] = tile.fields<2, at_most_two(bits - 2)>(row_tile);
         }
-    }
-
-    // `fields` are the words with the part's first two bits, `rest` those with its others.
-    __device__ static void unpack(const RowPair& fields, const RowPair& rest, uint32_t (&words)[2][8]) {
-        constexpr uint32_t kOddFields = 0xcccccccc;
+        if constexpr (bits > 4) {
+            fields[2] = tile.fields<4, at_most_two(bits - 4)>(row_tile);
+        }
+        if constexpr (bits > 6) {
+            fields[3] = tile.fields<6, at_most_two(bits - 6)>(row_tile);
+        }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            if constexpr (bits <= 2) {
-                values(fields.row[row], fields.row[row], words[row]);
-            } else {
-                values(select_bits(fields.row[row], rest.row[row], kOddFields),
-                       select_bits(rest.row[row], fields.row[row], kOddFields), words[row]);
+            const Nibbles upper = nibbles<(bits > 2)>(fields[0].row[row], fields[1].row[row]);
+            // Words with the codes of the pairs q, q + 2; those of odd fields first.
+            uint32_t codes[4] = {upper.odd, upper.odd, upper.even, upper.even};
+            if constexpr (bits > 4) {
+                const Nibbles lower = nibbles<(bits > 6)>(fields[2].row[row], fields[3].row[row]);
+#pragma unroll
+                for (int index = 0; index < 4; ++index) {
+                    codes[index] = select_bits(codes[index], index < 2 ? lower.odd : lower.even,
+                                               nibble_mask(stored_top_of(index / 2 * 4 + index % 2)));
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < 8; ++q) {
+                const uint32_t word = turn_right(codes[q / 4 * 2 + q % 2], turn_of(q));
+                words[row][q] = mask_or(word, power_of_two<Element>(exponent_of(q)) * 0x10001u, mask_of(q) * 0x10001u);
             }
         }
     }
+
+  private:
+    __host__ __device__ static constexpr int at_most_two(int value) { return value < 2 ? value : 2; }
+
+    template <bool both>
+    __device__ static Nibbles nibbles(uint32_t upper, uint32_t lower) {
+        constexpr uint32_t kOddFields = 0xcccccccc;
+        if constexpr (both) {
+            return {select_bits(upper, lower, kOddFields), select_bits(lower, upper, kOddFields)};
+        }
+        return {upper, upper};
+    }
+    // Of every other four bits, those below and at `top`.
+    __host__ __device__ static constexpr uint32_t nibble_mask(int top) {
+        const uint32_t turned = 0x0fu << ((top - 3) % 8);
+        return ((turned | turned >> 8) & 0xff) * 0x01010101u;
+    }
+};
+
+// Codes of a width as parts: one if the mantissa has room for it.
+template <class Element, int width>
+struct Parts {
+    static constexpr int kUpperBits = width <= Element::kMantissaBits ? width : 6, kLowerBits = width - kUpperBits;
+    using Upper = Part<Element, 0, kUpperBits, kLowerBits>;
+    using Lower = Part<Element, kUpperBits, (kLowerBits > 0 ? kLowerBits : 1), 0>;
 };
 
 }  // namespace matquant::cuda

@@ -34,9 +34,9 @@ __device__ float2 scale_and_offset(const uint8_t* steps, const uint8_t* memory, 
 template <class Element, DecoderForm form, int width, int groups>
 __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, typename Element::Type* output,
                                 const Shape& shape, int tile, int first_row, int rows, int lane) {
-    constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
-    using Upper = Part<Element, kUpperBits, kLowerBits>;
-    using Lower = Part<Element, larger(kLowerBits, 1), 0>;
+    constexpr int kLowerBits = Parts<Element, width>::kLowerBits;
+    using Upper = typename Parts<Element, width>::Upper;
+    using Lower = typename Parts<Element, width>::Lower;
     const Stage<form, width> stage(planes, lane, 0);
     TileWords words = {};
     stage.load_base(0, words.base);
@@ -49,9 +49,9 @@ __device__ void dequantize_tile(const uint8_t* planes, const uint8_t* decoders, 
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
         uint32_t upper[2][8], lower[2][8];
-        words.upper<Element, kUpperBits, kLowerBits>(row_tile, upper);
+        Upper::unpack(words, row_tile, upper);
         if constexpr (kLowerBits > 0) {
-            words.lower<Element, kLowerBits>(row_tile, lower);
+            Lower::unpack(words, row_tile, lower);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -13,66 +13,93 @@
 
 namespace matquant::cuda {
 
+// -m of the columns 2 q and 2 q + 1 of a lane, as the two values of a word.
+template <class Element, int width>
+__host__ __device__ constexpr uint32_t magic_of(int q) {
+    using Codes = Parts<Element, width>;
+    constexpr uint32_t kSign = 0x8000;
+    uint32_t magic = kSign | power_of_two<Element>(Codes::Upper::exponent_of(q));
+    if (Codes::kLowerBits > 0) {
+        // Two parts' powers of two are no further apart than the mantissa reaches.
+        const int places = Codes::Upper::exponent_of(q) - Codes::Lower::exponent_of(q);
+        magic |= 1u << (Element::kMantissaBits - places);
+    }
+    return magic * 0x10001u;
+}
+template <class Element>
+constexpr uint32_t kOnes = power_of_two<Element>(0) * 0x10001u;
+
 // The sums of -m x (upper rows) and of x (lower rows), for `count` products; their columns are those of the tile's
 // products first, first + 1, ...
 template <class Element, int width, int count>
 __device__ Sums multiply_constants(const B* input, int first) {
-    constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
-    using Upper = Part<Element, kUpperBits, kLowerBits>;
-    using Lower = Part<Element, larger(kLowerBits, 1), 0>;
     Sums sums = {};
 #pragma unroll
     for (int product = 0; product < count; ++product) {
-        A constants;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int q = 2 * ((first + product) % 4) + half;
-            // The upper part's power of two is 2^4 times the lower part's, so their sum has a short mantissa.
-            uint32_t magic = power_of_two<Element>(Upper::exponent_of(q));
-            if (kLowerBits > 0) {
-                const int places = Upper::exponent_of(q) - Lower::exponent_of(q);
-                magic |= 1u << (Element::kMantissaBits - places);
-            }
-            constexpr uint32_t kSign = 0x8000;
-            constants.word[2 * half] = (magic | kSign) * 0x10001u;
-            constants.word[2 * half + 1] = power_of_two<Element>(0) * 0x10001u;
-        }
+        const int q = 2 * ((first + product) % 4);
+        const A constants = {
+            {magic_of<Element, width>(q), kOnes<Element>, magic_of<Element, width>(q + 1), kOnes<Element>}};
         sums = Element::multiply(constants, input[product], sums);
     }
     return sums;
 }
 
-// A lane's words of a tile.
-struct TileWords {
-    uint32_t base[kRowTiles][2], planes[kMaxWidth][kRowTiles];
+// The same with half as many products: tokens are the rows, with the first words of two products' columns in the upper
+// and with the second ones in the lower eight, and constants are the columns. Of a token's sums a lane has one, which
+// others need.
+template <class Element, int width>
+class ConstantColumns {
+  public:
+    __device__ explicit ConstantColumns(int lane) : source_(lane % 4 * 8) {
+        const int column = lane / 4;
+        const bool ones = column % 4 >= 2;  // or -m: even columns those of the first words, odd ones of the second
+#pragma unroll
+        for (int q = 0; q < 8; q += 2) {
+            const uint32_t first = magic_of<Element, width>(q), second = magic_of<Element, width>(q + 1);
+            words_[q / 2] = ones ? kOnes<Element> : column % 2 == 0 ? first : second;
+        }
+    }
 
-    // The operands of one row tile: the codes' upper bits, up to four, and their lower ones.
-    template <class Element, int bits, int below>
-    __device__ void upper(int row_tile, uint32_t (&words)[2][8]) const {
-        Part<Element, bits, below>::unpack({{base[row_tile][0], base[row_tile][1]}},
-                                           interleave<(bits < 4 ? 1 : 2)>(planes[2][row_tile], planes[3][row_tile]),
-                                           words);
+    template <int count>
+    __device__ Sums multiply(const B* input, int first) const {
+        Sums sums = {};
+#pragma unroll
+        for (int product = 0; product < count; product += 2) {
+            const B &one = input[product], &next = input[product + 1];
+            const A tokens = {{one.word[0], one.word[1], next.word[0], next.word[1]}};
+            const int index = (first + product) % 4;
+            sums = Element::multiply(tokens, {{words_[index], words_[index + 1]}}, sums);
+        }
+        const float sum = sums.value[0] + sums.value[3];
+        // Of the tokens 2 t and 2 t + 1.
+        Sums exchanged;
+#pragma unroll
+        for (int index = 0; index < 4; ++index) {
+            exchanged.value[index] = __shfl_sync(0xffffffff, sum, source_ + index % 2 * 4 + index / 2);
+        }
+        return exchanged;
     }
-    template <class Element, int bits>
-    __device__ void lower(int row_tile, uint32_t (&words)[2][8]) const {
-        Part<Element, bits, 0>::unpack(interleave<(bits < 2 ? 1 : 2)>(planes[4][row_tile], planes[5][row_tile]),
-                                       interleave<(bits < 4 ? 1 : 2)>(planes[6][row_tile], planes[7][row_tile]), words);
-    }
+
+  private:
+    int source_;
+    uint32_t words_[4];
 };
 
 // A warp's sums over its steps, those of each token tile: [row tiles, 16 x 8].
 template <class Element, DecoderKind kind, int width, int token_tiles, int groups>
 __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape& shape, const Share& share,
                                uint8_t* memory, Sums (&results)[token_tiles][kRowTiles]) {
-    constexpr int kUpperBits = width < 4 ? width : 4, kLowerBits = width - kUpperBits;
+    using Codes = Parts<Element, width>;
     constexpr DecoderForm kForm = form_of(kind, width);
     constexpr bool kHasSteps = kForm == DecoderForm::kInt8;
     constexpr bool kScarce = kHasSteps && groups == 4;  // registers are
-    constexpr bool kStepsAtEnd = kHasSteps && token_tiles == 1 && !kScarce;
+    constexpr bool kStepsAtEnd = kHasSteps && token_tiles <= 2 && !kScarce;
     constexpr int kStageCount = stages(width);
     constexpr int kBytes = stage_bytes(kind, width, groups);
     // Sums are scaled once for a step where that is one group and there are registers for two tiles.
     constexpr int kTilesAtOnce = groups == 1 && width <= 4 && token_tiles <= 2 ? 2 : 1;
+    // With more tokens the tensor cores have less time to spare than instructions do.
+    constexpr bool kTokensAsRows = token_tiles > 1;
     // Tiles whose activations are in registers at once.
     constexpr int kInputTiles = token_tiles <= 2 && !kScarce ? kStepTiles : 1;
     constexpr int kParts = larger(groups / kStepTiles, 1);  // of what is taken at once, each with a decoder
@@ -91,6 +118,7 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
     }
     const uint8_t* row_decoders =
         arguments.decoders + share.first_decoders + static_cast<size_t>(share.tile_row) * row_bytes<kForm>(shape);
+    const ConstantColumns<Element, width> columns(lane);
     Sums centres[token_tiles][kRowTiles] = {};
     Input<Element, token_tiles> input_of_steps(arguments, shape, share, lane);
     int current = 0, free = (kStageCount - 1) * kBytes;
@@ -125,10 +153,15 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
             for (int token_tile = 0; token_tile < token_tiles; ++token_tile) {
 #pragma unroll
                 for (int part = 0; part < kParts; ++part) {
-                    constants[token_tile][part] = multiply_constants<Element, width, kProducts>(
-                        &input[token_tile][4 * (first % kInputTiles) + part * kProducts], part * kProducts);
+                    const B* tokens = &input[token_tile][4 * (first % kInputTiles) + part * kProducts];
+                    Sums& constant = constants[token_tile][part];
+                    if constexpr (kTokensAsRows) {
+                        constant = columns.template multiply<kProducts>(tokens, part * kProducts);
+                    } else {
+                        constant = multiply_constants<Element, width, kProducts>(tokens, part * kProducts);
+                    }
                     if constexpr (kHasSteps) {
-                        float (&sums)[4] = constants[token_tile][part].value;
+                        float (&sums)[4] = constant.value;
                         sums[0] = fmaf(-kMiddle<width>, sums[2], sums[0]);
                         sums[1] = fmaf(-kMiddle<width>, sums[3], sums[1]);
                     }
@@ -168,10 +201,10 @@ __device__ void multiply_steps(const Arguments<Element>& arguments, const Shape&
                             }
                         }
                     };
-                    tiles[tile].template upper<Element, kUpperBits, kLowerBits>(row_tile, words);
+                    Codes::Upper::unpack(tiles[tile], row_tile, words);
                     multiply();
-                    if constexpr (kLowerBits > 0) {
-                        tiles[tile].template lower<Element, kLowerBits>(row_tile, words);
+                    if constexpr (Codes::kLowerBits > 0) {
+                        Codes::Lower::unpack(tiles[tile], row_tile, words);
                         multiply();
                     }
                 }

@@ -31,7 +31,7 @@ def bit_of_plane(planes: torch.Tensor, plane: int, row: int, column: int) -> int
     else:
         word = (4 * g + t) * 4 + i
         stored = tile[plane]
-        place = (place - h - (2 if plane % 4 >= 2 else 0)) % 32
+        place = (place - h - (0, 2, 4, 6)[plane // 2]) % 32
     return int(stored[4 * word + place // 8]) >> (place % 8) & 1
 
 

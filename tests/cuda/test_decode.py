@@ -202,6 +202,12 @@ MUTATIONS = {
     "wrong exponent": ("dequantize.cuh", "- last_of(q) + below", "- last_of(q) + below + q / 7"),
     "wrong turn": ("dequantize.cuh", "upper, kUpper), 31)", "upper, kUpper), 1)"),
     "constants without the lower part": ("multiply.cuh", "magic |= 1u", "magic |= 0u"),
+    "halves of other codes": ("dequantize.cuh", "0x0fu << ((top - 3) % 8)", "0x0fu << ((top - 1) % 8)"),
+    "lower bits in other fields": ("dequantize.cuh", "index < 2 ? lower.odd", "index < 3 ? lower.odd"),
+    "a part turned as if it were the first": ("dequantize.cuh", "4 * q - 11) - first;", "4 * q - 11);"),
+    "a column of ones too many": ("multiply.cuh", "ones = column % 4 >= 2;", "ones = column % 4 >= 1;"),
+    "half of a sum": ("multiply.cuh", "sums.value[0] + sums.value[3];", "sums.value[0];"),
+    "sums of another token": ("multiply.cuh", "source_ + index % 2 * 4", "source_ + index / 2 * 4"),
 }
 # Of what only decoders in int8 have.
 INT8_MUTATIONS = {
@@ -216,7 +222,7 @@ INT8_MUTATIONS = {
         "                    lane",
     ),
     "lanes of float16": ("stage.cuh", "lane % kGroupLanes * 16", "lane % 16 * 16"),
-    "no steps at 16 tokens": (
+    "no steps at 24 tokens": (
         "multiply.cuh",
         "addend = matquant::cuda::multiply(addend, steps.centre)",
         "addend = addend",
@@ -231,12 +237,16 @@ INT8_MUTATIONS = {
 
 
 def run_checks(kernels: Emulated) -> None:
-    def check(layer: Layer, tokens: int, widths: list[int], **options: object) -> None:
-        x = make_input(tokens, layer.codes.shape[1], torch.float16)
+    def check(
+        layer: Layer, tokens: int, widths: list[int], dtype: torch.dtype = torch.float16, **options: object
+    ) -> None:
+        x = make_input(tokens, layer.codes.shape[1], dtype)
         layer.check(kernels.multiply(layer, x, widths, **options), x, widths)
 
     race = {"racecheck": "warp", "schedule": 1}
     check(make_layer([64], 832, 256, [4, 8]), 7, [8], **race)
+    check(make_layer([64], 300, 256, [4, 8]), 7, [8], torch.bfloat16)
+    check(make_layer([64], 300, 256, [4, 7]), 16, [7])
     check(make_layer([64], 2600, 128, [2, 3]), 7, [3], splits=2, **race, async_early=True)
     check(make_layer([64], 2600, 128, [2, 3]), 3, [2], **race)
     for seed in range(4):
@@ -246,7 +256,7 @@ def run_checks(kernels: Emulated) -> None:
 def run_int8_checks(kernels: Emulated) -> None:
     for group_size in (64, 128):
         layer = make_layer([150], 300, group_size, [3, 4], kind=AFFINE_INT8)
-        for tokens in (7, 16):
+        for tokens in (7, 16, 20):
             x = make_input(tokens, 300, torch.float16)
             layer.check(kernels.multiply(layer, x, [4]), x, [4])
     weights, absolute = layer.weights([4])
@@ -273,7 +283,8 @@ def broken_kernels(mutation: tuple[str, str, str] | None, kernels: list[str], fo
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
 def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
-    names = [f"matquant_decode_affine_float16_float16_8_{groups}" for groups in (1, 2)]
+    forms = ("float16_8_1", "float16_8_2", "float16_16_1", "bfloat16_8_1")
+    names = [f"matquant_decode_affine_float16_{form}" for form in forms]
     kernels = broken_kernels(MUTATIONS.get(mutation), names, tmp_path)
     if mutation == "none":
         run_checks(kernels)
@@ -284,10 +295,8 @@ def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["none", *INT8_MUTATIONS])
 def test_broken_kernels_for_int8_decoders_are_noticed(mutation: str, tmp_path: Path) -> None:
-    kinds = ("decode_affine_int8_float16_8_1", "decode_affine_int8_float16_8_2", "decode_affine_int8_float16_16_1")
-    names = [
-        f"matquant_{kind}" for kind in (*kinds, "decode_affine_int8_float16_16_2", "dequantize_affine_int8_float16_1")
-    ]
+    forms = [f"decode_affine_int8_float16_{form}" for form in ("8_1", "8_2", "16_1", "16_2", "24_1", "24_2")]
+    names = [f"matquant_{form}" for form in (*forms, "dequantize_affine_int8_float16_1")]
     kernels = broken_kernels(INT8_MUTATIONS.get(mutation), names, tmp_path)
     if mutation == "none":
         run_int8_checks(kernels)

@@ -23,8 +23,8 @@ A word of the base field has a row's 16 columns as 2-bit fields. With f = (1, 3,
 in the half k % 2 of the word (the other one for f = 0), at its bits 2 f and 2 f + 1. Planes 2 and 3, 4 and 5, 6 and 7
 make two words like it, h = 0, 1, with the bits of the first of the two planes in the upper bits: of the word h = 0 the
 upper bits are those of the first plane's word, the lower bits those of the second one's. The word h = 1 is turned
-right by one bit first, so that its bits fill the places left. Planes 2, 3, 6 and 7, which follow other planes in a code
-of four bits, are turned right by two more.
+right by one bit first, so that its bits fill the places left. These words are turned right by two, four and six bits
+more, so that the bits of a code follow each other.
 
 A lane reads the decoders of its 8 rows in one run: 32 bytes of a group in float16, 16 in int8. So 16 lanes, or 8, copy
 a group's to shared memory, 16 bytes each, side by side.
@@ -100,8 +100,7 @@ def pack_codes(codes: torch.Tensor, width: int, output_sizes: Sequence[int]) -> 
     result = [to_bytes(base)]
     for plane in range(BASE_BITS, width):
         word = words(width - 1 - plane) << (1 if plane % 2 == 0 else 0)
-        if plane % 4 >= 2:
-            word = turn_right(word, 2)
+        word = turn_right(word, plane // 2 * 2)
         result.append(to_bytes(word[..., 0] | turn_right(word[..., 1], 1)))
     return torch.cat(result, -1).view(planes_shape(width, output_sizes, codes.shape[1]))
 
@@ -244,7 +243,7 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
     codes = word >> places & 3  # [rows, tile columns, t, 16]
     for plane in range(BASE_BITS, width):
         word = (further[..., plane - BASE_BITS, :, :].long() << shifts).sum(-1, keepdim=True)
-        place = places + (1 if plane % 2 == 0 else 0) - (2 if plane % 4 >= 2 else 0)
+        place = places + (1 if plane % 2 == 0 else 0) - plane // 2 * 2
         codes = codes << 1 | word >> ((place - half[..., None, None, None]) % 32) & 1
     codes = codes >> (width - active_width)
     codes = codes.unflatten(-1, (2, 8)).transpose(-3, -2).flatten(-4)[..., : weight.in_features]

@@ -67,7 +67,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         for plane in tl.static_range(2, 8):
             if plane < width:
                 word = tl.load(tile + plane * WORDS + plane_word)
-                shift = (place + (1 - plane % 2) - (2 if plane % 4 >= 2 else 0) - h + 32) % 32
+                shift = (place + (1 - plane % 2) - plane // 2 * 2 - h + 32) % 32
                 codes = codes * 2 + ((word >> shift) & 1)
         column = tile_column * 64 + c
         group = tl.minimum(column // group_size, groups - 1)
