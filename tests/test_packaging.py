@@ -44,7 +44,7 @@ DISTRIBUTIONS = {
     "cupy_backends": "cupy-cuda13x",
     "humming": "humming-kernels",
 }
-PEER_SCRIPT = PACKAGE / "bench" / "peer_llama_cpp.py"  # runs in an environment of its own
+PEER_MODULE = PACKAGE / "bench" / "llama_cpp.py"  # needs a package that only benchmarks need
 ONLY_IN_A_CLONE = re.compile(r"\b(?:tools|docs|tests)/\S*|\bsetup\.py\b|\bMakefile\b|`make \w+")
 COMMANDS = ("quantize", "search", "evaluate", "verify", "bench", "plot")
 
@@ -90,7 +90,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         for part in ("checkpoint", "kernels", "measure", "quantize", "search", "research", "bench", "jobs", "cli"):
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
-                if module.name != "vllm_matquant.bench.peer_llama_cpp":
+                if module.name != "vllm_matquant.bench.llama_cpp":
                     importlib.import_module(module.name)
         print(*sys.modules)
         """,
@@ -173,7 +173,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     # torch brings triton wherever it has kernels for it.
     optional = set().union(*map(declared, extras.values()), {"triton"})
     everywhere: set[str] = set()
-    for source in set(PACKAGE.rglob("*.py")) - {PEER_SCRIPT}:
+    for source in set(PACKAGE.rglob("*.py")) - {PEER_MODULE}:
         module = ast.parse(source.read_text())
         at_once = {name for statement in module.body for name in statement_imports(statement)}
         part = source.relative_to(PACKAGE).parts[0]
@@ -188,7 +188,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
 
 @pytest.mark.slow  # imports vLLM
 def test_import_opens_no_connection(tmp_path: Path) -> None:
-    files = set(PACKAGE.rglob("*.py")) - {PEER_SCRIPT, PACKAGE / "__main__.py"}
+    files = set(PACKAGE.rglob("*.py")) - {PEER_MODULE, PACKAGE / "__main__.py"}
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sorted(files)]
     output = run_python(
         f"""

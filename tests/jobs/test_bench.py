@@ -29,20 +29,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
     asked: list[tuple[Path, tuple[int, ...], dict[str, Any]]] = []
 
     def measure(
-        folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None
+        folder: Path,
+        slices: Sequence[Slice],
+        load: Load,
+        reference: Path | None = None,
+        llama_cpp: Path | None = None,
     ) -> Iterator[dict[str, Any]]:
         widths = [each.width for each in slices]
-        asked.append((folder, tuple(widths), dataclasses.asdict(load) | {"reference": reference}))
+        others = {"reference": reference, "llama_cpp": llama_cpp}
+        asked.append((folder, tuple(widths), dataclasses.asdict(load) | others))
         for bits in widths if reference is None else (16, *widths):
             yield {
                 "bits": bits,
                 "output_tokens_per_s": 100.0 / bits,
+                "decode_tokens_per_s": 125.0 / bits,
                 "resident_bytes": 1_000_000 * bits,
                 "load_seconds": 2.5,
                 "batch": load.batch,
                 "model": folder.name,
                 "answer": "Paris",
             }
+            if llama_cpp and bits == 4:
+                yield {"model": "llama.cpp Q4_0", "batch": 1, "prompt_tokens_per_s": 50.0, "decode_tokens_per_s": 12.5}
 
     monkeypatch.setattr(bench_job, "measure_serving", measure)
     return asked
@@ -57,15 +65,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["serve", str(nested), "--batch", "3", "--output-tokens", "16", "--prompt", "Why?"]
     assert run_bench([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
-    load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "reference": None}
-    assert calls == [(nested, (2, 4, 8), load)]
+    assert calls[0][:2] == (nested, (2, 4, 8))
+    load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "prompt_tokens": None}
+    assert calls[0][2] == load | {"rounds": 1, "reference": None, "llama_cpp": None}
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
-    named = {"bits", "output_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
+    named = {"bits", "output_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
     assert all(named <= set(row) for row in rows)
     titles, *lines = capsys.readouterr().out.splitlines()
     assert titles.split() == list(COLUMNS)
-    assert lines[1].split() == ["4", "25", "4,000,000", "2.5", "3"]
+    assert lines[1].split() == ["4", "25", "31.25", "4,000,000", "2.5", "3"]
     picture = (tmp_path / "plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n")
     assert struct.unpack(">II", picture[16:24]) == (900, 600)
@@ -106,34 +115,29 @@ def test_refusals(
     assert calls == []
 
 
-def test_reference_and_llama_cpp(
-    nested: Path, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    python = tmp_path / "python"  # stands for an interpreter that has llama.cpp
-    line = '{"type": "Q4_0", "output_tokens_per_s": 12.5, "bits_per_weight": 4.5}'
-    python.write_text(f"#!/bin/sh\necho '{line}'\necho $* > {tmp_path}/asked\n")
-    python.chmod(0o755)
+def test_reference_and_llama_cpp(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "llama-batched-bench"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
     rows, picture = tmp_path / "rows.json", tmp_path / "plot.png"
-    options = ["--reference", tmp_path, "--activation-bits", "8", "--llama-cpp", python, "--json", rows]
-    assert run_bench(["serve", str(nested), *map(str, options), "--plot", str(picture)]) == 0
-    assert calls[0][2]["activation_bits"] == 8
-    assert calls[0][2]["reference"] == tmp_path
-    assert f"peer_llama_cpp.py {nested}/config.json --threads" in (tmp_path / "asked").read_text()
-    written = json.loads(rows.read_text())
-    assert [row.get("bits") for row in written] == [16, 2, 4, 8, None]
-    llama = {"model": "llama.cpp Q4_0", "batch": 1, "output_tokens_per_s": 12.5, "bits_per_weight": 4.5}
-    assert written[-1] == llama
-    assert "llama.cpp Q4_0: 12.5 tokens per second, batch 1" in capsys.readouterr().out
+    options = ["--reference", tmp_path, "--activation-bits", "8", "--llama-cpp", program, "--json", rows]
+    options += ["--prompt-tokens", "512", "--rounds", "3", "--plot", picture]
+    assert run_bench(["serve", str(nested), *map(str, options)]) == 0
+    asked = calls[0][2]
+    assert (asked["activation_bits"], asked["prompt_tokens"], asked["rounds"]) == (8, 512, 3)
+    assert (asked["reference"], asked["llama_cpp"]) == (tmp_path, program)
+    assert [row.get("bits") for row in json.loads(rows.read_text())] == [16, 2, 4, None, 8]
+    said = capsys.readouterr().out
+    assert f"llama.cpp: {program}, built for none past AVX2" in said
+    assert "llama.cpp Q4_0: 12.5 tokens per second decoded, 50 of the prompt, batch 1" in said
     assert picture.is_file()
 
 
-def test_llama_cpp_fails(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'no module xllamacpp' >&2\nexit 1\n")
-    python.chmod(0o755)
-    status, said = refusal(capsys, "serve", nested, "--llama-cpp", python)
+def test_llama_cpp_is_missing(nested: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = refusal(capsys, "serve", nested, "--llama-cpp", tmp_path / "none")
     assert status == 1
-    assert "no module xllamacpp" in said
+    assert f"llama_cpp: found no program {tmp_path}/none, expected a build's llama-batched-bench" in said
+    assert calls == []
 
 
 def test_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

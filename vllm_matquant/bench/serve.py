@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import subprocess
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
+import torch
 from matplotlib.figure import Figure
 
 from vllm_matquant.checkpoint.files import read_json
@@ -21,12 +23,15 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
 
+if TYPE_CHECKING:
+    from vllm_matquant.bench.llama_cpp import LlamaCpp
+
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 48
 PROMPT_TOKENS = 16  # where there is no tokenizer
 MODEL_LENGTH = 1024  # at most
 UNQUANTIZED_BITS = 16
-COLUMNS = ("bits", "output_tokens_per_s", "resident_bytes", "load_seconds", "batch")
+COLUMNS = ("bits", "output_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "load_seconds", "batch")
 
 
 @dataclass(frozen=True)
@@ -38,69 +43,116 @@ class Load:
         output_tokens: tokens to generate for each.
         prompt: what to ask; models without a tokenizer get PROMPT_TOKENS numbers.
         activation_bits: see ``--activation-bits`` of ``vllm serve``.
+        prompt_tokens: so many numbers in place of the prompt, None for the prompt.
+        rounds: how often to measure; rows have the medians.
     """
 
     batch: int = 1
     output_tokens: int = 64
     prompt: str = PROMPT
     activation_bits: int | None = None
+    prompt_tokens: int | None = None
+    rounds: int = 1
 
 
-def serve_one(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
-    """Serve a slice in this process, or (None) a model that is not quantized, and measure it.
+class Served:
+    """A model that vLLM serves in this process.
 
-    Returns:
-        A row of ``matquant bench serve`` but for what it is called, with the greedy ``answer`` to the prompt beside it.
+    Args:
+        folder: of the model.
+        part: the slice of a nested checkpoint, None for a model that is not quantized.
+        load: what will be asked of it.
     """
-    # The engine in this process: its model can be asked for its size, and nothing outlives the process.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams, TokensPrompt
 
-    from vllm_matquant.serve.linear import resident_bytes
+    def __init__(self, folder: Path, part: Slice | None, load: Load) -> None:
+        # The engine in this process: its model can be asked for its size, and nothing outlives the process.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM, TokensPrompt
 
-    start = time.perf_counter()
-    settings = {}
-    if part is not None:
-        widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
-        settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
-    has_tokenizer = (folder / "tokenizer_config.json").exists()
-    llm = LLM(
-        str(folder),
-        additional_config=settings,
-        max_model_len=min(MODEL_LENGTH, read_json(folder / CONFIG_FILE).get("max_position_embeddings", MODEL_LENGTH)),
-        max_num_seqs=load.batch,
-        skip_tokenizer_init=not has_tokenizer,
-    )
-    load_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        settings = {}
+        if part is not None:
+            widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
+            settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
+        self.load, self.name = load, folder.resolve().name
+        self.has_tokenizer = (folder / "tokenizer_config.json").exists()
+        self.llm = LLM(
+            str(folder),
+            additional_config=settings,
+            max_model_len=min(
+                MODEL_LENGTH, read_json(folder / CONFIG_FILE).get("max_position_embeddings", MODEL_LENGTH)
+            ),
+            max_num_seqs=load.batch,
+            skip_tokenizer_init=not self.has_tokenizer,
+            enable_prefix_caching=False,  # a prompt that is asked again is computed again
+        )
+        self.load_seconds = time.perf_counter() - start
+        numbers = TokensPrompt(prompt_token_ids=list(range(100, 100 + (load.prompt_tokens or PROMPT_TOKENS))))
+        self.prompt = load.prompt if self.has_tokenizer and load.prompt_tokens is None else numbers
+        self._generate(load.output_tokens)  # warms up
 
-    numbers = TokensPrompt(prompt_token_ids=list(range(100, 100 + PROMPT_TOKENS)))
-    prompts = [load.prompt if has_tokenizer else numbers] * load.batch
-    fixed_length = SamplingParams(
-        temperature=0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=has_tokenizer
-    )
-    llm.generate(prompts, fixed_length, use_tqdm=False)  # warms up
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, fixed_length, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+    def measure(self) -> dict[str, float]:
+        """Generate once: {"output_tokens_per_s", "decode_tokens_per_s"}, of all requests together.
 
-    greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-    answer = ""
-    if has_tokenizer and llm.get_tokenizer().chat_template:
-        answer = llm.chat([{"role": "user", "content": load.prompt}], greedy, use_tqdm=False)[0].outputs[0].text
-    elif has_tokenizer:
-        answer = llm.generate([load.prompt], greedy, use_tqdm=False)[0].outputs[0].text
-    return {
-        "output_tokens_per_s": generated / seconds,
-        "resident_bytes": sum(llm.apply_model(resident_bytes)),
-        "load_seconds": load_seconds,
-        "batch": load.batch,
-        "model": folder.resolve().name,
-        "answer": answer.strip(),
-    }
+        The second is the speed of all tokens but the first, so that the prompt does not count; nan of a single token.
+        """
+        first, whole = self._generate(1), self._generate(self.load.output_tokens)
+        tokens = self.load.batch * self.load.output_tokens
+        decoded = tokens - self.load.batch
+        return {
+            "output_tokens_per_s": tokens / whole,
+            "decode_tokens_per_s": decoded / (whole - first) if decoded and whole > first else math.nan,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What a row of ``matquant bench serve`` says beside speeds, with the greedy ``answer`` to the prompt."""
+        from vllm import SamplingParams
+
+        from vllm_matquant.serve.linear import resident_bytes
+
+        greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+        answer = ""
+        if self.has_tokenizer and self.llm.get_tokenizer().chat_template:
+            chat = [{"role": "user", "content": self.load.prompt}]
+            answer = self.llm.chat(chat, greedy, use_tqdm=False)[0].outputs[0].text
+        elif self.has_tokenizer:
+            answer = self.llm.generate([self.load.prompt], greedy, use_tqdm=False)[0].outputs[0].text
+        return {
+            "resident_bytes": sum(self.llm.apply_model(resident_bytes)),
+            "load_seconds": self.load_seconds,
+            "batch": self.load.batch,
+            "model": self.name,
+            "answer": answer.strip(),
+        }
+
+    def _generate(self, tokens: int) -> float:
+        """Seconds that all requests take together."""
+        from vllm import SamplingParams
+
+        fixed_length = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=self.has_tokenizer)
+        start = time.perf_counter()
+        self.llm.generate([self.prompt] * self.load.batch, fixed_length, use_tqdm=False)
+        return time.perf_counter() - start
+
+
+_served: Served  # of a process that serves one
+
+
+def _serve(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
+    """Serve a model in this process; errors become such as another process can be told of: not all of vLLM's can."""
+    global _served
+    try:
+        _served = Served(folder, part, load)
+        return _served.describe()
+    except ValueError as error:
+        raise ValueError(f"{folder}: vLLM refuses to serve it: {error}") from None
+
+
+def _measure() -> dict[str, float]:
+    return _served.measure()
 
 
 def check_vllm() -> None:
@@ -115,37 +167,63 @@ def check_vllm() -> None:
 
 
 def bench_serve(
-    folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None
+    folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None, llama_cpp: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of ``matquant bench serve``, each from an engine in a process of its own; the reference comes first."""
+    """Rows of ``matquant bench serve``, each from an engine in a process of its own.
+
+    Args:
+        folder: of the nested checkpoint.
+        slices: of it, to be served.
+        load: what is asked of them.
+        reference: folder of a model that is not quantized; its row comes first.
+        llama_cpp: a program llama-batched-bench, which decodes with random weights of the same shape in turn with the
+            widths for which it has a type; their rows follow.
+
+    Raises:
+        ValueError: vLLM refuses a model, or the program fails.
+    """
     models: list[tuple[Path, Slice | None, dict[str, Any]]] = []
     if reference:
         models.append((reference, None, {"bits": UNQUANTIZED_BITS}))
     for model, part, named in [*models, *((folder, part, part.label) for part in slices)]:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            yield named | pool.submit(_serve_or_say_why, model, part, load).result()
+        with (
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+            TemporaryDirectory(prefix="matquant-") as temporary,
+        ):
+            peer = _peer_of(part, folder, llama_cpp, Path(temporary))
+            described = pool.submit(_serve, model, part, load).result()
+            ours, theirs = [], []
+            for _ in range(load.rounds):
+                ours.append(pool.submit(_measure).result())
+                if peer:
+                    prompt_tokens = load.prompt_tokens or PROMPT_TOKENS
+                    theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
+            yield named | _summary(ours) | described
+            if peer:
+                named = {"model": f"llama.cpp {peer.type}", "bits_per_weight": peer.bits_per_weight}
+                yield named | _summary(theirs) | {"batch": load.batch}
 
 
-def _serve_or_say_why(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
-    """As :func:`serve_one`, with errors that another process can be told of: not all of vLLM's can."""
-    try:
-        return serve_one(folder, part, load)
-    except ValueError as error:
-        raise ValueError(f"{folder}: vLLM refuses to serve it: {error}") from None
+def _peer_of(part: Slice | None, folder: Path, program: Path | None, temporary: Path) -> LlamaCpp | None:
+    if program is None or part is None:
+        return None
+    from vllm_matquant.bench.llama_cpp import LlamaCpp, misfit
+
+    config = read_json(folder / CONFIG_FILE)
+    if part.width is None or misfit(config, part.width):
+        return None
+    return LlamaCpp(program, temporary, config, part.width, torch.get_num_threads())
 
 
-def bench_llama_cpp(python: Path, folder: Path, output_tokens: int, threads: int) -> list[dict[str, Any]]:
-    """Rows {"type", "output_tokens_per_s", "bits_per_weight"} of llama.cpp on random weights of the same shape.
-
-    Raises:
-        ValueError: the interpreter fails at it; what it wrote last is shown.
-    """
-    command = [str(python), str(Path(__file__).with_name("peer_llama_cpp.py")), str(folder / CONFIG_FILE)]
-    command += ["--threads", str(threads), "--output-tokens", str(output_tokens)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise ValueError(f"--llama-cpp: {python} failed:\n{result.stderr[-2000:]}")
-    return [json.loads(line) for line in result.stdout.splitlines()]
+def _summary(measured: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The median of each figure, and the least and the greatest where it was measured more than once."""
+    summary: dict[str, Any] = {}
+    for name in measured[0]:
+        values = [each[name] for each in measured]
+        summary[name] = statistics.median(values)
+        if len(values) > 1:
+            summary[f"{name}_range"] = [min(values), max(values)]
+    return summary
 
 
 def plot_serving(rows: Sequence[dict[str, Any]], file: Path) -> None:

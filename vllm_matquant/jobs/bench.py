@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vllm_matquant.bench.kernel import BATCHES, PEERS, SHAPES, Settings, plot_kernel
 from vllm_matquant.bench.kernel import COLUMNS as KERNEL_COLUMNS
 from vllm_matquant.bench.kernel import bench_kernel as measure_kernel
-from vllm_matquant.bench.serve import COLUMNS, PROMPT, Load, bench_llama_cpp, check_vllm, plot_serving
+from vllm_matquant.bench.serve import COLUMNS, PROMPT, Load, check_vllm, plot_serving
 from vllm_matquant.bench.serve import bench_serve as measure_serving
 from vllm_matquant.checkpoint.decoder import AFFINE_INT8, KINDS
-from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.files import publish_json, read_json
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import names_of, output_file, positive, positive_list, width_list
@@ -150,10 +151,16 @@ class BenchServe(Job[Rows]):
     llama_cpp: Path | str | None = field(
         default=None,
         metadata=argument(
-            "an interpreter that has the extra bench-peers: measure llama.cpp too, on random weights of this shape",
+            "a llama-batched-bench: llama.cpp decodes random weights of this shape in turn with 8, 4, 3 and 2 bits",
             parse=Path,
-            metavar="PYTHON",
+            metavar="PROGRAM",
         ),
+    )
+    prompt_tokens: int | None = field(
+        default=None, metadata=argument("a prompt of so many numbers in place of --prompt", parse=positive)
+    )
+    rounds: int = field(
+        default=1, metadata=argument("how often to measure; medians are shown (default: %(default)s)", parse=positive)
     )
     json: Path | str | None = field(
         default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
@@ -167,22 +174,51 @@ class BenchServe(Job[Rows]):
         checkpoint = open_checkpoint(folder, check_values=False)
         slices = chosen_slices(checkpoint, self.bits, self.recipes)
         check_vllm()
-        load = Load(self.batch, self.output_tokens, self.prompt, self.activation_bits)
+        load = Load(
+            *(self.batch, self.output_tokens, self.prompt, self.activation_bits, self.prompt_tokens, self.rounds)
+        )
+        llama_cpp = Path(self.llama_cpp) if self.llama_cpp else None
+        if llama_cpp:
+            describe_llama_cpp(llama_cpp, folder, [each.width for each in slices if each.width], say)
         say(headings(COLUMNS))
         rows: Rows = []
-        for row in measure_serving(folder, slices, load, Path(self.reference) if self.reference else None):
+        for row in measure_serving(folder, slices, load, Path(self.reference) if self.reference else None, llama_cpp):
             rows.append(row)
-            say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}")
-        if self.llama_cpp:
-            threads = torch.get_num_threads()
-            for peer in bench_llama_cpp(Path(self.llama_cpp), folder, self.output_tokens, threads):
-                say(f"llama.cpp {peer['type']}: {peer['output_tokens_per_s']:.4g} tokens per second, batch 1")
-                rows.append({"model": f"llama.cpp {peer.pop('type')}", "batch": 1} | peer)
+            say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}" if "bits" in row else _peer_line(row))
         if self.json:
             publish_json(Path(self.json), rows)
         if self.plot:
             plot_serving(rows, Path(self.plot))
         return rows
+
+
+def describe_llama_cpp(program: Path, folder: Path, widths: Sequence[int], say: Say) -> None:
+    """Say what a build of llama.cpp was built for, and which widths it has no type for.
+
+    Raises:
+        ValueError: there is no such program, or the package that writes its models is not installed.
+    """
+    if shutil.which(program) is None:
+        raise ValueError(f"llama_cpp: found no program {program}, expected a build's llama-batched-bench")
+    if find_spec("gguf") is None:
+        raise ValueError(
+            "gguf: found no such package, expected it for --llama-cpp (pip install 'vllm_matquant[llama-cpp-peer]')"
+        )
+    from vllm_matquant.bench.llama_cpp import instruction_sets, misfit
+
+    say(f"llama.cpp: {program}, built for {instruction_sets(program)}")
+    config = read_json(folder / CONFIG_FILE)
+    for width in widths:
+        reason = misfit(config, width)
+        if reason:
+            say(f"llama.cpp: not measured beside {width} bits: {reason}")
+
+
+def _peer_line(row: dict[str, Any]) -> str:
+    decoded = (
+        f"{row['decode_tokens_per_s']:.4g} tokens per second decoded, {row['prompt_tokens_per_s']:.4g} of the prompt"
+    )
+    return f"{row['model']}: {decoded}, batch {row['batch']}"
 
 
 bench_kernel = running(BenchKernel)

@@ -1,22 +1,18 @@
-"""Tokens per second of llama.cpp on a model of a given shape with random weights.
-
-Runs in an environment of its own that has the extra `bench-peers`; tools/bench.py calls it. A line of JSON for each
-type: {"type", "output_tokens_per_s", "bits_per_weight"}.
-"""
+"""llama.cpp on a model of a given shape with random weights, by the program llama-batched-bench of a build of it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
-import time
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-TYPES = ("Q8_0", "Q4_0", "Q3_K", "Q2_K")
+TYPE_OF_WIDTH = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
 _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
     "attn_q": ("heads", "hidden"),
     "attn_k": ("kv", "hidden"),
@@ -29,6 +25,70 @@ _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
 # Bytes of a block at which float16 scales lie; all other bytes are codes and small integers.
 _SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82)}
 _SCALE = 2.0**-12
+# Instructions that tell what a program was built for, as objdump writes them.
+_INSTRUCTIONS = {
+    "AVX-512": r"%zmm",
+    "AVX-512 VNNI": r"vpdpbusds? .*%zmm",
+    "AVX-VNNI": r"\{vex\} vpdpbusd",
+    "AMX": r"tdpb[us]{2}d",
+}
+
+
+class LlamaCpp:
+    """A build of llama.cpp with a model of its own.
+
+    Args:
+        program: its llama-batched-bench.
+        folder: where the model is written; some gigabytes for a large shape.
+        config: the model's shape, as transformers' config.json has it.
+        width: its layers' type is the one of about so many bits, of :data:`TYPE_OF_WIDTH`.
+        threads: to compute with.
+    """
+
+    def __init__(self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int) -> None:
+        self.program, self.threads = program, threads
+        self.type = TYPE_OF_WIDTH[width]
+        self.file = folder / f"{self.type}.gguf"
+        write_gguf(self.file, config, self.type)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight of its layers, scales counted."""
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        return 8 * size / block
+
+    def measure(self, batch: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
+        """Decode once: {"prompt_tokens_per_s", "decode_tokens_per_s"}, of all requests together.
+
+        Raises:
+            ValueError: the program fails; what it wrote last is shown.
+        """
+        context = 2 * batch * (prompt_tokens + output_tokens)
+        command = [str(self.program), "-m", str(self.file), "-t", str(self.threads), "-c", str(context)]
+        command += ["-npp", str(prompt_tokens), "-ntg", str(output_tokens), "-npl", str(batch), "-b", str(context)]
+        result = subprocess.run([*command, "--output-format", "jsonl"], capture_output=True, text=True)
+        rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        if result.returncode != 0 or not rows:
+            raise ValueError(f"--llama-cpp: {self.program} failed:\n{(result.stdout + result.stderr)[-2000:]}")
+        return {"prompt_tokens_per_s": rows[0]["speed_pp"], "decode_tokens_per_s": rows[0]["speed_tg"]}
+
+
+def misfit(config: dict[str, Any], width: int) -> str | None:
+    """Why llama.cpp has no type for layers of a shape at a width, None if it has one."""
+    if width not in TYPE_OF_WIDTH:
+        return f"no type of about {width} bits"
+    name = TYPE_OF_WIDTH[width]
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    odd = [size for size in (config["hidden_size"], config["intermediate_size"]) if size % block]
+    return f"{odd[0]} columns are no blocks of {block}, as {name} has them" if odd else None
+
+
+def instruction_sets(program: Path) -> str:
+    """Which of the instruction sets past AVX2 a program was built for, by what binutils' objdump finds in it."""
+    if shutil.which("objdump") is None:
+        return "unknown instruction sets (no objdump)"
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(program)], capture_output=True, text=True).stdout
+    return ", ".join(name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, code)) or "none past AVX2"
 
 
 def random_blocks(rows: int, columns: int, name: str, generator: np.random.Generator) -> np.ndarray:
@@ -89,54 +149,3 @@ def write_gguf(file: Path, config: dict[str, Any], name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def tokens_per_second(file: Path, threads: int, prompt_tokens: int, output_tokens: int) -> float:
-    """Of greedy decoding, one request, the prompt not counted."""
-    import xllamacpp  # type: ignore[import-not-found]
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(file)
-    parameters.n_ctx = 1024
-    parameters.n_parallel = 1
-    parameters.warmup = True
-    parameters.cpuparams.n_threads = threads
-    parameters.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(parameters)
-    request = {
-        "prompt": list(range(300, 300 + prompt_tokens)),
-        "n_predict": output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "cache_prompt": False,
-    }
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        answer = server.handle_completions(request)
-        seconds = time.perf_counter() - start
-        timings = answer.get("timings", {})
-        best = max(best, timings.get("predicted_per_second", output_tokens / seconds))
-    return best
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, metavar="CONFIG.json", help="the model's shape, as transformers has it")
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, help="default: all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text())
-    for name in options.types:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.gguf"
-            write_gguf(file, config, name)
-            speed = tokens_per_second(file, options.threads, options.prompt_tokens, options.output_tokens)
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-        print(json.dumps({"type": name, "output_tokens_per_s": speed, "bits_per_weight": 8 * size / block}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

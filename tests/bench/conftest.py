@@ -1,0 +1,3 @@
+from tests.jobs.conftest import nested, source
+
+__all__ = ["nested", "source"]

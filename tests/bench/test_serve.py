@@ -1,0 +1,82 @@
+"""The speeds of `matquant bench serve`, with engines faked."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_matquant.bench import llama_cpp
+from vllm_matquant.bench import serve as serving
+from vllm_matquant.bench.serve import Load, Served, bench_serve
+from vllm_matquant.checkpoint.reader import open_checkpoint
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who was measured, one after the other."""
+    measured: list[str] = []
+
+    class FakeServed:
+        def __init__(self, folder: Path, part: Any, load: Load) -> None:
+            self.name = part.name if part else "reference"
+
+        def describe(self) -> dict[str, Any]:
+            return {"model": "fake"}
+
+        def measure(self) -> dict[str, float]:
+            measured.append(self.name)
+            return {"output_tokens_per_s": 10.0 + len(measured), "decode_tokens_per_s": 20.0}
+
+    class FakePeer:
+        bits_per_weight = 4.5
+
+        def __init__(self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int) -> None:
+            self.type = f"Q{width}"
+
+        def measure(self, batch: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
+            measured.append(f"{self.type} {batch} {prompt_tokens} {output_tokens}")
+            return {"prompt_tokens_per_s": 1.0, "decode_tokens_per_s": float(len(measured))}
+
+    monkeypatch.setattr(serving, "Served", FakeServed)
+    monkeypatch.setattr(serving, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(llama_cpp, "LlamaCpp", FakePeer)
+    monkeypatch.setattr(llama_cpp, "misfit", lambda config, width: "none" if width == 8 else None)
+    return measured
+
+
+def test_ours_and_llama_cpp_take_turns(nested: Path, order: list[str], tmp_path: Path) -> None:
+    slices = [open_checkpoint(nested).slice(width) for width in (2, 4, 8)]
+    load = Load(batch=2, output_tokens=8, prompt_tokens=32, rounds=3)
+    rows = list(bench_serve(nested, slices, load, tmp_path, tmp_path / "llama-batched-bench"))
+    names = [each.name for each in slices]
+    assert order == ["reference"] * 3 + [names[0], "Q2 2 32 8"] * 3 + [names[1], "Q4 2 32 8"] * 3 + [names[2]] * 3
+    assert [row.get("bits") for row in rows] == [16, 2, None, 4, None, 8]
+    assert rows[0]["output_tokens_per_s"] == 12.0
+    assert rows[0]["output_tokens_per_s_range"] == [11.0, 13.0]
+    assert rows[2] == {
+        "model": "llama.cpp Q2",
+        "bits_per_weight": 4.5,
+        "prompt_tokens_per_s": 1.0,
+        "prompt_tokens_per_s_range": [1.0, 1.0],
+        "decode_tokens_per_s": 7.0,
+        "decode_tokens_per_s_range": [5.0, 9.0],
+        "batch": 2,
+    }
+
+
+def test_one_round_has_no_range(nested: Path, order: list[str]) -> None:
+    rows = list(bench_serve(nested, [open_checkpoint(nested).slice(4)], Load()))
+    assert order == [open_checkpoint(nested).slice(4).name]
+    assert rows == [{"bits": 4, "output_tokens_per_s": 11.0, "decode_tokens_per_s": 20.0, "model": "fake"}]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(5, 2 * 4 / 0.5), (1, float("nan"))])
+def test_decoding_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch, tokens: int, expected: float) -> None:
+    monkeypatch.setattr(Served, "__init__", lambda self: None)
+    served = Served()  # type: ignore[call-arg]
+    served.load = Load(batch=2, output_tokens=tokens)
+    monkeypatch.setattr(served, "_generate", lambda count: 0.25 if count == 1 else 0.75)
+    assert served.measure()["decode_tokens_per_s"] == pytest.approx(expected, nan_ok=True)
