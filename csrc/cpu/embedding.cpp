@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "cpu/layout.h"
+#include "cpu/linear_by_row.h"
 #include "cpu/prepared_weight.h"
 
 namespace matquant::cpu {
@@ -88,59 +89,76 @@ struct Rows {
     }
 };
 
+// What is looked up where: the weight of row i is sources[slots[i]], or the only one.
+struct LookUp {
+    const std::vector<Rows>& sources;
+    const int32_t* slots;
+    const int64_t* rows;
+    int64_t count;
+
+    const Rows& source(int64_t index) const { return sources.size() == 1 ? sources.front() : sources[slots[index]]; }
+};
+
 template <class T>
-void decode_rows(const Rows& weight, const int64_t* rows, int64_t count, Tensor& output) {
+void decode_rows(const LookUp& wanted, int64_t columns, Tensor& output) {
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    const int64_t grain = ceil_div(kColumnsOfThread, std::max<int64_t>(weight.columns, 1));
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const int64_t grain = ceil_div(kColumnsOfThread, std::max<int64_t>(columns, 1));
+    torch::stable::parallel_for(0, wanted.count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
-            weight.decode(rows[index], target + index * weight.columns);
+            wanted.source(index).decode(wanted.rows[index], target + index * columns);
         }
     });
 }
 
-Tensor embedding(const Tensor& rows, const Tensor& handle, int64_t columns, ScalarType dtype) {
-    const std::shared_ptr<const Weight> weight = find_weight(handle);
-    const PreparedWeight& prepared = prepared_for_cpu(*weight);
-    const Segment& segment = weight->segments.front();
-    STD_TORCH_CHECK(weight->segments.size() == 1 && segment.output_sizes.size() == 1,
+Rows rows_of(const Weight& weight, int64_t columns) {
+    const PreparedWeight& prepared = prepared_for_cpu(weight);
+    const Segment& segment = weight.segments.front();
+    STD_TORCH_CHECK(weight.segments.size() == 1 && segment.output_sizes.size() == 1,
                     "weight: found more than one partition, expected one");
-    STD_TORCH_CHECK(columns == weight->columns, "columns: found ", columns, ", expected the weight's ",
-                    weight->columns);
-    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long, "rows: found dtype ",
-                    torch::headeronly::toString(rows.scalar_type()), ", expected Long");
-    const Tensor wanted = torch::stable::contiguous(rows);
-    const int64_t* indices = wanted.const_data_ptr<int64_t>();
-    for (int64_t index = 0; index < wanted.numel(); ++index) {
-        STD_TORCH_CHECK(0 <= indices[index] && indices[index] < weight->out_features, "rows: found ", indices[index],
-                        ", expected 0 to ", weight->out_features - 1);
-    }
+    STD_TORCH_CHECK(columns == weight.columns, "columns: found ", columns, ", expected the weight's ", weight.columns);
     const int width = *segment.active_width.const_data_ptr<int32_t>();
-    const int64_t tile_rows = segment.planes.size(1);
     segment.check_active(width);
-    const Rows source = {
+    return {
         .planes = segment.planes.const_data_ptr<uint8_t>(),
         .decoders = segment.decoders.const_data_ptr<uint8_t>() + prepared.segments().front().decoders[width],
         .columns = columns,
-        .group_size = weight->group_size,
+        .group_size = weight.group_size,
         .tiles = segment.planes.size(2),
-        .tile_rows = tile_rows,
-        .form = form_of(weight->decoder_kind, width),
+        .tile_rows = segment.planes.size(1),
+        .form = form_of(weight.decoder_kind, width),
         .width = width,
         .pairs = prepared.paired() ? width / 2 : 1,
     };
+}
+
+// Looks rows up in weights of the same features.
+Tensor look_up(const Tensor& rows, const std::vector<std::shared_ptr<const Weight>>& weights, const int32_t* slots,
+               int64_t columns, ScalarType dtype) {
+    std::vector<Rows> sources;
+    for (const std::shared_ptr<const Weight>& weight : weights) {
+        sources.push_back(weight == nullptr ? Rows{} : rows_of(*weight, columns));
+    }
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long, "rows: found dtype ",
+                    torch::headeronly::toString(rows.scalar_type()), ", expected Long");
+    const Tensor wanted = torch::stable::contiguous(rows);
+    const LookUp all = {sources, slots, wanted.const_data_ptr<int64_t>(), wanted.numel()};
+    for (int64_t index = 0; index < all.count; ++index) {
+        const int64_t out_features = weights[sources.size() == 1 ? 0 : slots[index]]->out_features;
+        STD_TORCH_CHECK(0 <= all.rows[index] && all.rows[index] < out_features, "rows: found ", all.rows[index],
+                        ", expected 0 to ", out_features - 1);
+    }
     std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
     sizes.push_back(columns);
     Tensor output = torch::stable::empty(sizes, dtype);
     switch (dtype) {
         case ScalarType::BFloat16:
-            decode_rows<BFloat16>(source, indices, wanted.numel(), output);
+            decode_rows<BFloat16>(all, columns, output);
             break;
         case ScalarType::Half:
-            decode_rows<Half>(source, indices, wanted.numel(), output);
+            decode_rows<Half>(all, columns, output);
             break;
         case ScalarType::Float:
-            decode_rows<float>(source, indices, wanted.numel(), output);
+            decode_rows<float>(all, columns, output);
             break;
         default:
             STD_TORCH_CHECK(false, "dtype: found ", torch::headeronly::toString(dtype),
@@ -149,8 +167,27 @@ Tensor embedding(const Tensor& rows, const Tensor& handle, int64_t columns, Scal
     return output;
 }
 
+Tensor embedding(const Tensor& rows, const Tensor& handle, int64_t columns, ScalarType dtype) {
+    return look_up(rows, {find_weight(handle)}, nullptr, columns, dtype);
+}
+
+Tensor embedding_by_row(const Tensor& rows, const Tensor& weights, const Tensor& slots, int64_t columns,
+                        ScalarType dtype) {
+    const std::vector<int64_t> counts = count_rows(slots, rows.numel(), weights);
+    std::vector<std::shared_ptr<const Weight>> found(std::max<size_t>(counts.size(), 2));  // one would stand for all
+    for (size_t slot = 0; slot < counts.size(); ++slot) {
+        if (counts[slot] > 0) {
+            found[slot] = weight_of(weights.const_data_ptr<int64_t>()[slot]);
+        }
+    }
+    return look_up(rows, found, slots.const_data_ptr<int32_t>(), columns, dtype);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) { m.impl("embedding", TORCH_BOX(&embedding)); }
+STABLE_TORCH_LIBRARY_IMPL(matquant, CPU, m) {
+    m.impl("embedding", TORCH_BOX(&embedding));
+    m.impl("embedding_by_row", TORCH_BOX(&embedding_by_row));
+}
 
 }  // namespace matquant::cpu

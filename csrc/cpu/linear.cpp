@@ -1,10 +1,14 @@
 // matquant::linear on the CPU: finds the weight, packs the activations and has the threads multiply.
+#include "cpu/linear.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -16,7 +20,6 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/layout.h"
-#include "cpu/prepared_weight.h"
 
 namespace matquant::cpu {
 namespace {
@@ -83,94 +86,129 @@ struct PackedActivations {
     Scratch<Factor> factors;
 };
 
-// The products of one segment, but for the tokens.
-std::vector<Product> describe(const Weight& weight, const PreparedWeight& prepared, const Plan& plan,
-                              const Product& common, int64_t tokens) {
-    thread_local PackedActivations scratch[3];
+// A task and how it is divided.
+struct Part {
+    std::shared_ptr<const Plan> plan;
+    std::vector<Product> products;  // of each segment, but for the tokens
+};
+
+Part describe(const Task& task, int64_t threads, PackedActivations* scratch) {
+    const Weight& weight = *task.weight;
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t spans = count_spans(weight.columns, weight.group_size);
-    std::vector<Product> products;
+    const int64_t tokens = std::min(task.tokens, kBlockTokens);
+    Part part = {task.prepared->plan(weight, threads), {}};
     for (size_t index = 0; index < weight.segments.size(); ++index) {
-        Product& product = products.emplace_back(common);
-        product.plane_stride = prepared.segments()[index].plane_stride;
-        product.activation_bits = activation_bits_of(weight, plan.narrow[index], common.element);
+        Product& product = part.products.emplace_back(task.product);
+        product.plane_stride = task.prepared->segments()[index].plane_stride;
+        product.activation_bits = activation_bits_of(weight, part.plan->narrow[index], product.element);
         PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
         product.activations =
             activations.steps.take((spans * tokens + kSpareTokens) * kernel.span_bytes(product.activation_bits));
         product.factors = activations.factors.take(spans * tokens);
     }
-    return products;
+    return part;
 }
 
-// Packs and multiplies blocks of tokens.
-void multiply(const Weight& weight, const PreparedWeight& prepared, const Product& common, int64_t tokens) {
+// Packs the activations of a task's block of tokens.
+void pack(const Task& task, Part& part, int64_t first, int64_t count) {
+    const Kernel& kernel = *isa_in_use().kernel;
+    const int64_t element_size = task.product.element == Element::kFloat ? 4 : 2;
+    unsigned packed = 0;  // a bit for each number of bits
+    for (Product& product : part.products) {
+        product.tokens = count;
+        product.input = static_cast<const uint8_t*>(task.product.input) + first * product.columns * element_size;
+        product.output = static_cast<uint8_t*>(task.product.output) + first * product.output_stride * element_size;
+        const unsigned bits = 1u << product.activation_bits;
+        if ((packed & bits) == 0) {
+            packed |= bits;
+            torch::stable::parallel_for(0, count, kPackingTokens,
+                                        [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
+        }
+    }
+}
+
+}  // namespace
+
+void multiply(const std::vector<Task>& tasks) {
+    thread_local std::deque<std::array<PackedActivations, 3>> scratch;
+    scratch.resize(std::max(scratch.size(), tasks.size()));
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t threads = torch::stable::get_num_threads();
-    const std::shared_ptr<const Plan> plan = prepared.plan(weight, threads);
-    std::vector<Product> products = describe(weight, prepared, *plan, common, std::min(tokens, kBlockTokens));
-    const int64_t element_size = common.element == Element::kFloat ? 4 : 2;
-    int64_t count = 0;
-    for (int64_t first = 0; first < tokens; first += count) {
-        count = std::min(tokens - first, kBlockTokens);
-        unsigned packed = 0;  // a bit for each number of bits
-        for (Product& product : products) {
-            product.tokens = count;
-            product.input = static_cast<const uint8_t*>(common.input) + first * weight.columns * element_size;
-            product.output = static_cast<uint8_t*>(common.output) + first * common.output_stride * element_size;
-            const unsigned bits = 1u << product.activation_bits;
-            if ((packed & bits) == 0) {
-                packed |= bits;
-                torch::stable::parallel_for(0, count, kPackingTokens,
-                                            [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
-            }
+    std::vector<Part> parts;
+    int64_t most_tokens = 0;
+    for (const Task& task : tasks) {
+        parts.push_back(describe(task, threads, scratch[parts.size()].data()));
+        most_tokens = std::max(most_tokens, task.tokens);
+    }
+    const std::vector<int64_t>& begins = parts.front().plan->begins;
+    for (int64_t first = 0; first < most_tokens; first += kBlockTokens) {
+        for (size_t index = 0; index < tasks.size(); ++index) {
+            pack(tasks[index], parts[index], first, std::clamp<int64_t>(tasks[index].tokens - first, 0, kBlockTokens));
         }
         torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
-            for (size_t index = 0; index < products.size(); ++index) {
-                const PreparedWeight::Rows& segment = prepared.segments()[index];
-                const int64_t begin = std::max(segment.begin, plan->begins[first_thread]);
-                const int64_t end = std::min(segment.end, plan->begins[last_thread]);
-                if (begin < end) {
-                    kernel.multiply(products[index], plan->rows.data() + begin, end - begin);
+            for (size_t index = 0; index < parts.front().products.size(); ++index) {
+                const PreparedWeight::Rows& segment = tasks.front().prepared->segments()[index];
+                const int64_t begin = std::max(segment.begin, begins[first_thread]);
+                const int64_t end = std::min(segment.end, begins[last_thread]);
+                const int64_t step = parts.size() == 1 ? end - begin : kUnitRows;
+                for (int64_t row = begin; row < end; row += step) {
+                    for (const Part& part : parts) {
+                        if (part.products[index].tokens > 0) {
+                            kernel.multiply(part.products[index], part.plan->rows.data() + row,
+                                            std::min(step, end - row));
+                        }
+                    }
                 }
             }
         });
     }
 }
 
-Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias) {
-    const std::shared_ptr<const Weight> weight = find_weight(handle);
-    const PreparedWeight& prepared = prepared_for_cpu(*weight);
+Tensor empty_output(const Tensor& x, int64_t out_features) {
     STD_TORCH_CHECK(x.dim() > 0, "x: found a scalar, expected at least one dimension");
-    STD_TORCH_CHECK(x.size(-1) == weight->columns, "x: found ", x.size(-1), " columns, expected the weight's ",
-                    weight->columns);
-    STD_TORCH_CHECK(out_features == weight->out_features, "out_features: found ", out_features,
-                    ", expected the weight's ", weight->out_features);
-    const ScalarType dtype = x.scalar_type();
-    const Element element = element_of(dtype);
-    if (bias) {
-        check_tensor("bias", *bias, dtype, {out_features});
-    }
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = out_features;
-    Tensor output = torch::stable::empty(sizes, dtype);
-    const Tensor input = torch::stable::contiguous(x);
-    const Product common = {
-        .columns = weight->columns,
-        .group_size = weight->group_size,
+    return torch::stable::empty(sizes, x.scalar_type());
+}
+
+Task make_task(const Weight& weight, const Tensor& x, const std::optional<Tensor>& bias, Tensor& output) {
+    const PreparedWeight& prepared = prepared_for_cpu(weight);
+    STD_TORCH_CHECK(x.size(-1) == weight.columns, "x: found ", x.size(-1), " columns, expected the weight's ",
+                    weight.columns);
+    const int64_t out_features = output.size(-1);
+    STD_TORCH_CHECK(out_features == weight.out_features, "out_features: found ", out_features,
+                    ", expected the weight's ", weight.out_features);
+    const Element element = element_of(x.scalar_type());
+    if (bias) {
+        check_tensor("bias", *bias, x.scalar_type(), {out_features});
+    }
+    const Product product = {
+        .columns = weight.columns,
+        .group_size = weight.group_size,
         .plane_stride = 0,
         .paired = prepared.paired(),
-        .decoder_kind = weight->decoder_kind,
+        .decoder_kind = weight.decoder_kind,
         .activation_bits = 0,
         .element = element,
         .tokens = 0,
-        .input = input.const_data_ptr(),
+        .input = x.const_data_ptr(),
         .activations = nullptr,
         .factors = nullptr,
         .bias = bias ? bias->const_data_ptr() : nullptr,
         .output = output.mutable_data_ptr(),
         .output_stride = out_features,
     };
-    multiply(*weight, prepared, common, output.numel() / out_features);
+    return {&weight, &prepared, product, output.numel() / out_features};
+}
+
+namespace {
+
+Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias) {
+    const std::shared_ptr<const Weight> weight = find_weight(handle);
+    Tensor output = empty_output(x, out_features);
+    const Tensor input = torch::stable::contiguous(x);
+    multiply({make_task(*weight, input, bias, output)});
     return output;
 }
 

@@ -14,10 +14,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of tiles of a segment that are never divided: their outputs for a token fill a cache line, which one thread
-// writes.
-constexpr int64_t kUnitRows = 2;
-
 void check_layout(const Weight& weight, const Segment& segment) {
     STD_TORCH_CHECK(weight.group_size % kStepColumns == 0 || weight.group_size >= weight.columns, "group_size: found ",
                     weight.group_size, ", expected a multiple of ", kStepColumns, " or at least the ", weight.columns,

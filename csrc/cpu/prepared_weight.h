@@ -13,6 +13,10 @@
 
 namespace matquant::cpu {
 
+// Rows of tiles of a segment that are never divided: their outputs for a token fill a cache line, which one thread
+// writes.
+constexpr int64_t kUnitRows = 2;
+
 // Whether planes past the base field lie in pairs. An error if the layout is none of the CPU's.
 bool is_paired(const std::string& layout);
 

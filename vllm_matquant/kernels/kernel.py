@@ -135,3 +135,49 @@ class Kernel(Protocol):
             [..., in_features] of ``dtype``, rounded once from float32.
         """
         ...
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of one product can be computed with weights of their own."""
+        ...
+
+    def linear_by_row(
+        self,
+        x: torch.Tensor,
+        handles: torch.Tensor,
+        slots: torch.Tensor,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The product of each row with a weight of its own, if the kernel :attr:`takes_rows`.
+
+        ``torch.compile`` can trace it. The bytes of a row are those of :meth:`linear`.
+
+        Args:
+            x: [..., in_features].
+            handles: int64 [slots] on the CPU, for each slot that is in use the number in a weight's handle.
+            slots: int32 [at least the rows of ``x``], the slot of each row.
+            out_features: of the weights.
+            bias: [out_features] of the dtype of ``x``.
+
+        Returns:
+            [..., out_features] of the dtype of ``x``.
+        """
+        ...
+
+    def embedding_by_row(
+        self, rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows of weights, each of a weight of its own, if the kernel :attr:`takes_rows`.
+
+        Args:
+            rows: int64 [...], each below the rows of the weights, which have one partition.
+            handles: int64 [slots] on the CPU, for each slot that is in use the number in a weight's handle.
+            slots: int32 [at least ``rows.numel()``], the slot of each row.
+            in_features: columns of the weights.
+            dtype: of the result.
+
+        Returns:
+            [..., in_features] of ``dtype``, rounded once from float32.
+        """
+        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._library.custom_ops import CustomOpDef
@@ -10,6 +10,8 @@ from torch._library.custom_ops import CustomOpDef
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.weight import PackedWeight, find_weight
 
+Linear = Callable[[torch.Tensor, torch.Tensor, int, "torch.Tensor | None"], torch.Tensor]
+Embedding = Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], torch.Tensor]
 Multiply = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
 LookUp = Callable[[torch.Tensor, PackedWeight, torch.dtype], torch.Tensor]
 
@@ -57,3 +59,60 @@ def define_embedding(name: str, look_up: LookUp) -> CustomOpDef:
     defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
     defined.register_fake(ops.embedding_fake)
     return defined
+
+
+def define_linear_by_row(name: str, linear: Linear) -> CustomOpDef:
+    """An operator ``matquant::name`` with the arguments of :func:`ops.linear_by_row` over a kernel's product.
+
+    Args:
+        name: of the operator.
+        linear: as of :meth:`Kernel.linear`; called once for each slot that some row has.
+    """
+
+    def operator(
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        slots: torch.Tensor,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        result = x.new_empty(len(rows), out_features)
+        for handle, where in _by_slot(weights, slots, len(rows)):
+            result[where] = linear(rows[where], handle, out_features, bias)
+        return result.view(*x.shape[:-1], out_features)
+
+    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
+    defined.register_fake(ops.linear_by_row_fake)
+    return defined
+
+
+def define_embedding_by_row(name: str, embedding: Embedding) -> CustomOpDef:
+    """An operator ``matquant::name`` with the arguments of :func:`ops.embedding_by_row` over a kernel's look-up.
+
+    Args:
+        name: of the operator.
+        embedding: as of :meth:`Kernel.embedding`; called once for each slot that some row has.
+    """
+
+    def operator(
+        rows: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, columns: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        wanted = rows.flatten()
+        result = rows.new_empty(len(wanted), columns, dtype=dtype)
+        for handle, where in _by_slot(weights, slots, len(wanted)):
+            result[where] = embedding(wanted[where], handle, columns, dtype)
+        return result.view(*rows.shape, columns)
+
+    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
+    defined.register_fake(ops.embedding_by_row_fake)
+    return defined
+
+
+def _by_slot(weights: torch.Tensor, slots: torch.Tensor, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The handle of each slot that some of the rows have, and where these rows stand."""
+    if len(slots) < rows:
+        raise ValueError(f"slots: found {len(slots)}, expected one for each of {rows} rows")
+    own = slots[:rows]
+    for slot in own.unique().tolist():
+        yield weights[slot : slot + 1], torch.nonzero(own == slot).flatten()

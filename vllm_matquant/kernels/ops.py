@@ -37,6 +37,8 @@ def load_library() -> None:
         raise LibraryError(f"{LIBRARY}: {error}. Build it anew: {BUILD_COMMAND}") from error
     torch.library.register_fake("matquant::linear", linear_fake)
     torch.library.register_fake("matquant::embedding", embedding_fake)
+    torch.library.register_fake("matquant::linear_by_row", linear_by_row_fake)
+    torch.library.register_fake("matquant::embedding_by_row", embedding_by_row_fake)
     _loaded = True
 
 
@@ -49,6 +51,24 @@ def linear_fake(
 
 def embedding_fake(rows: torch.Tensor, weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """An empty result of a look-up: what ``torch.compile`` is to know of every operator that does one."""
+    return rows.new_empty(*rows.shape, columns, dtype=dtype)
+
+
+def linear_by_row_fake(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    slots: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """An empty result of a product by rows: what ``torch.compile`` is to know of it."""
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def embedding_by_row_fake(
+    rows: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """An empty result of a look-up by rows: what ``torch.compile`` is to know of it."""
     return rows.new_empty(*rows.shape, columns, dtype=dtype)
 
 
@@ -166,6 +186,59 @@ def embedding(rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype:
     """
     load_library()
     result: torch.Tensor = torch.ops.matquant.embedding(rows, handle, in_features, dtype)
+    return result
+
+
+def linear_by_row(
+    x: torch.Tensor,
+    handles: torch.Tensor,
+    slots: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product of each row of ``x`` with a weight of its own (on the CPU), with the bytes that :func:`linear` gives.
+
+    The weights are one layer's, read at several widths: their planes are read from memory once.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., in_features].
+        handles: int64 [slots] on the CPU with the number of each slot's weight, or 0 where it has none.
+        slots: int32 [at least the rows of ``x``], which of the handles each row is multiplied with.
+        out_features: rows of the weights.
+        bias: [out_features] of the dtype of ``x``.
+
+    Returns:
+        [..., out_features] of the dtype of ``x``.
+
+    Raises:
+        RuntimeError: as of :func:`linear`; or there are too few slots, one has no weight, or weights do not share
+            their planes.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.linear_by_row(x, handles, slots, out_features, bias)
+    return result
+
+
+def embedding_by_row(
+    rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of weights with one partition, each looked up in a weight of its own (on the CPU), see :func:`embedding`.
+
+    Args:
+        rows: int64 [...].
+        handles: int64 [slots] on the CPU with the number of each slot's weight, or 0 where it has none.
+        slots: int32 [at least ``rows.numel()``], in which of them each row is looked up.
+        in_features: columns of the weights.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Returns:
+        [..., in_features] of ``dtype``, rounded once from float32.
+
+    Raises:
+        RuntimeError: as of :func:`embedding`; or there are too few slots, or one has no weight.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.embedding_by_row(rows, handles, slots, in_features, dtype)
     return result
 
 

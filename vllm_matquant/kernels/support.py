@@ -14,7 +14,7 @@ from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
 from vllm_matquant.kernels.kernel import Layout, Request
-from vllm_matquant.kernels.operators import define_embedding
+from vllm_matquant.kernels.operators import define_embedding, define_embedding_by_row, define_linear_by_row
 from vllm_matquant.kernels.plane_store import SharedPlanes
 from vllm_matquant.kernels.weight import PackedWeight, StoredSegment, pack_segments
 
@@ -44,6 +44,8 @@ class TableKernel:
         choose_layout: the layout of a weight, from each segment's resident width and widths that have decoders.
         multiply: what :meth:`linear` calls; ``torch.compile`` must be able to trace it.
         look_up: what :meth:`embedding` calls; ``torch.compile`` must be able to trace it.
+        multiply_by_row: what :meth:`linear_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
+        look_up_by_row: what :meth:`embedding_by_row` calls, likewise.
         in_library: whether the C++ library looks its weights up: it is then needed, with CUDA kernels or without.
         is_built: whether it is part of the library, if that was built for the device.
         group_powers: whether the group size must be a power of two as well.
@@ -60,6 +62,8 @@ class TableKernel:
     choose_layout: Callable[[Sequence[tuple[int, Sequence[int]]]], Layout]
     multiply: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
     look_up: Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], torch.Tensor]
+    multiply_by_row: Callable[..., torch.Tensor] | None = None
+    look_up_by_row: Callable[..., torch.Tensor] | None = None
     in_library: bool = False
     is_built: bool = False
     group_powers: bool = False
@@ -110,6 +114,30 @@ class TableKernel:
     def embedding(self, rows: torch.Tensor, handle: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows of a weight, see :meth:`vllm_matquant.kernels.kernel.Kernel.embedding`."""
         return self.look_up(rows, handle, in_features, dtype)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows can have weights of their own."""
+        return self.multiply_by_row is not None and self.look_up_by_row is not None
+
+    def linear_by_row(
+        self,
+        x: torch.Tensor,
+        handles: torch.Tensor,
+        slots: torch.Tensor,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The product by rows, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear_by_row`."""
+        assert self.multiply_by_row is not None
+        return self.multiply_by_row(x, handles, slots, out_features, bias)
+
+    def embedding_by_row(
+        self, rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows of weights, see :meth:`vllm_matquant.kernels.kernel.Kernel.embedding_by_row`."""
+        assert self.look_up_by_row is not None
+        return self.look_up_by_row(rows, handles, slots, in_features, dtype)
 
     def _takes_groups(self, request: Request) -> bool:
         size = request.group_size
@@ -162,6 +190,8 @@ REFERENCE = TableKernel(
     choose_layout=cpu_layout.choose_layout,
     multiply=reference.reference_linear,
     look_up=reference_embedding,
+    multiply_by_row=define_linear_by_row("reference_linear_by_row", reference.reference_linear),
+    look_up_by_row=define_embedding_by_row("reference_embedding_by_row", reference_embedding),
 )
 CPU = TableKernel(
     "cpu",
@@ -173,6 +203,8 @@ CPU = TableKernel(
     choose_layout=cpu_layout.choose_layout,
     multiply=ops.linear,
     look_up=ops.embedding,
+    multiply_by_row=ops.linear_by_row,
+    look_up_by_row=ops.embedding_by_row,
     in_library=True,
     is_built=True,
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -155,6 +155,33 @@ class PackedWeight:
                 resident.output_sizes,
             )
         return number
+
+    def read_at(self, widths: Sequence[int], decoders: Sequence[Sequence[Decoder]] | None = None) -> PackedWeight:
+        """Another reader of the same tensors, at widths of its own.
+
+        Args:
+            widths: of each partition.
+            decoders: of each segment, to be read in the place of those in memory, for all rows of the segment.
+
+        Raises:
+            NotResidentError: a width has no decoder or not all of its planes in memory.
+        """
+        self._check_widths(widths)
+        remaining = iter(widths)
+        segments = []
+        for index, segment in enumerate(self.segments):
+            own = list(itertools.islice(remaining, len(segment.active_width)))
+            resident = segment.resident
+            if decoders is not None:
+                where = torch.device("cpu") if self.layout.packs_on_cpu else resident.decoders.device
+                packed = self.layout.pack_decoders([each.to(where) for each in decoders[index]], resident.output_sizes)
+                resident = replace(
+                    resident,
+                    decoders=packed.to(resident.decoders.device),
+                    decoder_widths=tuple(each.width for each in decoders[index]),
+                )
+            segments.append(PackedSegment(resident, segment.active_width.new_tensor(own)))
+        return replace(self, segments=tuple(segments))
 
     def decoders_of(self, segment: PackedSegment, tile_rows: int) -> dict[int, torch.Tensor]:
         """The decoders of each resident width of a segment, views in the weight's layout.
