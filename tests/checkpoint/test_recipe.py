@@ -240,6 +240,25 @@ def test_decoders_of_a_recipe_serve_its_widths_and_no_others(sample: Any, seed: 
     assert f"recipes/{recipe.name}.safetensors" in manifest
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_decoders_of_a_recipe_beside_those_of_plain_widths(sample: Any, seed: int) -> None:
+    recipe, decoders = with_own_decoders(sample.folder, seed)
+    checkpoint = opened(sample.folder)
+    served = [*map(checkpoint.slice, WIDTHS), checkpoint.slice(recipe)]
+    with pytest.raises(RecipeError, match="slices that share decoders"):
+        dict(checkpoint.tensors(*served))
+    given = list(checkpoint.tensors(*served, suffixes={served[-1].decoders_file: "_mine"}))
+    tensors = dict(given)
+    assert len(tensors) == len(given)
+    for layer, width in recipe.widths.items():
+        for name, part in decoders[layer].named(layer).items():
+            assert torch.equal(tensors[f"{name}_mine"], part)
+        for name, part in sample.decoders[layer][width].named(layer).items():
+            assert torch.equal(tensors[name], part)
+    without = dict(checkpoint.tensors(*served[:-1]))
+    assert {name for name in tensors if not name.endswith("_mine")} == without.keys()
+
+
 def test_a_recipe_without_its_decoders_is_not_served(sample: Any) -> None:
     recipe, _ = with_own_decoders(sample.folder)
     (sample.folder / recipe_decoders_file(recipe.name)).unlink()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -166,19 +167,33 @@ class Checkpoint:
             for layer, width in served.widths.items() if values else ():
                 self._files.check_decoder(kind.form(width), layer, width, own)
 
-    def tensors(self, *slices: Slice) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, *slices: Slice, suffixes: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what serving slices side by side needs, each once, file by file.
 
         These are the tensors that are not quantized, and of each quantized layer the base, the planes that its slices
         read and the decoders of these slices alone.
+
+        Args:
+            slices: those to be served.
+            suffixes: by decoders' files of slices: these decoders come with the suffix at the end of their names,
+                beside those that other slices have for the same widths.
 
         Raises:
             MissingFileError: some files are not in the folder.
             RecipeError: slices have other decoders than each other for the same width of a layer.
         """
         places: dict[str, str] = {}
+        maker, beside = self._slice_maker, dict[str, tuple[str, str]]()
         for served in slices:
-            own = self._slice_maker.places(served.widths, served.decoders_file)
+            decoders = served.decoders_file
+            suffix = None if decoders is None else suffixes.get(decoders)
+            if decoders is not None and suffix is not None:
+                for layer, width in served.widths.items():
+                    beside |= {name + suffix: (name, decoders) for name in maker.decoder_names(layer, width)}
+                decoders = None
+            own = maker.places(served.widths, decoders)
             for name in sorted(own.keys() & places.keys()):
                 if own[name] != places[name]:
                     raise RecipeError(
@@ -187,9 +202,11 @@ class Checkpoint:
             places |= own
         for served in slices:
             self.files_for(served)
-        for file in dict.fromkeys(file for served in slices for file in served.files):
+        for file in dict.fromkeys([*(file for served in slices for file in served.files), *places.values()]):
             for name in sorted(name for name, place in places.items() if place == file):
                 yield name, self._files.read(name, file)
+        for name, (stored, file) in beside.items():
+            yield name, self._files.read(stored, file)
 
     def coded_layers(self, served: Slice) -> Iterator[tuple[str, torch.Tensor, Decoder]]:
         """(layer, codes, decoder) of every quantized layer of a slice; codes are uint8 [out_features, in_features]."""
