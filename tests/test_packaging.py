@@ -170,14 +170,15 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required, extras = declared(project["dependencies"]), project["optional-dependencies"]
-    # torch brings triton wherever it has kernels for it.
-    optional = set().union(*map(declared, extras.values()), {"triton"})
+    # torch brings triton wherever it has kernels for it, vLLM what its server is made of.
+    of_vllm = {"vllm", "fastapi", "prometheus_client"}
+    optional = set().union(*map(declared, extras.values()), {"triton"}, of_vllm)
     everywhere: set[str] = set()
     for source in set(PACKAGE.rglob("*.py")) - {PEER_MODULE}:
         module = ast.parse(source.read_text())
         at_once = {name for statement in module.body for name in statement_imports(statement)}
         part = source.relative_to(PACKAGE).parts[0]
-        needed = third_party(at_once) - ({"vllm"} if part == "serve" else set())
+        needed = third_party(at_once) - (of_vllm if part == "serve" else set())
         if source.name not in ("cuda_jit.py", "triton_linear.py"):  # imported where the support table has found theirs
             assert needed <= required, source
         everywhere |= third_party(imported_modules(source))

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vllm_matquant.checkpoint.recipe import Recipe
     from vllm_matquant.checkpoint.slice import Slice
     from vllm_matquant.jobs.bench import BenchKernel, BenchServe, bench_kernel, bench_serve
+    from vllm_matquant.jobs.control import Control, control
     from vllm_matquant.jobs.evaluate import Evaluate, evaluate
-    from vllm_matquant.jobs.models import load_model, serve
+    from vllm_matquant.jobs.models import load_model, serve, switch
     from vllm_matquant.jobs.plot import Plot, plot
     from vllm_matquant.jobs.quantize import Quantize, quantize
     from vllm_matquant.jobs.search import Search, search
@@ -34,6 +35,7 @@ __all__ = [
     "BenchKernel",
     "BenchServe",
     "Checkpoint",
+    "Control",
     "Evaluate",
     "MatGPTQ",
     "Method",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "bench_kernel",
     "bench_serve",
+    "control",
     "evaluate",
     "load_model",
     "open_checkpoint",
@@ -56,6 +59,7 @@ __all__ = [
     "quantize",
     "search",
     "serve",
+    "switch",
     "verify",
 ]
 
@@ -64,8 +68,9 @@ _MODULES = {
     "checkpoint.recipe": ("Recipe",),
     "checkpoint.slice": ("Slice",),
     "jobs.bench": ("BenchKernel", "BenchServe", "bench_kernel", "bench_serve"),
+    "jobs.control": ("Control", "control"),
     "jobs.evaluate": ("Evaluate", "evaluate"),
-    "jobs.models": ("load_model", "serve"),
+    "jobs.models": ("load_model", "serve", "switch"),
     "jobs.plot": ("Plot", "plot"),
     "jobs.quantize": ("Quantize", "quantize"),
     "jobs.search": ("Search", "search"),

@@ -14,6 +14,8 @@ from typing import Any
 
 from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
+from vllm_matquant.serve.elastic.offer import parse_choices
+from vllm_matquant.serve.elastic.policy import read_policy
 
 _BITS_HELP = (
     f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them; "
@@ -37,16 +39,34 @@ _ACTIVATION_BITS_HELP = (
     "counts, 16 at all others. Short for "
     '--additional-config \'{"matquant": {"activation_bits": N}}\'.'
 )
+_ELASTIC_HELP = (
+    "Widths, and names of the checkpoint's recipes, that the server can switch to while it serves, and that a request "
+    "can ask for: a list such as 2,4,8 or 2..8. Planes up to the widest are in memory once, and decoders of each; "
+    '--bits says which one is active at first. Short for --additional-config \'{"matquant": {"elastic": "2..8"}}\'.'
+)
+_POLICY_HELP = (
+    "Let the active width follow the load: load, or load with settings such as load,floor=3,waiting=8,tpot=0.05. "
+    "floor and ceiling are widths or recipes; fewer bits are read while waiting requests, kv_usage (0 to 1) "
+    "or tpot (seconds from token to token) reach these thresholds, more when all have been below relief times theirs "
+    "for calm seconds; each width lasts dwell seconds at least."
+)
+_CLIENT_BITS_HELP = (
+    "Those of --elastic that a request may ask for, by its argument matquant_bits; none for none. Default: all of them."
+)
 
 
 @functools.cache
 def register() -> None:
     """Make matquant known to vLLM in this process; a second call does nothing."""
+    from vllm import plugins
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor import model_loader
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.v1.engine.input_processor import InputProcessor
 
     from vllm_matquant.serve.config import MatquantConfig
+    from vllm_matquant.serve.elastic.api import with_control
+    from vllm_matquant.serve.elastic.requests import with_slices
     from vllm_matquant.serve.loader import LOAD_FORMATS, MatquantModelLoader
 
     register_quantization_config(QUANT_METHOD)(MatquantConfig)
@@ -55,6 +75,8 @@ def register() -> None:
         model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = MatquantModelLoader
     EngineArgs.add_cli_args = staticmethod(_with_arguments(EngineArgs.add_cli_args))
     EngineArgs.create_engine_config = _settling(EngineArgs.create_engine_config)
+    InputProcessor.process_inputs = with_slices(InputProcessor.process_inputs)
+    plugins.load_endpoint_plugins = with_control(plugins.load_endpoint_plugins)
 
 
 def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +94,30 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         )
         group.add_argument(
             "--recipe", type=_file, action=_StoreSetting, default=argparse.SUPPRESS, metavar="FILE", help=_RECIPE_HELP
+        )
+        group.add_argument(
+            "--elastic",
+            type=_choices,
+            action=_StoreSetting,
+            default=argparse.SUPPRESS,
+            metavar="LIST",
+            help=_ELASTIC_HELP,
+        )
+        group.add_argument(
+            "--client-bits",
+            type=_client_choices,
+            action=_StoreSetting,
+            default=argparse.SUPPRESS,
+            metavar="LIST",
+            help=_CLIENT_BITS_HELP,
+        )
+        group.add_argument(
+            "--elastic-policy",
+            type=_policy,
+            action=_StoreSetting,
+            default=argparse.SUPPRESS,
+            metavar="POLICY",
+            help=_POLICY_HELP,
         )
         group.add_argument(
             "--activation-bits",
@@ -97,6 +143,28 @@ def _bits(text: str) -> int | float:
         expected = f"{WIDTHS[0]} to {WIDTHS[-1]}, or an average such as 2.5"
         raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
     return bits
+
+
+def _choices(text: str) -> list[int | str]:
+    """A list of widths and recipes, such as 2..8."""
+    try:
+        return list(parse_choices(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _policy(text: str) -> str:
+    """The settings of a policy."""
+    try:
+        read_policy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _client_choices(text: str) -> list[int | str]:
+    """Such a list, or none."""
+    return [] if text == "none" else _choices(text)
 
 
 def _size(text: str) -> int:

@@ -47,6 +47,7 @@ COMMANDS = {
     "verify": Command("verify:Verify", "check a checkpoint's files, format and nesting"),
     "bench kernel": Command("bench:BenchKernel", "time of one linear layer at each width"),
     "bench serve": Command("bench:BenchServe", "tokens per second and memory of each width, served by vLLM"),
+    "control": Command("control:Control", "switch a server to another width while it serves"),
     "plot": Command("plot:Plot", "draw quality against bits per weight and speed"),
 }
 GROUPS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ def serve(
     memory: int | str | None = None,
     recipe: Path | str | Mapping[str, int] | None = None,
     activation_bits: int | None = None,
+    elastic: str | Sequence[int | str] | None = None,
     **engine: Any,
 ) -> LLM:
     """vLLM's engine with a slice of a checkpoint; without a choice the widest that the folder holds.
@@ -61,6 +62,7 @@ def serve(
         memory: what all weights may take, in bytes or such as "90MiB": the best recipe that fits is served.
         recipe: a recipe's file, or the width of every layer.
         activation_bits: bits to which the CPU's kernels round activations, 8 or 16.
+        elastic: widths and recipes among which :func:`switch` and requests can choose, "2..8" or (2, 4, 8).
         engine: further arguments of ``vllm.LLM``, such as ``max_model_len``.
 
     Raises:
@@ -70,7 +72,36 @@ def serve(
     from vllm import LLM
 
     path = str(recipe) if isinstance(recipe, Path) else recipe
-    chosen = {"bits": bits, "memory": memory, "recipe": path, "activation_bits": activation_bits}
+    offered = elastic if elastic is None or isinstance(elastic, str) else list(elastic)
+    chosen = {
+        "bits": bits,
+        "memory": memory,
+        "recipe": path,
+        "activation_bits": activation_bits,
+        "elastic": offered,
+    }
     settings = {name: value for name, value in chosen.items() if value is not None}
     additional = dict(engine.pop("additional_config", {}))
     return LLM(str(folder), additional_config=additional | {"matquant": settings}, **engine)
+
+
+def switch(llm: LLM, bits: int | None = None, recipe: str | None = None) -> Slice:
+    """Make another slice the active one of an engine that :func:`serve` has made with ``elastic``.
+
+    Nothing is loaded, repacked, compiled or allocated. Requests of later calls are computed with it.
+
+    Args:
+        llm: the engine; no request may be running.
+        bits: a width that it offers.
+        recipe: or the name of a recipe that it offers.
+
+    Returns:
+        The slice that is active now.
+
+    Raises:
+        ValueError: it is not offered, or the engine has one width, or requests are running.
+        RuntimeError: a process of the engine did not switch.
+    """
+    from vllm_matquant.serve.elastic.switch import switch
+
+    return switch(llm, bits, recipe)

@@ -20,6 +20,10 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
 from vllm_matquant.serve.cores import usable_cores
+from vllm_matquant.serve.elastic.engine import graph_key, most_rows, settle_elastic, takes_rows
+from vllm_matquant.serve.elastic.offer import Offer
+from vllm_matquant.serve.elastic.requests import Front
+from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.files import fetch, identity, opened
 from vllm_matquant.serve.limits import check_engine
@@ -45,6 +49,9 @@ class MatquantConfig(QuantizationConfig):
         checkpoint: what tells the checkpoint from any other, None until it is settled.
         layers: (out_features, in_features) of the checkpoint's quantized layers, empty until it is settled.
         cores: that the engine's processes on this machine may compute with, 0 until that is settled.
+        front: of an elastic server in the process that takes requests, else None.
+        rows: which slice each row is computed with, in a process of the engine; None where rows have none of their own.
+        active_slot: the slot of the slice that is active now, in a process of the engine.
     """
 
     def __init__(self, checkpoint_format: Format) -> None:
@@ -56,6 +63,9 @@ class MatquantConfig(QuantizationConfig):
         self.checkpoint: Hashable = None
         self.layers: dict[str, tuple[int, int]] = {}
         self.cores = 0
+        self.front: Front | None = None
+        self.rows: RowSlots | None = None
+        self.active_slot = 0
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
@@ -111,7 +121,20 @@ class MatquantConfig(QuantizationConfig):
             self.served = request.served(checkpoint, logger.info, partial=not local)
             if local:
                 checkpoint.check(*self.served.resident)
+            if self.offer is not None:
+                self.active_slot = self.offer.slot(self.served.active.name)
         return self.served
+
+    @property
+    def offer(self) -> Offer | None:
+        """What an elastic server offers."""
+        return None if self.served is None else self.served.offer
+
+    def row_slots(self, vllm_config: Any) -> RowSlots | None:
+        """Which slice each row of a step is computed with; None where kernels compute all with the active one."""
+        if self.rows is None and self.offer is not None and takes_rows(vllm_config):
+            self.rows = RowSlots(most_rows(vllm_config), len(self.offer.slices), self.active_slot)
+        return self.rows
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -131,7 +154,7 @@ class MatquantConfig(QuantizationConfig):
                 ignored,
                 f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
             )
-        return MatquantLinearMethod(self.format, self._current(), parts, self.checkpoint)
+        return MatquantLinearMethod(self.format, self._current(), parts, self.checkpoint, self._rows())
 
     def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
         name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")
@@ -141,7 +164,12 @@ class MatquantConfig(QuantizationConfig):
         else:
             name = name or next(iter(self.quantized_embeddings), "")  # vLLM's Llama gives its embedding no name
             quantized = name in self.quantized_embeddings
-        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.checkpoint) if quantized else None
+        if not quantized:
+            return None
+        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.checkpoint, self._rows())
+
+    def _rows(self) -> RowSlots | None:
+        return self.row_slots(get_current_vllm_config())
 
     def _current(self) -> Served:
         """What is served, by vLLM's names of layers."""
@@ -177,8 +205,10 @@ def settle(vllm_config: Any) -> None:
         quant_config.settle(request, load_config.download_dir)
         quant_config.cores = usable_cores(vllm_config.parallel_config.local_world_size)
         check_engine(vllm_config, quant_config.format, quant_config.layers)
+        if quant_config.offer is not None:
+            settle_elastic(vllm_config)
         if not _has_matquant_draft(vllm_config):  # which is settled later, by the same settings
-            vllm_config.additional_config = without_settings(vllm_config.additional_config)
+            vllm_config.additional_config = without_settings(vllm_config.additional_config) | graph_key(vllm_config)
     elif not _has_matquant_draft(vllm_config):
         for name, value in given_settings(vllm_config.additional_config).items():
             found = f"{value} for a model whose quantization is {vllm_config.model_config.quantization}"

@@ -9,7 +9,10 @@ from torch.nn import Module
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.linear import HANDLE, MatquantLinearMethod
+
+TOKENS = "token_slots"  # of the buffer with the slice of each token, beside that of an output head's rows
 
 
 class MatquantEmbeddingMethod(MatquantLinearMethod):
@@ -17,7 +20,20 @@ class MatquantEmbeddingMethod(MatquantLinearMethod):
 
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows ``input_`` (int64 [...], counted on this rank): [..., hidden size] of the layer's dtype."""
-        return self.kernel.embedding(input_, getattr(layer, HANDLE), self.stored.cut.in_features, layer.params_dtype)
+        handle, columns = getattr(layer, HANDLE), self.stored.cut.in_features
+        if self.rows is None:
+            return self.kernel.embedding(input_, handle, columns, layer.params_dtype)
+        return self.kernel.embedding_by_row(input_, handle, getattr(layer, TOKENS), columns, layer.params_dtype)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        super().process_weights_after_loading(layer)
+        if self.rows is not None:
+            layer.register_buffer(TOKENS, self.rows.tokens, persistent=False)
+
+    @staticmethod
+    def slots_of(rows: RowSlots) -> torch.Tensor:
+        """The slots of the rows of an output head: an embedding is multiplied as nothing else."""
+        return rows.heads
 
     def tie_weights(self, layer: Module, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
         """What takes the place of the output head ``layer``: the embedding itself, whose planes are resident once."""

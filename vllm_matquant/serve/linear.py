@@ -17,6 +17,8 @@ from vllm_matquant.kernels.kernel import Request
 from vllm_matquant.kernels.plane_store import PlaneStore, SharedPlanes
 from vllm_matquant.kernels.support import select_kernel
 from vllm_matquant.kernels.weight import PackedWeight
+from vllm_matquant.serve.elastic.offer import MAX_SLICES
+from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.served import Served
 from vllm_matquant.serve.stored_layer import Cut, StoredLayer
 
@@ -25,6 +27,7 @@ _Setting = TypeVar("_Setting")
 # The name of the weight's buffer. vLLM looks for it where it wants the dense weight of a layer, as attention with
 # latent keys and values does, before it multiplies the identity.
 HANDLE = "qweight"
+SLOTS = "row_slots"  # of the buffer with the slice of each row
 _store = PlaneStore()  # of all layers in this process
 
 
@@ -34,23 +37,32 @@ class MatquantLinearMethod(LinearMethodBase):
 
     Attributes:
         weight: what the layer is multiplied with, once it is loaded.
+        readers: where rows have slices of their own, what those of each slot are multiplied with.
 
     Args:
         checkpoint_format: the checkpoint's format.
         served: what the server holds.
         parts: names in the checkpoint of the layers that this layer fuses, in the order of its output partitions.
         checkpoint: which one it is: layers of the same checkpoint share memory. By default they share none.
+        rows: which resident slice each row is computed with; by default all are computed with the active one.
     """
 
     weight: PackedWeight
 
     def __init__(
-        self, checkpoint_format: Format, served: Served, parts: Sequence[str], checkpoint: Hashable = None
+        self,
+        checkpoint_format: Format,
+        served: Served,
+        parts: Sequence[str],
+        checkpoint: Hashable = None,
+        rows: RowSlots | None = None,
     ) -> None:
         self.format = checkpoint_format
         self.served = served
         self.parts = list(parts)
         self.checkpoint = checkpoint
+        self.rows = rows
+        self.readers: list[PackedWeight] = []
 
     def create_weights(
         self,
@@ -73,6 +85,7 @@ class MatquantLinearMethod(LinearMethodBase):
         self._same_for_parts("layer_widths", self.format.widths_of)
         cut = self._cut(input_size, input_size_per_partition, output_partition_sizes)
         widths = self.served.of_layer(cut.names)
+        self.by_slot = self.served.by_slot(cut.names)
         self.kernel = select_kernel(
             Request(
                 torch.get_default_device().type,
@@ -84,7 +97,8 @@ class MatquantLinearMethod(LinearMethodBase):
             )
         )
         self.out_features = sum(cut.sizes)
-        self.stored = StoredLayer(layer, self.format, cut, widths, weight_loader)
+        own_decoders = self.served.own_decoders(cut.names)
+        self.stored = StoredLayer(layer, self.format, cut, widths, weight_loader, own_decoders)
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Pack the weight for the kernel, in place of the tensors as they lie on disk.
@@ -99,18 +113,56 @@ class MatquantLinearMethod(LinearMethodBase):
             # Recipes may have decoders of their own for a width that other slices have too.
             decoders = tuple(each.decoders_file for each in self.served.resident)
             shared = SharedPlanes(_store, (self.checkpoint, decoders), ", ".join(self.parts), rank)
+        segments, own_decoders = self.stored.take(layer)
         self.weight = self.kernel.pack(
-            self.stored.take(layer), cut.in_features, cut.group_size, device, self.served.activation_bits, shared
+            segments, cut.in_features, cut.group_size, device, self.served.activation_bits, shared
         )
-        # A compiled graph is handed this tensor and knows nothing else of the weight: it serves every width.
-        layer.register_buffer(HANDLE, self.weight.handle, persistent=False)
+        # A compiled graph is handed these tensors and knows nothing else of the weight: it serves every width.
+        if self.rows is None:
+            layer.register_buffer(HANDLE, self.weight.handle, persistent=False)
+            return
+        self.readers = [
+            self.weight.read_at(widths, own_decoders.get(self.served.suffixes.get(each.decoders_file or "", "")))
+            for widths, each in zip(self.by_slot, self.served.resident, strict=True)
+        ]
+        handles = torch.zeros(MAX_SLICES, dtype=torch.int64)
+        handles[: len(self.readers)] = torch.cat([reader.handle for reader in self.readers])
+        layer.register_buffer(HANDLE, handles, persistent=False)
+        layer.register_buffer(SLOTS, self.slots_of(self.rows), persistent=False)
+
+    @staticmethod
+    def slots_of(rows: RowSlots) -> torch.Tensor:
+        """The slots of the rows that the layer's products are given."""
+        return rows.tokens
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.kernel.linear(x, getattr(layer, HANDLE), self.out_features, bias)
+        handle = getattr(layer, HANDLE)
+        if self.rows is None:
+            return self.kernel.linear(x, handle, self.out_features, bias)
+        return self.kernel.linear_by_row(x, handle, getattr(layer, SLOTS), self.out_features, bias)
 
     def predicted_bytes(self) -> int:
         """Bytes of planes and decoders that the format predicts for this rank's cut of the layer."""
         return self.stored.predicted_bytes()
+
+    def resident_bytes(self) -> int:
+        """Bytes of planes and decoders of this rank's cut of the layer, whoever else shares them."""
+        own = {
+            segment.resident.decoders.data_ptr(): segment.resident.decoders.nbytes
+            for reader in self.readers
+            for segment in reader.segments
+        }
+        for segment in self.weight.segments:
+            own.pop(segment.resident.decoders.data_ptr(), None)
+        return self.weight.resident_bytes + sum(own.values())
+
+    def bytes_alone(self) -> int:
+        """What the format would predict of a server that holds the active slice alone."""
+        return self.stored.predicted_bytes(self.served.alone().of_layer(self.stored.cut.names))
+
+    def switch(self, slot: int) -> None:
+        """Compute all rows with the resident slice of a slot from the next product on (where rows have none)."""
+        self.weight.set_active(self.by_slot[slot])
 
     def set_active(self, widths: Mapping[str, int]) -> None:
         """Compute the layer at other resident widths from the next product on.
@@ -121,6 +173,8 @@ class MatquantLinearMethod(LinearMethodBase):
         Raises:
             ValueError: one of them is not resident.
         """
+        if self.rows is not None:
+            raise ValueError("the widths of an elastic server: found a call of set_active, expected a switch of slices")
         self.weight.set_active([widths[name] for name in self.stored.cut.names])
 
     def _cut(self, input_size: int, in_features: int, sizes: Sequence[int]) -> Cut:
@@ -166,7 +220,7 @@ def quantized_layers(model: Module) -> Iterator[tuple[Module, MatquantLinearMeth
 
 def resident_bytes(model: Module) -> int:
     """Bytes of codes and decoders in the quantized layers of this rank (usable with ``LLM.apply_model``)."""
-    return sum(method.weight.resident_bytes for _, method in quantized_layers(model))
+    return sum(method.resident_bytes() for _, method in quantized_layers(model))
 
 
 def predicted_bytes(model: Module) -> int:

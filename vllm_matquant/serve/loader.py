@@ -54,6 +54,15 @@ class MatquantModelLoader(DefaultModelLoader):
             predicted_bytes(model),
         )
         warn_of_idle_cores(quant_config.cores, vllm_config.parallel_config.local_world_size)
+        if served.offer is not None:
+            logger.info(
+                "Offered: %s. This costs %d bytes more on this rank than %s alone",
+                ", ".join(each.name for each in served.offer.slices),
+                sum(method.predicted_bytes() - method.bytes_alone() for _, method in quantized_layers(model)),
+                served.active.name,
+            )
+            if quant_config.rows is not None and served.offer.refusal is None:
+                quant_config.rows.attach(model)
         return model
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,7 +74,7 @@ class MatquantModelLoader(DefaultModelLoader):
         self.counter_before_loading_weights = time.perf_counter()
         checkpoint, served = self._opened
         check_embeddings(model, checkpoint.layers)
-        yield from checkpoint.tensors(*served.resident)
+        yield from checkpoint.tensors(*served.resident, suffixes=served.suffixes)
         checkpoint.close()
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)

@@ -13,11 +13,13 @@ from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
+from vllm_matquant.serve.elastic.offer import MAX_SLICES, Offer, ladder_of, parse_choices
+from vllm_matquant.serve.elastic.policy import Choice, LoadPolicy, read_policy
 from vllm_matquant.serve.served import Served
 
 SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
 CHOICES = ("bits", "memory", "recipe")  # settings that choose what is active: one of them at most
-SETTINGS = (*CHOICES, "resident", "activation_bits")
+SETTINGS = (*CHOICES, "resident", "elastic", "client_bits", "elastic_policy", "activation_bits")
 ACTIVATION_BITS = (8, 16)
 _RANGE = f"an integer from {WIDTHS[0]} to {WIDTHS[-1]}, or a number such as 2.5 as the budget of an average"
 
@@ -33,6 +35,9 @@ class Request:
         recipe: a recipe's file, or the width of every layer.
         resident: widths to keep in memory too, so that the server can switch to them.
         activation_bits: bits to which kernels round activations.
+        elastic: widths and names of recipes that the server offers, each to be active at some time.
+        client_bits: those of them that a request may ask for, by default all.
+        policy: when the active slice follows the load, None for never.
     """
 
     bits: int | None = None
@@ -41,6 +46,9 @@ class Request:
     recipe: Path | Mapping[str, int] | None = None
     resident: tuple[int, ...] = ()
     activation_bits: int | None = None
+    elastic: tuple[Choice, ...] = ()
+    client_bits: tuple[Choice, ...] | None = None
+    policy: LoadPolicy | None = None
 
     def served(self, checkpoint: Checkpoint, report: Callable[[str], object], *, partial: bool = False) -> Served:
         """The slices of a checkpoint that are meant; without a choice the active one is the widest that it can serve.
@@ -59,6 +67,8 @@ class Request:
             active = checkpoint.slice(self.recipe)
         elif self.budget is not None or self.memory is not None:
             active = checkpoint.slice(budget=self.budget, memory=self.memory, partial=partial)
+        elif self.bits is None and self.elastic:
+            active = max(map(checkpoint.slice, self.elastic), key=lambda each: each.average_bits)
         elif self.bits is None and partial:
             active = checkpoint.slice(checkpoint.format.widths[-1])
         else:
@@ -66,9 +76,38 @@ class Request:
         if self.bits is None:
             chosen = f"the widest of {list(checkpoint.format.widths)} that {checkpoint.folder} holds"
             told = self.recipe is not None or self.budget is not None or self.memory is not None
-            report(f"Serving {active}" if told else f"No --bits given: serving at {active.width} bits, {chosen}")
+            if told or self.elastic:
+                report(f"Serving {active}")
+            else:
+                report(f"No --bits given: serving at {active.width} bits, {chosen}")
+        if self.elastic:
+            return self._elastic(checkpoint, active)
         others = [each for each in map(checkpoint.slice, self.resident) if each != active]
         return Served(active, (active, *others), self.activation_bits)
+
+    def _elastic(self, checkpoint: Checkpoint, active: Slice) -> Served:
+        """A server whose active slice can change among those that it offers; the active one is offered too."""
+        if checkpoint.format.slicing != "truncate":
+            raise ConfigError(
+                "additional_config",
+                f"{SETTINGS_KEY}.elastic",
+                f"{list(self.elastic)} of a checkpoint with rounded slices, none of which lies inside another",
+                "a checkpoint quantized with a method whose slices are truncated, or --bits alone",
+            )
+        limits = [] if self.policy is None else [self.policy.floor, self.policy.ceiling]
+        limits = [limit for limit in limits if limit is not None]
+        choices = dict.fromkeys([*self.elastic, *self.resident, *(self.client_bits or ()), *limits])
+        named = {each.name: each for each in [active, *map(checkpoint.slice, choices)]}
+        slices = tuple(sorted(named.values(), key=lambda each: (-each.average_bits, each.name)))
+        if len(slices) > MAX_SLICES:
+            raise ConfigError(
+                "additional_config", f"{SETTINGS_KEY}.elastic", f"{len(slices)} slices", f"at most {MAX_SLICES}"
+            )
+        clients = slices if self.client_bits is None else [checkpoint.slice(each) for each in self.client_bits]
+        offer = Offer(slices, tuple(each.name for each in clients), policy=self.policy)
+        if self.policy is not None:
+            ladder_of(self.policy, offer)
+        return Served(active, slices, self.activation_bits, offer)
 
 
 def read_request(additional_config: Any) -> Request:
@@ -76,7 +115,8 @@ def read_request(additional_config: Any) -> Request:
 
     ``bits`` is a width (an integer) or a budget (a number with a fraction, 3.0 too), ``memory`` a size such as "90MiB"
     or a number of bytes, ``recipe`` a file or an object {layer: width}, ``resident`` a list of widths,
-    ``activation_bits`` 8 or 16.
+    ``activation_bits`` 8 or 16, ``elastic`` and ``client_bits`` lists of widths and names of recipes, or texts such as
+    "2..8".
 
     Raises:
         ConfigError: the settings are not an object, hold an unknown key or a wrong value, or choose widths twice.
@@ -105,6 +145,12 @@ def read_request(additional_config: Any) -> Request:
     activation_bits = settings.get("activation_bits")
     if activation_bits is not None and (type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS):
         raise fail("activation_bits", f"one of {list(ACTIVATION_BITS)}")
+    elastic = _read_choices("elastic", settings, fail)
+    client_bits = _read_choices("client_bits", settings, fail)
+    policy = _read_policy(settings, fail)
+    for name in ("client_bits", "elastic_policy"):
+        if settings.get(name) is not None and not elastic:
+            raise fail(name, "elastic too, which says what a server offers")
     width = bits if type(bits) is int else None
     return Request(
         width,
@@ -113,7 +159,30 @@ def read_request(additional_config: Any) -> Request:
         _read_recipe(recipe, fail),
         tuple(resident),
         activation_bits,
+        elastic or (),
+        client_bits,
+        policy,
     )
+
+
+def _read_policy(settings: Mapping[str, Any], fail: Callable[[str, str], ConfigError]) -> LoadPolicy | None:
+    value = settings.get("elastic_policy")
+    try:
+        return None if value is None else read_policy(value)
+    except ValueError as error:
+        raise fail("elastic_policy", f"sound settings ({error})") from error
+
+
+def _read_choices(
+    name: str, settings: Mapping[str, Any], fail: Callable[[str, str], ConfigError]
+) -> tuple[Choice, ...] | None:
+    value = settings.get(name)
+    if value is None or (name == "client_bits" and value == []):
+        return None if value is None else ()
+    try:
+        return parse_choices(value)
+    except ValueError as error:
+        raise fail(name, str(error).partition("expected ")[2]) from error
 
 
 def _read_memory(memory: Any, fail: Callable[[str, str], ConfigError]) -> int | None:

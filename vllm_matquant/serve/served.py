@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_matquant.checkpoint.slice import Slice
+from vllm_matquant.serve.elastic.offer import Offer
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,38 @@ class Served:
         active: what it computes with at first.
         resident: what it holds in memory, ``active`` among it.
         activation_bits: bits to which kernels round activations, None for the default of each width.
+        offer: what requests and operators can choose from, the same slices as ``resident``; None of a server that
+            stays as it started.
     """
 
     active: Slice
     resident: tuple[Slice, ...]
     activation_bits: int | None = None
+    offer: Offer | None = None
 
     def of_layer(self, parts: Sequence[str]) -> LayerWidths:
         """The widths of a layer whose output partitions are the layers ``parts`` of the checkpoint."""
         resident = tuple(tuple(sorted({_width(each, part) for each in self.resident})) for part in parts)
         return LayerWidths(tuple(_width(self.active, part) for part in parts), resident)
+
+    def by_slot(self, parts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The widths of these layers of the checkpoint in each resident slice."""
+        return [tuple(_width(each, part) for part in parts) for each in self.resident]
+
+    @property
+    def suffixes(self) -> dict[str, str]:
+        """Of the names of decoders that belong to one slice alone, by their files; none where all share theirs."""
+        own = dict.fromkeys(each.decoders_file for each in self.resident if each.decoders_file)
+        return {} if self.offer is None else {file: f"_own{index}" for index, file in enumerate(own)}
+
+    def own_decoders(self, parts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The widths of these layers of the checkpoint in each slice that has decoders of its own, by their suffix."""
+        by_file = {each.decoders_file: each for each in self.resident}
+        return {suffix: tuple(_width(by_file[file], part) for part in parts) for file, suffix in self.suffixes.items()}
+
+    def alone(self) -> Served:
+        """What a server would hold that has nothing but the active slice."""
+        return Served(self.active, (self.active,), self.activation_bits)
 
     def renamed(self, rename: Callable[[dict[str, int]], Mapping[str, int]]) -> Served:
         """The same with other names of layers.

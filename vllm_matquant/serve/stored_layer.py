@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
-from vllm_matquant.checkpoint.decoder import part_name
+from vllm_matquant.checkpoint.decoder import Decoder, part_name
 from vllm_matquant.checkpoint.errors import MissingTensorError
 from vllm_matquant.checkpoint.names import WEIGHT_BASE, plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes, unpack_codes
 from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format
 from vllm_matquant.kernels.weight import StoredSegment
 from vllm_matquant.serve.served import LayerWidths
+
+_SUFFIX = re.compile(r"_own\d+$")  # see Served.suffixes
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class StoredLayer:
         cut: the rank's part of the layer.
         widths: of its partitions.
         weight_loader: vLLM's, of the layer.
+        own_decoders: widths of its partitions in slices that have decoders of their own, by the suffix of these.
     """
 
     def __init__(
@@ -93,8 +98,9 @@ class StoredLayer:
         cut: Cut,
         widths: LayerWidths,
         weight_loader: Callable[..., None],
+        own_decoders: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
-        self.cut, self.segments = cut, list(widths.segments())
+        self.cut, self.segments, self.own_decoders = cut, list(widths.segments()), own_decoders
         # The rank's cut of the layer is a layer of this format, save that its group size follows from the whole layer.
         self.format = dataclasses.replace(
             checkpoint_format, widths=checkpoint_format.widths_of(cut.names[0]), group_size=cut.group_size,
@@ -104,26 +110,36 @@ class StoredLayer:
         self._arrived: dict[str, set[int]] = {name: set() for name in self.owners}
         for name, partitions in self.owners.items():
             stored = self.format.tensors_of_layer(cut.rows(partitions), cut.in_features)
-            [spec] = [tensors[name] for tensors in stored.values() if name in tensors]
+            plain = _SUFFIX.sub("", name)
+            [spec] = [tensors[plain] for tensors in stored.values() if plain in tensors]
             data = torch.empty(spec.shape, dtype=spec.dtype)
             layer.register_parameter(name, self._parameter(name, data, self._recording(name, weight_loader)))
 
-    def predicted_bytes(self) -> int:
-        """Bytes of planes and decoders that the format predicts for this rank's cut of the layer."""
+    def predicted_bytes(self, widths_alone: LayerWidths | None = None) -> int:
+        """Bytes of planes and decoders that the format predicts for this rank's cut of the layer.
+
+        Args:
+            widths_alone: as if just these widths were resident; by default those that are.
+        """
         kind, cut = self.format.decoder_kind, self.cut
         total = 0
-        for partitions, widths in self.segments:
+        for partitions, widths in self.segments if widths_alone is None else widths_alone.segments():
             rows, resident = cut.rows(partitions), widths.resident_widths
             total += self.format.resident_bytes(rows, cut.in_features, resident[-1])
             groups = cut.in_features // cut.group_size
             total += sum(kind.form(width).nbytes(rows, groups) for width in resident[:-1])
+            for own in self.own_decoders.values() if widths_alone is None else ():
+                total += sum(kind.form(width).nbytes(rows, groups) for width in {own[each] for each in partitions})
         return total
 
-    def take(self, layer: Module) -> list[StoredSegment]:
+    def take(self, layer: Module) -> tuple[list[StoredSegment], dict[str, list[list[Decoder]]]]:
         """Take the tensors from the layer, to be packed.
 
         Args:
             layer: vLLM's layer, whose parameters they are.
+
+        Returns:
+            The segments, and for each suffix of decoders that belong to one slice those of each segment.
 
         Raises:
             MissingTensorError: a tensor of one of the layer's parts did not come from the checkpoint.
@@ -132,7 +148,32 @@ class StoredLayer:
         stored = {name: layer.get_parameter(name).data for name in self.owners}
         for name in stored:
             delattr(layer, name)
-        return [self._segment(stored, *segment) for segment in self.segments]
+        own = {
+            suffix: [self._own_decoders(stored, suffix, partitions, widths) for partitions, _ in self.segments]
+            for suffix, widths in self.own_decoders.items()
+        }
+        return [self._segment(stored, *segment) for segment in self.segments], own
+
+    def _own_decoders(
+        self, stored: dict[str, torch.Tensor], suffix: str, partitions: range, widths: Sequence[int]
+    ) -> list[Decoder]:
+        """The decoders of a segment that belong to one slice; zeros for rows that it has at another width."""
+        decoders = []
+        for width in sorted({widths[partition] for partition in partitions}):
+            form = self.format.decoder_kind.form(width)
+            parts = {}
+            for part in form.parts(1, 1):
+                name = part_name(part, width) + suffix
+                tensor = stored[name]
+                rows = [
+                    self._rows_of(range(each, each + 1), tensor, name)
+                    if widths[each] == width
+                    else tensor.new_zeros(self.cut.sizes[each], *tensor.shape[1:])
+                    for each in partitions
+                ]
+                parts[part] = torch.cat(rows)
+            decoders.append(Decoder(form, width, parts))
+        return decoders
 
     def _segment(self, stored: dict[str, torch.Tensor], partitions: range, widths: LayerWidths) -> StoredSegment:
         own = {name: self._rows_of(partitions, tensor, name) for name, tensor in stored.items()}
@@ -155,6 +196,10 @@ class StoredLayer:
             ]
             for name in (WEIGHT_BASE, *planes, *decoders):
                 owners[name] += partitions
+        for suffix, widths_of in self.own_decoders.items():
+            for partition, width in enumerate(widths_of):
+                for part in self.format.decoder_kind.form(width).parts(1, 1):
+                    owners[part_name(part, width) + suffix].append(partition)
         return dict(owners)
 
     def _rows_of(self, partitions: range, tensor: torch.Tensor, name: str) -> torch.Tensor:
