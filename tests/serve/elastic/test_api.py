@@ -139,6 +139,29 @@ def test_a_flood_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(asyncio.run(flood())) == [200, 200, 429, 429, 429]
 
 
+def test_a_flood_of_questions_is_one_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Engine(a_front()), []
+    control, app = Control(), FastAPI()
+    control.attach_router(app)
+
+    async def flood() -> list[Any]:
+        await control.init_state(engine, app.state, SimpleNamespace())  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)  # the first measurement for the metrics
+        answer = engine.collective_rpc
+
+        async def counted(method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+            asked.append(method)
+            await asyncio.sleep(0.01)
+            return await answer(method, args)
+
+        monkeypatch.setattr(engine, "collective_rpc", counted)
+        request: Any = SimpleNamespace(app=app)
+        return await asyncio.gather(*(control.get(request) for _ in range(50)))
+
+    assert {each.status_code for each in asyncio.run(flood())} == {200}
+    assert asked == ["matquant_state"]
+
+
 def test_a_server_with_one_width_says_how_to_have_several() -> None:
     with client_of(Engine(None)) as client:
         for answer in (client.get(PATH), client.post(PATH, json={"bits": 4})):

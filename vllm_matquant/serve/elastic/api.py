@@ -35,6 +35,7 @@ class Control:
 
     def __init__(self) -> None:
         self._waiting = 0
+        self._asking: asyncio.Future[dict[str, Any]] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         self._app = app  # what it serves is not known yet
@@ -75,7 +76,10 @@ class Control:
         switcher = _switcher(raw_request)
         if switcher is None:
             return _not_elastic()
-        return JSONResponse(await state_of(switcher))
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(state_of(switcher))
+        # Whoever asks meanwhile is told the same: a flood of questions is one to the engine's processes.
+        return JSONResponse(await asyncio.shield(self._asking))
 
     async def post(self, raw_request: Request) -> JSONResponse:
         """Switch: ``{"bits": 4}`` or ``{"recipe": NAME}``, with ``"drain": true`` to wait for running requests."""
