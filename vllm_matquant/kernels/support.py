@@ -45,7 +45,7 @@ class TableKernel:
         multiply: what :meth:`linear` calls; ``torch.compile`` must be able to trace it.
         look_up: what :meth:`embedding` calls; ``torch.compile`` must be able to trace it.
         multiply_by_row: what :meth:`linear_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
-        look_up_by_row: what :meth:`embedding_by_row` calls, likewise.
+        look_up_by_row: what :meth:`embedding_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
         in_library: whether the C++ library looks its weights up: it is then needed, with CUDA kernels or without.
         is_built: whether it is part of the library, if that was built for the device.
         group_powers: whether the group size must be a power of two as well.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
 
 from tests.serve.engine_runs import DEFAULTS, generated_programs
 from vllm_matquant.serve.elastic.switch import switch
@@ -72,7 +73,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 switch(llm, **{"recipe" if isinstance(choice, str) else "bits": choice})
             else:
                 runs.append(run(llm, step["run"]))
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             runs.append(f"{type(error).__name__}: {error}")
         moved |= llm.apply_model(addresses) != at_first
     elastic = "elastic" in job["llm"].get("additional_config", {}).get("matquant", {})
