@@ -26,6 +26,8 @@ LONGEST = (
     "tests/end_to_end/test_real_model.py",
     "tests/cuda/test_decode.py",
     "tests/kernels/test_compare_kernels.py",
+    "tests/serve/elastic/test_elastic_engine.py",
+    "tests/serve/elastic/test_server.py",
     "tests/serve/test_engine.py",
     "tests/test_packaging.py",
     "tests/test_python_guide.py",
