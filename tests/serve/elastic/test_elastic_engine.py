@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
 RUNNER = "tests.serve.elastic.elastic_runs"
 ROOT = Path(__file__).parents[3]
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 COMPILED = {"enforce_eager": False}
 # The widths at which a server of one width is started too, for the runs of a server that has been switched there.
 COLD: dict[tuple[str, str], tuple[dict[str, Any], tuple[Any, ...]]] = {
@@ -34,7 +33,6 @@ COLD: dict[tuple[str, str], tuple[dict[str, Any], tuple[Any, ...]]] = {
     ("untied", "compiled"): (COMPILED, (2, 5, 8)),
     ("tied", "parallel"): (TWO, (3, 8)),
     ("untied", "parallel, compiled"): (TWO | COMPILED, (2,)),
-    ("tied", "stages, compiled"): (STAGES | COMPILED, (2, 3)),  # vLLM's CPU runner has no eager stages
 }
 MIX = [8, 3, 2, None]
 MIXED = {"embed": 3, "q_proj": 2, "k_proj": 4, "v_proj": 5, "o_proj": 3, "gate_proj": 3, "up_proj": 2, "down_proj": 4,
