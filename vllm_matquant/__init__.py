@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_matquant.jobs.plot import Plot, plot
     from vllm_matquant.jobs.quantize import Quantize, quantize
     from vllm_matquant.jobs.search import Search, search
+    from vllm_matquant.jobs.simulate import Simulate, simulate
     from vllm_matquant.jobs.verify import Verify, verify
     from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
     from vllm_matquant.quantize.method import Method
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "RoundToNearest",
     "Search",
+    "Simulate",
     "Slice",
     "Verify",
     "__version__",
@@ -59,6 +61,7 @@ __all__ = [
     "quantize",
     "search",
     "serve",
+    "simulate",
     "switch",
     "verify",
 ]
@@ -74,6 +77,7 @@ _MODULES = {
     "jobs.plot": ("Plot", "plot"),
     "jobs.quantize": ("Quantize", "quantize"),
     "jobs.search": ("Search", "search"),
+    "jobs.simulate": ("Simulate", "simulate"),
     "jobs.verify": ("Verify", "verify"),
     "quantize.baselines": ("GPTQ", "MatGPTQ", "RoundToNearest"),
     "quantize.method": ("Method",),

@@ -48,6 +48,9 @@ COMMANDS = {
     "bench kernel": Command("bench:BenchKernel", "time of one linear layer at each width"),
     "bench serve": Command("bench:BenchServe", "tokens per second and memory of each width, served by vLLM"),
     "control": Command("control:Control", "switch a server to another width while it serves"),
+    "simulate": Command(
+        "simulate:Simulate", "replicas that a day's load needs, at one width and at one that follows it"
+    ),
     "plot": Command("plot:Plot", "draw quality against bits per weight and speed"),
 }
 GROUPS = {
