@@ -1,4 +1,7 @@
-"""From a real model to tokens at several widths: fetch, quantize, search, evaluate, serve, and show it all at once."""
+"""From a real model to tokens at several widths: fetch, quantize, search, evaluate, serve, and show it all at once.
+
+One engine serves every width and recipe: it answers at all of them in one batch, and is switched from one to the next.
+"""
 
 from __future__ import annotations
 
@@ -68,15 +71,16 @@ def collect_rows(model: Path, nested: Path, text: Path) -> list[dict[str, Any]]:
     quality = list(evaluate(checkpoint, model, tokens, slices))
     rows = []
     reference, *speeds = bench_rows(model, nested, slices)
-    for measured, served in zip(quality, speeds, strict=True):
-        rows.append(measured | served | {"resident_megabytes": served["resident_bytes"] / 1e6})
+    for part, measured, served in zip(slices, quality, speeds, strict=True):
+        # What a server of this slice alone would hold: the one that was measured holds them all.
+        rows.append(measured | served | {"resident_megabytes": part.resident_bytes / 1e6})
     return [*sorted(rows, key=lambda row: -row["bits"]), reference]
 
 
 def bench_rows(model: Path, nested: Path, slices: Sequence[Slice]) -> list[dict[str, Any]]:
-    """The rows of ``bench serve``, each said when it is there."""
+    """The rows of ``bench serve``, each said when it is there; one engine serves all slices."""
     rows = []
-    for row in bench_serve(nested, slices, Load(), reference=model):
+    for row in bench_serve(nested, slices, Load(), reference=model, elastic=True):
         what = "bfloat16" if row["bits"] == UNQUANTIZED_BITS else f"{row['bits']:.3g} bits"
         print(f"served {what}", flush=True)
         rows.append(row)

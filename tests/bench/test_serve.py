@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,19 +14,26 @@ from vllm_matquant.bench import llama_cpp
 from vllm_matquant.bench import serve as serving
 from vllm_matquant.bench.serve import Load, Served, bench_serve
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.jobs.table import figures
 
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who was measured, one after the other."""
     measured: list[str] = []
+    config = SimpleNamespace(front=SimpleNamespace(offer=SimpleNamespace(refusal=None)))
+    engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(quant_config=config)))
 
     class FakeServed:
-        def __init__(self, folder: Path, part: Any, load: Load) -> None:
-            self.name = part.name if part else "reference"
+        def __init__(self, folder: Path, parts: Sequence[Any], load: Load) -> None:
+            self.name = parts[0].name if parts else "reference"
+            self.llm = engine
 
         def describe(self) -> dict[str, Any]:
             return {"model": "fake"}
+
+        def answers(self, choices: Sequence[Any]) -> list[str]:
+            return [f"{self.name} at {choice}" for choice in choices]
 
         def measure(self) -> dict[str, float]:
             measured.append(self.name)
@@ -40,7 +49,12 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             measured.append(f"{self.type} {batch} {prompt_tokens} {output_tokens}")
             return {"prompt_tokens_per_s": 1.0, "decode_tokens_per_s": float(len(measured))}
 
+    def switch(choice: Any) -> str:
+        measured.append(f"switch to {choice}")
+        return str(choice)
+
     monkeypatch.setattr(serving, "Served", FakeServed)
+    monkeypatch.setattr(serving, "_switch", switch)
     monkeypatch.setattr(serving, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(llama_cpp, "LlamaCpp", FakePeer)
     monkeypatch.setattr(llama_cpp, "misfit", lambda config, width: "none" if width == 8 else None)
@@ -70,7 +84,27 @@ def test_ours_and_llama_cpp_take_turns(nested: Path, order: list[str], tmp_path:
 def test_one_round_has_no_range(nested: Path, order: list[str]) -> None:
     rows = list(bench_serve(nested, [open_checkpoint(nested).slice(4)], Load()))
     assert order == [open_checkpoint(nested).slice(4).name]
-    assert rows == [{"bits": 4, "output_tokens_per_s": 11.0, "decode_tokens_per_s": 20.0, "model": "fake"}]
+    speeds = {"output_tokens_per_s": 11.0, "decode_tokens_per_s": 20.0}
+    assert rows == [{"bits": 4, **speeds, "model": "fake", "answer": "uniform-4 at None"}]
+
+
+def test_one_engine_is_switched_from_each_slice_to_the_next(nested: Path, order: list[str]) -> None:
+    slices = [open_checkpoint(nested).slice(width) for width in (8, 2)]
+    rows = list(bench_serve(nested, slices, Load(), elastic=True))
+    assert order == ["switch to 8", "uniform-8", "switch to 2", "uniform-8"]  # the engine has the first one's name
+    assert [row["bits"] for row in rows] == [8, 2]
+    assert [row["answer"] for row in rows] == ["uniform-8 at 8", "uniform-8 at 2"]  # of one batch
+
+
+def test_what_could_not_be_measured_is_none() -> None:
+    unknown = {"decode_tokens_per_s": float("nan")}
+    assert serving._summary([unknown]) == {"decode_tokens_per_s": None}
+    assert serving._summary([unknown, {"decode_tokens_per_s": 3.0}]) == {"decode_tokens_per_s": 3.0}
+    assert figures({"bits": 4, "speed": 2.5, "unknown": None}, ["bits", "speed", "unknown"]).split() == [
+        "4",
+        "2.5",
+        "-",
+    ]
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(5, 2 * 4 / 0.5), (1, float("nan"))])

@@ -34,9 +34,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, ...], 
         load: Load,
         reference: Path | None = None,
         llama_cpp: Path | None = None,
+        elastic: bool = False,
     ) -> Iterator[dict[str, Any]]:
         widths = [each.width for each in slices]
-        others = {"reference": reference, "llama_cpp": llama_cpp}
+        others = {"reference": reference, "llama_cpp": llama_cpp, "elastic": elastic}
         asked.append((folder, tuple(widths), dataclasses.asdict(load) | others))
         for bits in widths if reference is None else (16, *widths):
             yield {
@@ -67,7 +68,7 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
     assert run_bench([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
     assert calls[0][:2] == (nested, (2, 4, 8))
     load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "prompt_tokens": None}
-    assert calls[0][2] == load | {"rounds": 1, "reference": None, "llama_cpp": None}
+    assert calls[0][2] == load | {"rounds": 1, "reference": None, "llama_cpp": None, "elastic": False}
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
     named = {"bits", "output_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
@@ -81,8 +82,9 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_widths(nested: Path, calls: list) -> None:
-    assert run_bench(["serve", str(nested), "--bits", "8,2"]) == 0
+    assert run_bench(["serve", str(nested), "--bits", "8,2", "--elastic"]) == 0
     assert calls[0][1] == (2, 8)
+    assert calls[0][2]["elastic"] is True
 
 
 def test_without_vllm(

@@ -22,6 +22,8 @@ from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.serve.elastic.offer import choice_of
+from vllm_matquant.serve.elastic.policy import Choice
 
 if TYPE_CHECKING:
     from vllm_matquant.bench.llama_cpp import LlamaCpp
@@ -60,11 +62,12 @@ class Served:
 
     Args:
         folder: of the model.
-        part: the slice of a nested checkpoint, None for a model that is not quantized.
+        parts: the slices of a nested checkpoint that it serves: one, or several of an elastic server; none
+            of a model that is not quantized.
         load: what will be asked of it.
     """
 
-    def __init__(self, folder: Path, part: Slice | None, load: Load) -> None:
+    def __init__(self, folder: Path, parts: Sequence[Slice], load: Load) -> None:
         # The engine in this process: its model can be asked for its size, and nothing outlives the process.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -73,19 +76,15 @@ class Served:
         from vllm import LLM, TokensPrompt
 
         start = time.perf_counter()
-        settings = {}
-        if part is not None:
-            widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
-            settings = {"matquant": widths | {"activation_bits": load.activation_bits}}
         self.load, self.name = load, folder.resolve().name
         self.has_tokenizer = (folder / "tokenizer_config.json").exists()
         self.llm = LLM(
             str(folder),
-            additional_config=settings,
+            additional_config=_settings(parts, load),
             max_model_len=min(
                 MODEL_LENGTH, read_json(folder / CONFIG_FILE).get("max_position_embeddings", MODEL_LENGTH)
             ),
-            max_num_seqs=load.batch,
+            max_num_seqs=max(load.batch, len(parts)),
             skip_tokenizer_init=not self.has_tokenizer,
             enable_prefix_caching=False,  # a prompt that is asked again is computed again
         )
@@ -97,7 +96,8 @@ class Served:
     def measure(self) -> dict[str, float]:
         """Generate once: {"output_tokens_per_s", "decode_tokens_per_s"}, of all requests together.
 
-        The second is the speed of all tokens but the first, so that the prompt does not count; nan of a single token.
+        The second is the speed of all tokens but the first, so that the prompt does not count; nan where these took no
+        time that could be told from the prompt's.
         """
         first, whole = self._generate(1), self._generate(self.load.output_tokens)
         tokens = self.load.batch * self.load.output_tokens
@@ -107,25 +107,37 @@ class Served:
             "decode_tokens_per_s": decoded / (whole - first) if decoded and whole > first else math.nan,
         }
 
-    def describe(self) -> dict[str, Any]:
-        """What a row of ``matquant bench serve`` says beside speeds, with the greedy ``answer`` to the prompt."""
+    def answers(self, choices: Sequence[Choice | None]) -> list[str]:
+        """The greedy answers to the prompt, in one batch: each at a slice that an elastic server offers, or (None) at
+        the active one. Empty ones of a model without a tokenizer."""
         from vllm import SamplingParams
 
+        if not self.has_tokenizer:
+            return [""] * len(choices)
+        asked = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=ANSWER_TOKENS,
+                extra_args=None if choice is None else {"matquant_bits": choice},
+            )
+            for choice in choices
+        ]
+        if self.llm.get_tokenizer().chat_template:
+            chat = [{"role": "user", "content": self.load.prompt}]
+            outputs = self.llm.chat([chat] * len(asked), asked, use_tqdm=False)
+        else:
+            outputs = self.llm.generate([self.load.prompt] * len(asked), asked, use_tqdm=False)
+        return [output.outputs[0].text.strip() for output in outputs]
+
+    def describe(self) -> dict[str, Any]:
+        """What a row of ``matquant bench serve`` says of the server."""
         from vllm_matquant.serve.linear import resident_bytes
 
-        greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-        answer = ""
-        if self.has_tokenizer and self.llm.get_tokenizer().chat_template:
-            chat = [{"role": "user", "content": self.load.prompt}]
-            answer = self.llm.chat(chat, greedy, use_tqdm=False)[0].outputs[0].text
-        elif self.has_tokenizer:
-            answer = self.llm.generate([self.load.prompt], greedy, use_tqdm=False)[0].outputs[0].text
         return {
             "resident_bytes": sum(self.llm.apply_model(resident_bytes)),
             "load_seconds": self.load_seconds,
             "batch": self.load.batch,
             "model": self.name,
-            "answer": answer.strip(),
         }
 
     def _generate(self, tokens: int) -> float:
@@ -138,20 +150,55 @@ class Served:
         return time.perf_counter() - start
 
 
+def _settings(parts: Sequence[Slice], load: Load) -> dict[str, Any]:
+    if not parts:
+        return {}
+    if len(parts) > 1:
+        offered = [choice_of(each) for each in parts]
+        return {"matquant": {"elastic": offered, "activation_bits": load.activation_bits}}
+    [part] = parts
+    widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
+    return {"matquant": widths | {"activation_bits": load.activation_bits}}
+
+
 _served: Served  # of a process that serves one
 
 
-def _serve(folder: Path, part: Slice | None, load: Load) -> dict[str, Any]:
-    """Serve a model in this process; errors become such as another process can be told of: not all of vLLM's can."""
+def _serve(folder: Path, parts: Sequence[Slice], load: Load) -> tuple[dict[str, Any], list[str]]:
+    """Serve a model in this process: what it is, and its answers at each slice.
+
+    Errors become such as another process can be told of: not all of vLLM's can.
+    """
     global _served
     try:
-        _served = Served(folder, part, load)
-        return _served.describe()
+        _served = Served(folder, parts, load)
+        return _served.describe(), _answers(parts)
     except ValueError as error:
         raise ValueError(f"{folder}: vLLM refuses to serve it: {error}") from None
 
 
-def _measure() -> dict[str, float]:
+def _answers(parts: Sequence[Slice]) -> list[str]:
+    """The answers of the server of this process at each of its slices: in one batch, where requests have their own."""
+    choices = [choice_of(each) for each in parts]
+    if len(choices) < 2:
+        return _served.answers([None])
+    if _served.llm.llm_engine.vllm_config.quant_config.front.offer.refusal is None:
+        return _served.answers(choices)
+    return [_served.answers([None])[0] for choice in choices if _switch(choice)]
+
+
+def _switch(choice: Choice) -> Slice:
+    from vllm_matquant.serve.elastic.switch import switch
+
+    if isinstance(choice, str):
+        return switch(_served.llm, recipe=choice)
+    return switch(_served.llm, bits=choice)
+
+
+def _measure(choice: Choice | None) -> dict[str, float]:
+    """Measure the server of this process, an elastic one at the slice that it is told."""
+    if choice is not None:
+        _switch(choice)
     return _served.measure()
 
 
@@ -167,7 +214,12 @@ def check_vllm() -> None:
 
 
 def bench_serve(
-    folder: Path, slices: Sequence[Slice], load: Load, reference: Path | None = None, llama_cpp: Path | None = None
+    folder: Path,
+    slices: Sequence[Slice],
+    load: Load,
+    reference: Path | None = None,
+    llama_cpp: Path | None = None,
+    elastic: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Rows of ``matquant bench serve``, each from an engine in a process of its own.
 
@@ -178,27 +230,35 @@ def bench_serve(
         reference: folder of a model that is not quantized; its row comes first.
         llama_cpp: a program llama-batched-bench, which decodes with random weights of the same shape in turn with the
             widths for which it has a type; their rows follow.
+        elastic: whether one engine serves all slices, switched from each to the next.
 
     Raises:
         ValueError: vLLM refuses a model, or the program fails.
     """
-    models: list[tuple[Path, Slice | None, dict[str, Any]]] = []
     if reference:
-        models.append((reference, None, {"bits": UNQUANTIZED_BITS}))
-    for model, part, named in [*models, *((folder, part, part.label) for part in slices)]:
-        with (
-            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
-            TemporaryDirectory(prefix="matquant-") as temporary,
-        ):
-            peer = _peer_of(part, folder, llama_cpp, Path(temporary))
-            described = pool.submit(_serve, model, part, load).result()
-            ours, theirs = [], []
-            for _ in range(load.rounds):
-                ours.append(pool.submit(_measure).result())
-                if peer:
-                    prompt_tokens = load.prompt_tokens or PROMPT_TOKENS
-                    theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
-            yield named | _summary(ours) | described
+        yield from _rows_of_engine(reference, [], load, None)
+    for together in [slices] if elastic else [[each] for each in slices]:
+        yield from _rows_of_engine(folder, together, load, llama_cpp)
+
+
+def _rows_of_engine(
+    folder: Path, parts: Sequence[Slice], load: Load, llama_cpp: Path | None
+) -> Iterator[dict[str, Any]]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        described, answers = pool.submit(_serve, folder, parts, load).result()
+        served: list[Slice | None] = [*parts] or [None]
+        for part, answer in zip(served, answers, strict=True):
+            choice = choice_of(part) if part and len(parts) > 1 else None
+            with TemporaryDirectory(prefix="matquant-") as temporary:
+                peer = _peer_of(part, folder, llama_cpp, Path(temporary))
+                ours, theirs = [], []
+                for _ in range(load.rounds):
+                    ours.append(pool.submit(_measure, choice).result())
+                    if peer:
+                        prompt_tokens = load.prompt_tokens or PROMPT_TOKENS
+                        theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
+            named = part.label if part else {"bits": UNQUANTIZED_BITS}
+            yield named | _summary(ours) | described | {"answer": answer}
             if peer:
                 named = {"model": f"llama.cpp {peer.type}", "bits_per_weight": peer.bits_per_weight}
                 yield named | _summary(theirs) | {"batch": load.batch}
@@ -216,11 +276,11 @@ def _peer_of(part: Slice | None, folder: Path, program: Path | None, temporary: 
 
 
 def _summary(measured: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """The median of each figure, and the least and the greatest where it was measured more than once."""
+    """The median of each figure, None if it is not known, and the least and the greatest of several."""
     summary: dict[str, Any] = {}
     for name in measured[0]:
-        values = [each[name] for each in measured]
-        summary[name] = statistics.median(values)
+        values = [each[name] for each in measured if not math.isnan(each[name])]
+        summary[name] = statistics.median(values) if values else None
         if len(values) > 1:
             summary[f"{name}_range"] = [min(values), max(values)]
     return summary

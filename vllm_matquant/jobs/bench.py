@@ -156,6 +156,9 @@ class BenchServe(Job[Rows]):
             metavar="PROGRAM",
         ),
     )
+    elastic: bool = field(
+        default=False, metadata=argument("one engine for all of them, switched from each to the next, not one for each")
+    )
     prompt_tokens: int | None = field(
         default=None, metadata=argument("a prompt of so many numbers in place of --prompt", parse=positive)
     )
@@ -182,7 +185,8 @@ class BenchServe(Job[Rows]):
             describe_llama_cpp(llama_cpp, folder, [each.width for each in slices if each.width], say)
         say(headings(COLUMNS))
         rows: Rows = []
-        for row in measure_serving(folder, slices, load, Path(self.reference) if self.reference else None, llama_cpp):
+        reference = Path(self.reference) if self.reference else None
+        for row in measure_serving(folder, slices, load, reference, llama_cpp, self.elastic):
             rows.append(row)
             say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}" if "bits" in row else _peer_line(row))
         if self.json:

@@ -14,6 +14,11 @@ def headings(columns: Sequence[str]) -> str:
 
 
 def figures(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """A line of numbers, each right-aligned below the name of its column."""
-    cells = [(max(_CELL, len(name)), row[name]) for name in columns]
-    return "  ".join(f"{value:>{size}{',' if isinstance(value, int) else '.4g'}}" for size, value in cells)
+    """A line of numbers, each right-aligned below the name of its column; a dash is one that is not known."""
+    return "  ".join(f"{_written(row[name]):>{max(_CELL, len(name))}}" for name in columns)
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
