@@ -132,7 +132,7 @@ def engine_config(quant_config: Any, load_format: str = "auto", draft: str | Non
     quantization = None if quant_config is None else quant_config.get_name()
     return SimpleNamespace(
         lora_config=None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, local_world_size=1),
         additional_config=additional,
         quant_config=quant_config,
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),

@@ -66,7 +66,11 @@ def load(monkeypatch: pytest.MonkeyPatch, model: str, checkpoint_format: Format,
     monkeypatch.setattr(DefaultModelLoader, "load_model", load_model)
     quant_config = MatquantConfig(checkpoint_format)
     quant_config.maybe_update_config(model)
-    config = SimpleNamespace(quant_config=quant_config, additional_config={"matquant": {"bits": bits}})
+    config = SimpleNamespace(
+        quant_config=quant_config,
+        additional_config={"matquant": {"bits": bits}},
+        parallel_config=SimpleNamespace(local_world_size=1),
+    )
     model_config = SimpleNamespace(model=model, revision=None, quantization="matquant")
     get_model_loader(LoadConfig()).load_model(config, model_config)
     return seen
@@ -101,7 +105,7 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
         load_config=LoadConfig(),
         speculative_config=None,
         lora_config=None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, local_world_size=1),
         model_config=SimpleNamespace(
             model="someone/model",
             revision=None,
@@ -179,7 +183,11 @@ def test_a_faulty_download_is_refused_before_the_model_is_made(
     monkeypatch.setattr(DefaultModelLoader, "load_model", lambda *args: made.append(args))
     quant_config = MatquantConfig(Format(group_size=64))
     quant_config.maybe_update_config("someone/model")
-    config = SimpleNamespace(quant_config=quant_config, additional_config={"matquant": {"bits": 3}})
+    config = SimpleNamespace(
+        quant_config=quant_config,
+        additional_config={"matquant": {"bits": 3}},
+        parallel_config=SimpleNamespace(local_world_size=1),
+    )
     with pytest.raises(CheckpointError, match="model-width3"):
         MatquantModelLoader(LoadConfig()).load_model(
             config, SimpleNamespace(model="someone/model", revision=None, quantization="matquant")
