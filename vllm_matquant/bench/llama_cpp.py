@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ class LlamaCpp:
         result = subprocess.run([*command, "--output-format", "jsonl"], capture_output=True, text=True)
         rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
         if result.returncode != 0 or not rows:
-            raise ValueError(f"--llama-cpp: {self.program} failed:\n{(result.stdout + result.stderr)[-2000:]}")
+            status = result.returncode
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            written = (result.stdout + result.stderr)[-2000:]
+            raise ValueError(f"--llama-cpp: {self.program} failed at {self.type} ({how}):\n{written}")
         return {"prompt_tokens_per_s": rows[0]["speed_pp"], "decode_tokens_per_s": rows[0]["speed_tg"]}
 
 
