@@ -72,10 +72,10 @@ void multiply_block(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t
 }
 
 // Adds the product of a panel, the columns [first, last), and all tokens to their results [tokens, rows, 16]. `index`
-// is the number of spans before it.
+// is the number of spans before it; returns that of those before the next.
 template <int bits, int rows>
-void multiply_panel(const Product& product, const TileRow* row, const std::array<RowDecoders<Lanes>, rows>& decoders,
-                    int64_t first, int64_t last, int64_t index, float* results) {
+int64_t multiply_panel(const Product& product, const TileRow* row, const std::array<RowDecoders<Lanes>, rows>& decoders,
+                       int64_t first, int64_t last, int64_t index, float* results) {
     static constexpr auto kUnpack =
         unpackers_by_variant<Lanes, rows, kPanelPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
     alignas(64) uint8_t codes[(kPanelSteps + kChunkSteps) * rows * kPlaneBytes];
@@ -105,6 +105,7 @@ void multiply_panel(const Product& product, const TileRow* row, const std::array
         }
         begin = end;
     }
+    return index;
 }
 
 // All of some pairs of rows of tiles, or of single ones, panel by panel. So each panel's activations are read from
@@ -118,14 +119,13 @@ void multiply_group(const Product& product, const TileRow* row, int64_t count) {
     for (int64_t each = 0; each < count; ++each) {
         decoders.push_back(decoders_of<Lanes>(product, row + each * rows, std::make_integer_sequence<int, rows>()));
     }
-    int64_t index = 0;
-    for (int64_t first = 0; first < product.columns; first += kPanelColumns) {
+    int64_t index = 0, next = 0;
+    for (int64_t first = 0; first < product.columns; first += kPanelColumns, index = next) {
         const int64_t last = std::min(first + kPanelColumns, product.columns);
         for (int64_t each = 0; each < count; ++each) {
-            multiply_panel<bits, rows>(product, row + each * rows, decoders[each], first, last, index,
-                                       results.data() + each * size);
+            next = multiply_panel<bits, rows>(product, row + each * rows, decoders[each], first, last, index,
+                                              results.data() + each * size);
         }
-        index = count_spans(last, product.group_size);
     }
     for (int64_t each = 0; each < count * rows; ++each) {
         const Writer<Lanes> writer(product, row[each]);
