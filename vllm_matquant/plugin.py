@@ -35,8 +35,8 @@ _RECIPE_HELP = (
 )
 _ACTIVATION_BITS_HELP = (
     "Bits to which the CPU's kernels round the activations of a matquant layer: 16 loses next to nothing; 8 is up to "
-    "twice as fast for prompts and batches and costs some accuracy. Default: 8 at 2 bits, where it costs nothing that "
-    "counts, 16 at all others. Short for "
+    "twice as fast for prompts and batches and costs some accuracy. Default: up to 4 bits per weight 8, and 16 for "
+    "outliers, which costs nothing that counts; above 16. Short for "
     '--additional-config \'{"matquant": {"activation_bits": N}}\'.'
 )
 _ELASTIC_HELP = (

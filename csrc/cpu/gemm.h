@@ -2,7 +2,7 @@
 // instruction set, chosen once at run time, packs the activations, multiplies and writes the output.
 //
 // Activations are rounded to fixed point, a scale for each token and span of at most 128 columns of one group, so
-// that a span's products are sums of integers:
+// that a span's products are sums of integers (and where they take 8 bits, a span with outliers may take 16):
 //
 //     sum_k x_k (scale c_k + offset)  =  s (scale sum_k q_k c_k + offset sum_k q_k),     x_k = s q_k
 //
@@ -39,7 +39,9 @@ enum class Element { kBFloat16, kHalf, kFloat };
 struct Factor {
     float scale;
     float sum;
+    int32_t second;  // where the span's second bytes are among those of its tokens, or kNoSecondBytes
 };
+constexpr int32_t kNoSecondBytes = -1;
 
 // One multiplication of a block of tokens, by all threads.
 struct Product {
@@ -49,13 +51,18 @@ struct Product {
     bool paired;           // planes past the base field too, see layout.h
     DecoderKind decoder_kind;
     int activation_bits;  // 8, 16 or 24
-    Element element;      // of input, output and bias
+    // With 8 bits: a span has 16 if its largest activation is more than so many times the average of the largest of all
+    // the token's spans.
+    float outlier;
+    Element element;  // of input, output and bias
     int64_t tokens;
-    const void* input;     // [tokens, columns]
-    uint8_t* activations;  // packed by the kernel: [spans, tokens, bytes of a span]
-    Factor* factors;       // [spans, tokens]
-    const void* bias;      // [rows of all tiles] or nullptr
-    void* output;          // [tokens, output_stride]
+    const void* input;       // [tokens, columns]
+    uint8_t* activations;    // packed by the kernel: [spans, tokens, bytes of a span]
+    uint8_t* second_bytes;   // with 8 bits, of spans that have 16: [spans, up to tokens, bytes of a span]
+    int32_t* second_counts;  // [spans], of tokens that have such bytes
+    Factor* factors;         // [spans, tokens]
+    const void* bias;        // [rows of all tiles] or nullptr
+    void* output;            // [tokens, output_stride]
     int64_t output_stride;
 };
 
@@ -93,7 +100,7 @@ inline int64_t count_spans(int64_t columns, int64_t group_size) {
 struct Kernel {
     // Bytes of a token's packed activations of one span.
     int64_t (*span_bytes)(int activation_bits);
-    // Packs the tokens [begin, end).
+    // Packs the tokens [begin, end). Second bytes are left at the place of their token.
     void (*pack)(const Product& product, int64_t begin, int64_t end);
     // Multiplies all tokens with `count` rows of tiles and writes their outputs.
     void (*multiply)(const Product& product, const TileRow* rows, int64_t count);

@@ -30,17 +30,16 @@ constexpr int64_t kPanelPrefetchBytes = 8192;
 constexpr int64_t kCachedBytes = 1 << 19;
 
 // Fewer tokens are multiplied as fast without tile registers.
-constexpr int64_t kFewestTokens = 32;
+constexpr int64_t fewest_tokens(int activation_bits) { return activation_bits == 8 ? 64 : 32; }
 
 // What each register holds.
 constexpr int sums_of(int row, int part) { return 2 * row + part; }
 constexpr int activations_of(int part) { return 4 + part; }
 constexpr int codes_of(int row) { return 6 + row; }
 
-// Adds the product of a span and up to 16 tokens to their results [tokens, rows, 16].
+// The sums [16 tokens, rows, parts] of a span.
 template <int bits, int rows>
-void multiply_block(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t* activations, const Factor* factors,
-                    float* results) {
+MATQUANT_INLINE inline void sum_block(const Span<Lanes, rows>& span, const uint8_t* activations, Lanes::Sums* sums) {
     constexpr int kParts = Lanes::kSums<bits>;
     repeat<rows * kParts>([&](auto sum) MATQUANT_INLINE { Tiles::zero<sums_of(sum / kParts, sum % kParts)>(); });
     // The last chunk may reach past the span: whatever codes are there meet zeros.
@@ -56,18 +55,44 @@ void multiply_block(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t
             });
         });
     }
-    alignas(64) int32_t sums[rows][kParts][kTokens][kTileRows];
     repeat<rows * kParts>([&](auto sum) MATQUANT_INLINE {
-        Tiles::store<sums_of(sum / kParts, sum % kParts)>(sums[sum / kParts][sum % kParts], kRegisterRowBytes);
+        Tiles::store<sums_of(sum / kParts, sum % kParts)>(sums + sum, rows * kParts * kRegisterRowBytes);
     });
+}
+
+// Adds the product of a span and up to 16 tokens to their results [tokens, rows, 16]. `seconds` are zeros, then the
+// sums of the span's second bytes, [1 + tokens that have some, rows], or nullptr where no token has.
+template <int bits, int rows, bool has_seconds>
+void multiply_block(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t* activations, const Factor* factors,
+                    [[maybe_unused]] const Lanes::Sums* seconds, float* results) {
+    constexpr int kParts = Lanes::kSums<bits>;
+    Lanes::Sums sums[kTokens * rows * kParts];
+    sum_block<bits, rows>(span, activations, sums);
     for (int64_t token = 0; token < tokens; ++token) {
+        [[maybe_unused]] const int32_t second = factors[token].second;
         repeat<rows>([&](auto row) MATQUANT_INLINE {
-            Lanes::Sums parts[kParts];
-            repeat<kParts>([&](auto part) MATQUANT_INLINE { parts[part] = _mm512_load_si512(sums[row][part][token]); });
+            Lanes::Sums* parts = &sums[(token * rows + row) * kParts];
+            if constexpr (has_seconds) {  // no branch: which tokens have some is as good as random
+                static_assert(kNoSecondBytes == -1);
+                const __m512i shift = _mm512_set1_epi32(second == kNoSecondBytes ? 0 : 8);
+                *parts = Lanes::add(_mm512_sllv_epi32(*parts, shift), seconds[(second + 1) * rows + row]);
+            }
+            const Lanes::Floats total = Lanes::total<Lanes, bits>(parts);
             float* result = results + (token * rows + row) * kTileRows;
-            Lanes::store(result, span.decoders[row].add_span(Lanes::total<Lanes, bits>(parts), factors[token],
-                                                             Lanes::load(result)));
+            Lanes::store(result, span.decoders[row].add_span(total, factors[token], Lanes::load(result)));
         });
+    }
+}
+
+// All tokens.
+template <int bits, int rows, bool has_seconds>
+void multiply_tokens(const Product& product, const Span<Lanes, rows>& span, int64_t index, const Lanes::Sums* seconds,
+                     float* results) {
+    for (int64_t token = 0; token < product.tokens; token += kTokens) {
+        const int64_t place = index * product.tokens + token;
+        multiply_block<bits, rows, has_seconds>(span, std::min<int64_t>(product.tokens - token, kTokens),
+                                                product.activations + place * Lanes::kSpanBytes<bits>,
+                                                product.factors + place, seconds, results + token * rows * kTileRows);
     }
 }
 
@@ -79,6 +104,8 @@ int64_t multiply_panel(const Product& product, const TileRow* row, const std::ar
     static constexpr auto kUnpack =
         unpackers_by_variant<Lanes, rows, kPanelPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
     alignas(64) uint8_t codes[(kPanelSteps + kChunkSteps) * rows * kPlaneBytes];
+    Lanes::Sums seconds[kHasSecondBytes<Lanes, bits> ? (1 + kBlockTokens + kTokens) * rows : rows];
+    std::fill_n(seconds, rows, Lanes::zero_sums());
     const int64_t tiles = ceil_div(last - first, kTileColumns);
     for (int part = 0; part < rows; ++part) {
         kUnpack[variant_of(row[part].width, product.paired)](row[part], first / kTileColumns, tiles,
@@ -97,11 +124,15 @@ int64_t multiply_panel(const Product& product, const TileRow* row, const std::ar
             span.decoders[part] = decoders[part].of_group(group);
         }
         group += end == group_end ? 1 : 0;
-        for (int64_t token = 0; token < product.tokens; token += kTokens) {
-            const int64_t place = index * product.tokens + token;
-            multiply_block<bits, rows>(span, std::min<int64_t>(product.tokens - token, kTokens),
-                                       product.activations + place * Lanes::kSpanBytes<bits>, product.factors + place,
-                                       results + token * rows * kTileRows);
+        const int64_t second_count = kHasSecondBytes<Lanes, bits> ? product.second_counts[index] : 0;
+        if (second_count == 0) {
+            multiply_tokens<bits, rows, false>(product, span, index, nullptr, results);
+        } else if constexpr (kHasSecondBytes<Lanes, bits>) {
+            const uint8_t* bytes = product.second_bytes + index * product.tokens * Lanes::kSpanBytes<bits>;
+            for (int64_t first = 0; first < second_count; first += kTokens) {
+                sum_block<bits, rows>(span, bytes + first * Lanes::kSpanBytes<bits>, seconds + (1 + first) * rows);
+            }
+            multiply_tokens<bits, rows, true>(product, span, index, seconds, results);
         }
         begin = end;
     }
@@ -157,7 +188,8 @@ void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
 }
 
 void multiply(const Product& product, const TileRow* rows, int64_t count) {
-    if (product.tokens < kFewestTokens || product.activation_bits == 24 || !has_whole_tiles(product)) {
+    if (product.tokens < fewest_tokens(product.activation_bits) || product.activation_bits == 24 ||
+        !has_whole_tiles(product)) {
         return kAvx512VnniKernel.multiply(product, rows, count);
     }
     return product.activation_bits == 8 ? multiply_rows<8>(product, rows, count)

@@ -224,13 +224,79 @@ class Writer {
 template <class Lanes, int bits>
 constexpr int64_t kSpanBytes = Lanes::template kSpanBytes<bits>;  // of one token
 
+// Whether spans may have second bytes.
+template <class Lanes, int bits>
+constexpr bool kHasSecondBytes = bits == 8 && Lanes::kSecondBytes;
+
+// Adds a token's second bytes to its sum of a span, if it has any. `seconds` are the sums of all those of the span.
+template <class Lanes>
+MATQUANT_INLINE inline void add_second(typename Lanes::Sums* sum, const Factor& factor,
+                                       const typename Lanes::Sums* seconds, int64_t stride = 1) {
+    if (factor.second != kNoSecondBytes) {
+        *sum = Lanes::add(Lanes::shift_left_8(*sum), seconds[factor.second * stride]);
+    }
+}
+
+// The sums of a span, which is some whole tiles: of tokens, then of some tokens' second bytes.
+template <class Lanes, int bits, int width, int pairs, int tokens, int seconds>
+MATQUANT_INLINE inline void sum_tiles(const TilePlanes<width, pairs>& planes, int64_t first_tile, int64_t last_tile,
+                                      const uint8_t* activations, const uint8_t* second_bytes,
+                                      typename Lanes::Sums* result) {
+    using Sums = typename Lanes::Sums;
+    constexpr int kTokenSums = Lanes::template kSums<bits>;
+    constexpr int kSums = tokens * kTokenSums + seconds;
+    constexpr int64_t kBytes = kSpanBytes<Lanes, bits>;
+    constexpr int kStepBytes = Lanes::template kStepBytes<bits>;
+    constexpr int kChains = std::clamp<int>(Lanes::kChains / kSums, 1, kTileSteps);
+    Sums sums[kChains * kSums];
+    repeat<kChains * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        planes.template prefetch<kFewPrefetchBytes>(tile);
+        const PackedTile<Lanes, width, pairs> packed(planes, tile);
+        repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
+            const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
+            Sums* chain = &sums[step % kChains * kSums];
+            repeat<tokens>([&](auto token) MATQUANT_INLINE {
+                Lanes::template dot<bits>(chain + token * kTokenSums, operand,
+                                          activations + token * kBytes + step * kStepBytes);
+            });
+            repeat<seconds>([&](auto second) MATQUANT_INLINE {
+                Lanes::template dot<bits>(chain + tokens * kTokenSums + second, operand,
+                                          second_bytes + second * kBytes + step * kStepBytes);
+            });
+        });
+        activations += kTileSteps * kStepBytes;
+        second_bytes += kTileSteps * kStepBytes;
+    }
+    repeat<(kChains - 1) * kSums>([&](auto sum) MATQUANT_INLINE {
+        constexpr int kTarget = sum % kSums;
+        sums[kTarget] = Lanes::add(sums[kTarget], sums[sum + kSums]);
+    });
+    repeat<kSums>([&](auto sum) MATQUANT_INLINE { result[sum] = sums[sum]; });
+}
+
+// Calls body with a constant that is at least count, 0 or a power of two below 2 * most.
+template <int most, class Body>
+MATQUANT_INLINE inline void with_at_least(int64_t count, Body body) {
+    if (count == 0) {
+        return body(std::integral_constant<int, 0>());
+    }
+    const auto try_each = [&](auto self, auto power) MATQUANT_INLINE -> void {
+        if constexpr (power < most) {
+            if (count > power) {
+                return self(self, std::integral_constant<int, 2 * power>());
+            }
+        }
+        body(power);
+    };
+    try_each(try_each, std::integral_constant<int, 1>());
+}
+
 // All of a row of tiles with all tokens; spans are whole tiles.
 template <class Lanes, int bits, int width, int pairs, int tokens>
 void multiply_few(const Product& product, const TileRow& row) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
-    constexpr int kStepBytes = Lanes::template kStepBytes<bits>;
-    constexpr int kChains = std::clamp<int>(Lanes::kChains / (tokens * kSums), 1, kTileSteps);
     const TilePlanes<width, pairs> planes{row, product.plane_stride};
     const RowDecoders<Lanes> decoders(product, row);
     typename Lanes::Floats results[tokens];
@@ -238,30 +304,29 @@ void multiply_few(const Product& product, const TileRow& row) {
     int64_t index = 0;
     for (int64_t begin = 0; begin < product.columns; index += tokens) {
         const int64_t end = span_end(product.columns, product.group_size, begin);
-        const uint8_t* activations = product.activations + index * kSpanBytes<Lanes, bits>;
-        Sums sums[kChains * tokens * kSums];
-        repeat<kChains * tokens * kSums>([&](auto sum) MATQUANT_INLINE { sums[sum] = Lanes::zero_sums(); });
-        for (int64_t tile = begin / kTileColumns; tile < ceil_div(end, kTileColumns); ++tile) {
-            planes.template prefetch<kFewPrefetchBytes>(tile);
-            const PackedTile<Lanes, width, pairs> packed(planes, tile);
-            repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
-                const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
-                repeat<tokens>([&](auto token) MATQUANT_INLINE {
-                    Lanes::template dot<bits>(&sums[(step % kChains * tokens + token) * kSums], operand,
-                                              activations + token * kSpanBytes<Lanes, bits> + step * kStepBytes);
-                });
-            });
-            activations += kTileSteps * kStepBytes;
-        }
-        repeat<(kChains - 1) * tokens * kSums>([&](auto sum) MATQUANT_INLINE {
-            constexpr int kTarget = sum % (tokens * kSums);
-            sums[kTarget] = Lanes::add(sums[kTarget], sums[sum + tokens * kSums]);
-        });
         const Decoder<Lanes> decoder = decoders.of_group(begin / product.group_size);
-        repeat<tokens>([&](auto token) MATQUANT_INLINE {
-            results[token] = decoder.add_span(Lanes::template total<Lanes, bits>(&sums[token * kSums]),
-                                              product.factors[index + token], results[token]);
-        });
+        const auto add_span = [&](auto seconds) MATQUANT_INLINE {
+            Sums sums[tokens * kSums + seconds];
+            sum_tiles<Lanes, bits, width, pairs, tokens, seconds>(
+                planes, begin / kTileColumns, ceil_div(end, kTileColumns),
+                product.activations + index * kSpanBytes<Lanes, bits>,
+                product.second_bytes + index * kSpanBytes<Lanes, bits>, sums);
+            Sums second_sums[seconds + 1];  // apart, since the factors say which is whose
+            repeat<seconds>([&](auto second) MATQUANT_INLINE { second_sums[second] = sums[tokens * kSums + second]; });
+            repeat<tokens>([&](auto token) MATQUANT_INLINE {
+                const Factor& factor = product.factors[index + token];
+                if constexpr (seconds > 0) {
+                    add_second<Lanes>(&sums[token], factor, second_sums);
+                }
+                results[token] =
+                    decoder.add_span(Lanes::template total<Lanes, bits>(&sums[token * kSums]), factor, results[token]);
+            });
+        };
+        if constexpr (kHasSecondBytes<Lanes, bits>) {
+            with_at_least<tokens>(product.second_counts[index / tokens], add_span);
+        } else {
+            add_span(std::integral_constant<int, 0>());
+        }
         begin = end;
     }
     const Writer<Lanes> writer(product, row);
@@ -290,9 +355,10 @@ struct Span {
     Decoder<Lanes> decoders[rows];
 };
 
-// Adds the product of a span and a block of tokens to their results [tokens, rows, 16].
+// The sums [tokens, rows] of a span and a block of tokens.
 template <class Lanes, int bits, int rows, int tokens>
-void multiply_block(const Span<Lanes, rows>& span, const uint8_t* activations, const Factor* factors, float* results) {
+MATQUANT_INLINE inline void sum_block(const Span<Lanes, rows>& span, const uint8_t* activations,
+                                      typename Lanes::Sums* result) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
     Sums sums[tokens * rows * kSums];
@@ -312,12 +378,25 @@ void multiply_block(const Span<Lanes, rows>& span, const uint8_t* activations, c
         codes += rows * kPlaneBytes;
         activations += Lanes::template kStepBytes<bits>;
     }
+    repeat<tokens * rows * kSums>([&](auto sum) MATQUANT_INLINE { result[sum] = sums[sum]; });
+}
+
+// Adds the product of a span and a block of tokens to their results [tokens, rows, 16].
+template <class Lanes, int bits, int rows, int tokens>
+void multiply_block(const Span<Lanes, rows>& span, const uint8_t* activations, const Factor* factors,
+                    const typename Lanes::Sums* seconds, float* results) {
+    constexpr int kSums = Lanes::template kSums<bits>;
+    typename Lanes::Sums sums[tokens * rows * kSums];
+    sum_block<Lanes, bits, rows, tokens>(span, activations, sums);
     repeat<tokens>([&](auto token) MATQUANT_INLINE {
         repeat<rows>([&](auto row) MATQUANT_INLINE {
             float* result = results + (token * rows + row) * kTileRows;
-            Lanes::store(result, span.decoders[row].add_span(
-                                     Lanes::template total<Lanes, bits>(&sums[(token * rows + row) * kSums]),
-                                     factors[token], Lanes::load(result)));
+            typename Lanes::Sums* sum = &sums[(token * rows + row) * kSums];
+            if constexpr (kHasSecondBytes<Lanes, bits>) {
+                add_second<Lanes>(sum, factors[token], seconds + row, rows);
+            }
+            const typename Lanes::Floats total = Lanes::template total<Lanes, bits>(sum);
+            Lanes::store(result, span.decoders[row].add_span(total, factors[token], Lanes::load(result)));
         });
     });
 }
@@ -327,20 +406,46 @@ constexpr auto blocks_by_tokens(std::integer_sequence<int, tokens...>) {
     return std::array{&multiply_block<Lanes, bits, rows, tokens + 1>...};
 }
 
-// All tokens, in blocks of nearly the same size.
-template <class Lanes, int bits, int rows>
-void multiply_tokens(const Span<Lanes, rows>& span, int64_t tokens, const uint8_t* activations, const Factor* factors,
-                     float* results) {
-    constexpr int kMost = Lanes::template kManyTokens<bits>;
-    static constexpr auto kBlocks = blocks_by_tokens<Lanes, bits, rows>(std::make_integer_sequence<int, kMost>());
-    for (int64_t blocks = ceil_div(tokens, kMost); blocks > 0; --blocks) {
-        const int64_t count = ceil_div(tokens, blocks);
-        kBlocks[count - 1](span, activations, factors, results);
-        tokens -= count;
-        activations += count * kSpanBytes<Lanes, bits>;
-        factors += count;
-        results += count * rows * kTileRows;
+template <class Lanes, int rows, int tokens>
+void sum_second_block(const Span<Lanes, rows>& span, const uint8_t* bytes, typename Lanes::Sums* sums) {
+    sum_block<Lanes, 8, rows, tokens>(span, bytes, sums);
+}
+
+template <class Lanes, int rows, int... tokens>
+constexpr auto second_blocks_by_tokens(std::integer_sequence<int, tokens...>) {
+    return std::array{&sum_second_block<Lanes, rows, tokens + 1>...};
+}
+
+// Calls body(first, count) for blocks of at most `most` tokens, of nearly the same size.
+template <class Body>
+void for_each_block(int64_t tokens, int64_t most, Body body) {
+    int64_t first = 0;
+    for (int64_t blocks = ceil_div(tokens, most); blocks > 0; --blocks) {
+        const int64_t count = ceil_div(tokens - first, blocks);
+        body(first, count);
+        first += count;
     }
+}
+
+// Adds the product of a span, whose factors begin at `index`, and all tokens to their results [tokens, rows, 16].
+template <class Lanes, int bits, int rows>
+void multiply_tokens(const Product& product, const Span<Lanes, rows>& span, int64_t index,
+                     typename Lanes::Sums* seconds, float* results) {
+    constexpr int kMost = Lanes::template kManyTokens<bits>;
+    constexpr int64_t kBytes = kSpanBytes<Lanes, bits>;
+    static constexpr auto kBlocks = blocks_by_tokens<Lanes, bits, rows>(std::make_integer_sequence<int, kMost>());
+    if constexpr (kHasSecondBytes<Lanes, bits>) {
+        static constexpr auto kSecondBlocks =
+            second_blocks_by_tokens<Lanes, rows>(std::make_integer_sequence<int, kMost>());
+        for_each_block(product.second_counts[index / product.tokens], kMost, [&](int64_t first, int64_t count) {
+            kSecondBlocks[count - 1](span, product.second_bytes + (index + first) * kBytes, seconds + first * rows);
+        });
+    }
+    const uint8_t* activations = product.activations + index * kBytes;
+    for_each_block(product.tokens, kMost, [&](int64_t first, int64_t count) {
+        kBlocks[count - 1](span, activations + first * kBytes, product.factors + index + first, seconds,
+                           results + first * rows * kTileRows);
+    });
 }
 
 // Functions that are made for each width and for planes in pairs or not stand in tables in this order.
@@ -366,6 +471,7 @@ void multiply_many(const Product& product, const TileRow* row) {
         unpackers_by_variant<Lanes, rows, kManyPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
     alignas(64) uint8_t codes[kSpanSteps * rows * kPlaneBytes];
     alignas(64) float results[kBlockTokens * rows * kTileRows];
+    typename Lanes::Sums seconds[kHasSecondBytes<Lanes, bits> ? kBlockTokens * rows : 1];
     std::fill_n(results, product.tokens * rows * kTileRows, 0.0f);
     const auto decoders = decoders_of<Lanes>(product, row, std::make_integer_sequence<int, rows>());
     int64_t index = 0;
@@ -384,9 +490,7 @@ void multiply_many(const Product& product, const TileRow* row) {
             for (int part = 0; part < rows; ++part) {
                 span.decoders[part] = decoders[part].of_group(begin / product.group_size);
             }
-            multiply_tokens<Lanes, bits, rows>(span, product.tokens,
-                                               product.activations + index * kSpanBytes<Lanes, bits>,
-                                               product.factors + index, results);
+            multiply_tokens<Lanes, bits, rows>(product, span, index, seconds, results);
             begin = end;
         }
     }

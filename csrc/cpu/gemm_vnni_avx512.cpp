@@ -10,7 +10,7 @@ struct Lanes : Avx512Lanes, ByteSteps {
         14 / kSums<bits>;  // at most 28 sums, 2 operands and an activation of 32 registers
     template <int bits>
     static constexpr int kFewTokens = bits == 24 ? 1 : 8;
-    static constexpr int kChains = 8;  // two dot products a cycle, of four cycles each
+    static constexpr int kChains = 4;  // unpacking leaves room for one dot product a cycle, of four cycles
 
     using Operand = Codes;
     static Operand prepare(Codes codes) { return codes; }

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdlib>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/layout.h"
+#include "cpu/second_bytes.h"
 
 namespace matquant::cpu {
 namespace {
@@ -27,7 +29,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPackingTokens = 8;  // the fewest that are worth a thread
+constexpr int64_t kPackingTokens = 8;     // the fewest that are worth a thread
+constexpr int64_t kPackingSpans = 16384;  // of all tokens, the fewest whose second bytes are worth one
 
 Element element_of(ScalarType dtype) {
     switch (dtype) {
@@ -70,21 +73,40 @@ class Scratch {
     int64_t capacity_ = 0;
 };
 
-// As many bits as lose nothing that matters: for float32 what keeps its precision. Where all that is active of a
-// segment are slices of 2 bits, activations of 8 bits change the model's predictions by less than a hundredth of what
-// these slices do already (docs/design/cpu-kernels.md).
-int activation_bits_of(const Weight& weight, bool narrow, Element element) {
+// How activations are rounded: see Product.
+struct Rounding {
+    int bits;
+    float outlier;
+
+    bool operator==(const Rounding&) const = default;
+};
+
+constexpr float kNever = std::numeric_limits<float>::infinity();
+constexpr std::array kRoundings = {Rounding{8, kNever}, Rounding{8, 3.0f}, Rounding{8, 1.5f}, Rounding{16, kNever},
+                                   Rounding{24, kNever}};
+
+// As many bits as lose nothing that matters: for float32 what keeps its precision, else what changes the model's
+// predictions by less than a hundredth of what slices of this width do already (docs/design/cpu-kernels.md). What is
+// active of a segment at other widths is rounded as the widest is.
+Rounding choose_rounding(const Weight& weight, int32_t widest, Element element) {
     if (weight.activation_bits) {
-        return static_cast<int>(*weight.activation_bits);
+        return {static_cast<int>(*weight.activation_bits), kNever};
     }
-    return element == Element::kFloat ? 24 : narrow ? 8 : 16;
+    if (element == Element::kFloat) {
+        return {24, kNever};
+    }
+    constexpr int32_t kMostWidth = 4;
+    return widest <= kMostWidth ? kRoundings[widest - kMinWidth] : Rounding{16, kNever};
 }
 
-// Activations of a block of tokens, packed for the segments that take so many bits of them.
+// Activations of a block of tokens, packed for the segments that round them alike.
 struct PackedActivations {
     Scratch<uint8_t> steps;
+    Scratch<uint8_t> second_bytes;
+    Scratch<int32_t> second_counts;
     Scratch<Factor> factors;
 };
+using PackedByRounding = std::array<PackedActivations, kRoundings.size()>;
 
 // A task and how it is divided.
 struct Part {
@@ -92,7 +114,7 @@ struct Part {
     std::vector<Product> products;  // of each segment, but for the tokens
 };
 
-Part describe(const Task& task, int64_t threads, PackedActivations* scratch) {
+Part describe(const Task& task, int64_t threads, PackedByRounding& scratch) {
     const Weight& weight = *task.weight;
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t spans = count_spans(weight.columns, weight.group_size);
@@ -101,10 +123,15 @@ Part describe(const Task& task, int64_t threads, PackedActivations* scratch) {
     for (size_t index = 0; index < weight.segments.size(); ++index) {
         Product& product = part.products.emplace_back(task.product);
         product.plane_stride = task.prepared->segments()[index].plane_stride;
-        product.activation_bits = activation_bits_of(weight, part.plan->narrow[index], product.element);
-        PackedActivations& activations = scratch[product.activation_bits / 8 - 1];
-        product.activations =
-            activations.steps.take((spans * tokens + kSpareTokens) * kernel.span_bytes(product.activation_bits));
+        const Rounding rounding = choose_rounding(weight, part.plan->widest[index], product.element);
+        product.activation_bits = rounding.bits;
+        product.outlier = rounding.outlier;
+        PackedActivations& activations =
+            scratch[std::find(kRoundings.begin(), kRoundings.end(), rounding) - kRoundings.begin()];
+        const int64_t bytes = (spans * tokens + kSpareTokens) * kernel.span_bytes(rounding.bits);
+        product.activations = activations.steps.take(bytes);
+        product.second_bytes = activations.second_bytes.take(rounding.outlier == kNever ? 1 : bytes);
+        product.second_counts = activations.second_counts.take(spans);
         product.factors = activations.factors.take(spans * tokens);
     }
     return part;
@@ -114,16 +141,25 @@ Part describe(const Task& task, int64_t threads, PackedActivations* scratch) {
 void pack(const Task& task, Part& part, int64_t first, int64_t count) {
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t element_size = task.product.element == Element::kFloat ? 4 : 2;
-    unsigned packed = 0;  // a bit for each number of bits
+    const int64_t spans = count_spans(task.product.columns, task.product.group_size);
+    std::vector<const uint8_t*> packed;  // where, once for the segments that round activations alike
     for (Product& product : part.products) {
         product.tokens = count;
         product.input = static_cast<const uint8_t*>(task.product.input) + first * product.columns * element_size;
         product.output = static_cast<uint8_t*>(task.product.output) + first * product.output_stride * element_size;
-        const unsigned bits = 1u << product.activation_bits;
-        if ((packed & bits) == 0) {
-            packed |= bits;
-            torch::stable::parallel_for(0, count, kPackingTokens,
-                                        [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
+        if (std::find(packed.begin(), packed.end(), product.activations) != packed.end()) {
+            continue;
+        }
+        packed.push_back(product.activations);
+        torch::stable::parallel_for(0, count, kPackingTokens,
+                                    [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
+        if (product.outlier == kNever) {
+            std::fill_n(product.second_counts, spans, 0);
+        } else {
+            torch::stable::parallel_for(
+                0, spans, ceil_div(kPackingSpans, std::max<int64_t>(count, 1)), [&](int64_t begin, int64_t end) {
+                    gather_second_bytes(product, kernel.span_bytes(product.activation_bits), begin, end);
+                });
         }
     }
 }
@@ -131,14 +167,14 @@ void pack(const Task& task, Part& part, int64_t first, int64_t count) {
 }  // namespace
 
 void multiply(const std::vector<Task>& tasks) {
-    thread_local std::deque<std::array<PackedActivations, 3>> scratch;
+    thread_local std::deque<PackedByRounding> scratch;
     scratch.resize(std::max(scratch.size(), tasks.size()));
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t threads = torch::stable::get_num_threads();
     std::vector<Part> parts;
     int64_t most_tokens = 0;
     for (const Task& task : tasks) {
-        parts.push_back(describe(task, threads, scratch[parts.size()].data()));
+        parts.push_back(describe(task, threads, scratch[parts.size()]));
         most_tokens = std::max(most_tokens, task.tokens);
     }
     const std::vector<int64_t>& begins = parts.front().plan->begins;
@@ -190,10 +226,13 @@ Task make_task(const Weight& weight, const Tensor& x, const std::optional<Tensor
         .paired = prepared.paired(),
         .decoder_kind = weight.decoder_kind,
         .activation_bits = 0,
+        .outlier = kNever,
         .element = element,
         .tokens = 0,
         .input = x.const_data_ptr(),
         .activations = nullptr,
+        .second_bytes = nullptr,
+        .second_counts = nullptr,
         .factors = nullptr,
         .bias = bias ? bias->const_data_ptr() : nullptr,
         .output = output.mutable_data_ptr(),

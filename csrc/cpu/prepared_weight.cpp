@@ -105,8 +105,7 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
                                   decoders + segments_[index].decoders[width] + row * decoder_size, width,
                                   first + part.first, part.count});
         }
-        plan->narrow.push_back(
-            std::all_of(widths.begin(), widths.end(), [](int32_t width) { return width == kMinWidth; }));
+        plan->widest.push_back(*std::max_element(widths.begin(), widths.end()));
         plan->widths.insert(plan->widths.end(), widths.begin(), widths.end());
         first += segment.out_features();
     }

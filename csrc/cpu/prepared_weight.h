@@ -24,7 +24,7 @@ bool is_paired(const std::string& layout);
 struct Plan {
     std::vector<int32_t> widths;  // of all partitions
     std::vector<TileRow> rows;    // of tiles, of all segments
-    std::vector<bool> narrow;     // for each segment: all of it is at 2 bits
+    std::vector<int32_t> widest;  // of each segment's partitions
     std::vector<int64_t> begins;  // rows where each thread begins, and the end
 };
 

@@ -31,8 +31,10 @@ MATQUANT_INLINE inline void repeat(Body body) {
 
 // Activations as signed bytes: the dot product of four with four unsigned bytes is one 32-bit lane. An integer of 16
 // bits is two of them, and two sums. A span's bytes of one significance lie together, so that those of many columns can
-// be read at once.
+// be read at once. Where activations take 8 bits, a span that takes 16 has its upper bytes with the others' only ones,
+// and its lower ones, the second bytes, elsewhere.
 struct ByteSteps {
+    static constexpr bool kSecondBytes = true;
     template <int bits>
     static constexpr int kSums = bits / 8;
     template <int bits>
@@ -46,13 +48,18 @@ struct ByteSteps {
             std::copy_n(high, kSpanColumns, reinterpret_cast<int8_t*>(target));
             return;
         }
-        for (int64_t column = 0; column < kSpanColumns; ++column) {
-            const int upper = (high[column] + 128) >> 8;
-            target[column] = static_cast<uint8_t>(upper);
-            target[kSpanColumns + column] = static_cast<uint8_t>(high[column] - 256 * upper);
-        }
+        split(high, target, target + kSpanColumns);
         if constexpr (bits == 24) {
             std::memcpy(target + 2 * kSpanColumns, rest, kSpanColumns);
+        }
+    }
+
+    // The bytes of a span's integers.
+    static void split(const int16_t* integers, uint8_t* upper, uint8_t* lower) {
+        for (int64_t column = 0; column < kSpanColumns; ++column) {
+            const int byte = (integers[column] + 128) >> 8;
+            upper[column] = static_cast<uint8_t>(byte);
+            lower[column] = static_cast<uint8_t>(integers[column] - 256 * byte);
         }
     }
 
@@ -70,8 +77,10 @@ struct ByteSteps {
 };
 
 // Activations as words of 16 bits, in the order 0, 2, 1, 3 of a step's columns: the codes of columns 0 and 2 are the
-// even bytes of a lane, those of 1 and 3 the odd ones, and each pair is made words by one instruction.
+// even bytes of a lane, those of 1 and 3 the odd ones, and each pair is made words by one instruction. A word holds all
+// of an activation of 16 bits, so there are no second bytes.
 struct WordSteps {
+    static constexpr bool kSecondBytes = false;
     template <int bits>
     static constexpr int kSums = bits == 24 ? 2 : 1;
     template <int bits>

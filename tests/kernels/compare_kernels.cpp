@@ -5,11 +5,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/second_bytes.h"
 
 using namespace matquant;
 using namespace matquant::cpu;
@@ -46,6 +49,7 @@ std::vector<Named> other_kernels() {
 struct Case {
     int64_t outputs, columns, group_size, tokens;
     int width, activation_bits;
+    float outlier;
     bool paired;
     DecoderKind decoder_kind;
     Element element;
@@ -70,8 +74,10 @@ class Layer {
 
     std::vector<uint8_t> multiply(const Kernel& kernel) const {
         const int64_t spans = count_spans(case_.columns, case_.group_size);
-        std::vector<uint8_t> activations((spans * case_.tokens + kSpareTokens) *
-                                         kernel.span_bytes(case_.activation_bits));
+        const int64_t span_bytes = kernel.span_bytes(case_.activation_bits);
+        std::vector<uint8_t> activations((spans * case_.tokens + kSpareTokens) * span_bytes);
+        std::vector<uint8_t> second_bytes(activations.size());
+        std::vector<int32_t> second_counts(spans);
         std::vector<Factor> factors(spans * case_.tokens);
         std::vector<uint8_t> output(case_.tokens * case_.outputs * element_size());
         const Product product = {.columns = case_.columns,
@@ -80,15 +86,19 @@ class Layer {
                                  .paired = case_.paired,
                                  .decoder_kind = case_.decoder_kind,
                                  .activation_bits = case_.activation_bits,
+                                 .outlier = case_.outlier,
                                  .element = case_.element,
                                  .tokens = case_.tokens,
                                  .input = input_.data(),
                                  .activations = activations.data(),
+                                 .second_bytes = second_bytes.data(),
+                                 .second_counts = second_counts.data(),
                                  .factors = factors.data(),
                                  .bias = bias_.data(),
                                  .output = output.data(),
                                  .output_stride = case_.outputs};
         kernel.pack(product, 0, case_.tokens);
+        gather_second_bytes(product, span_bytes, 0, spans);
         std::vector<TileRow> tile_rows;
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
@@ -194,22 +204,26 @@ class Comparison {
 int main() {
     const int64_t shapes[][3] = {{1, 8, 8},     {33, 9, 4},     {15, 36, 12},  {16, 64, 64},
                                  {52, 130, 32}, {20, 300, 300}, {77, 416, 96}, {48, 7, 512}};
+    constexpr float kNever = std::numeric_limits<float>::infinity();
+    const std::pair<int, float> roundings[] = {{8, kNever}, {8, 1.2f}, {16, kNever}, {24, kNever}};
     Comparison comparison;
     for (const auto& [outputs, columns, group_size] : shapes) {
         for (int width = kMinWidth; width <= kMaxWidth; ++width) {
-            for (const int bits : {8, 16, 24}) {
+            for (const auto& [bits, outlier] : roundings) {
                 for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31, 33}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
                     for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8}) {
-                        comparison.compare({outputs, columns, group_size, tokens, width, bits, paired, kind, element});
+                        comparison.compare(
+                            {outputs, columns, group_size, tokens, width, bits, outlier, paired, kind, element});
                     }
                 }
             }
         }
     }
     // More tokens and columns than a kernel takes at once, and more rows than it has results for.
-    comparison.compare({300, 616, 32, kBlockTokens, 3, 16, true, DecoderKind::kAffineInt8, Element::kBFloat16});
-    comparison.compare({70, 1100, 1100, 300, 6, 8, false, DecoderKind::kAffineInt8, Element::kHalf});
+    comparison.compare({300, 616, 32, kBlockTokens, 3, 16, kNever, true, DecoderKind::kAffineInt8, Element::kBFloat16});
+    comparison.compare({300, 616, 32, kBlockTokens, 3, 8, 1.0f, true, DecoderKind::kAffineInt8, Element::kBFloat16});
+    comparison.compare({70, 1100, 1100, 300, 6, 8, kNever, false, DecoderKind::kAffineInt8, Element::kHalf});
     return comparison.report() ? 0 : 1;
 }

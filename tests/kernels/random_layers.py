@@ -32,6 +32,10 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
 KINDS = tuple(decoder.KINDS.values())
 
+# Of widths whose activations have 8 bits by default, in bfloat16 and float16: from how many times the average of a
+# token's spans the largest activation makes its span take 16.
+DEFAULT_ROUNDINGS = {2: (8, np.inf), 3: (8, 3.0), 4: (8, 1.5)}
+
 SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 2**-25, torch.float32: 1e-30}  # half of the smallest number
 
 
@@ -93,9 +97,13 @@ class Layer:
         """Compare with products in float64: that of the rounded activations, to within the rounding of sums in float32
         and of the result, and that of the activations themselves, to within what their rounding may change. What does
         not round them has ``rounds`` False."""
-        bits = activation_bits or (24 if x.dtype == torch.float32 else 8 if set(widths) == {2} else 16)
+        bits, outlier = (
+            DEFAULT_ROUNDINGS.get(max(widths), (16, np.inf)) if activation_bits is None else (activation_bits, np.inf)
+        )
+        if activation_bits is None and x.dtype == torch.float32:
+            bits = 24
         weights, absolute = self.weights(widths), self.weights(widths, absolute=True)
-        rounded, largest = round_activations(x.double().numpy(), self.group_size, bits)
+        rounded, lost = round_activations(x.double().numpy(), self.group_size, bits, outlier)
         if not rounds:
             rounded = x.double().numpy()
         added = 0.0 if bias is None else bias.double().numpy()
@@ -108,8 +116,7 @@ class Layer:
         error = np.abs(result.double().numpy() - expected)
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times the tolerance"
 
-        most = 1 / 254 if bits == 8 else 2.0 ** (1 - bits)  # of the largest
-        tolerance += largest @ np.abs(weights).T * most * 1.001
+        tolerance += lost @ np.abs(weights).T * 1.001
         error = np.abs(result.double().numpy() - (x.double().numpy() @ weights.T + added))
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times what rounding may change"
 
@@ -125,24 +132,35 @@ def affine_of(stored: Decoder) -> tuple[np.ndarray, np.ndarray]:
     return scale, (centre - (2**stored.width - 1) / 2 * scale).astype(np.float32).astype(np.float64)
 
 
-def round_activations(x: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations [M, K] as the kernels round them, and for each the largest of its segment."""
-    rounded, largest = np.empty_like(x), np.empty_like(x)
+def round_activations(
+    x: np.ndarray, group_size: int, bits: int, outlier: float = np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Activations [M, K] as the kernels round them, and the most that each may have lost."""
+    rounded, lost = np.empty_like(x), np.empty_like(x)
     columns = x.shape[1]
     cuts = sorted({*range(0, columns, group_size), *range(0, columns, 128), columns})
-    for begin, end in itertools.pairwise(cuts):
-        segment = x[:, begin:end]
-        most = np.abs(segment).max(axis=1, keepdims=True)
-        largest[:, begin:end] = np.maximum(most, 2.0**-86)  # what is below 2^-100 counts as zero
-        if bits == 8:  # computed in float32: a value halfway between two integers may go either way
-            scale = np.maximum(most.astype(np.float32) / np.float32(127), np.float32(2.0**-100))
-            integers = np.round(segment.astype(np.float32) * (np.float32(1) / scale))
-        else:
-            scale = 2.0 ** np.maximum(np.ceil(np.log2(np.maximum(most, 2.0**-149) / 32639)), -100)
-            steps = 256 if bits == 24 else 1
-            integers = np.round(segment / scale * steps) / steps
-        rounded[:, begin:end] = integers * scale.astype(np.float64)
-    return rounded, largest
+    spans = [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
+    sums = np.zeros((len(x), 1), np.float32)
+    for span in spans:
+        sums += np.abs(x[:, span]).max(axis=1, keepdims=True).astype(np.float32)
+    for span in spans:
+        largest = np.abs(x[:, span]).max(axis=1, keepdims=True)
+        # Computed in float32: a value halfway between two integers may go either way.
+        scale8 = np.maximum(largest.astype(np.float32) / np.float32(127), np.float32(2.0**-100))
+        rounded8 = np.round(x[:, span].astype(np.float32) * (np.float32(1) / scale8)) * scale8.astype(np.float64)
+        scale = 2.0 ** np.maximum(np.ceil(np.log2(np.maximum(largest, 2.0**-149) / 32639)), -100)
+        integers = np.round(x[:, span] / scale)
+        if bits == 24:  # 8 bits of the remainder, of which half a unit has no byte
+            integers += np.minimum(np.round((x[:, span] / scale - integers) * 256), 127) / 256
+        rounded[:, span] = integers * scale
+        most = np.full_like(largest, 2.0**-22 if bits == 24 else 2.0**-15)  # of the largest
+        if bits == 8:
+            with np.errstate(invalid="ignore"):  # infinity times zero
+                narrow = ~(largest > np.float32(outlier) * (sums / np.float32(len(spans))))
+            rounded[:, span] = np.where(narrow, rounded8, rounded[:, span])
+            most[narrow] = 1 / 254
+        lost[:, span] = np.maximum(largest, 2.0**-86) * most  # what is below 2^-100 counts as zero
+    return rounded, lost
 
 
 def make_decoder(
@@ -196,4 +214,8 @@ def stored_segment(
 
 
 def make_input(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)
+    """Random numbers, a few of them outliers, so that some spans of a token are far larger than others."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    x = torch.randn(rows, columns, generator=generator)
+    outliers = torch.rand(rows, columns, generator=generator) < 1 / 256
+    return torch.where(outliers, 16 * x, x).to(dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tests.kernels.random_layers import KINDS, make_input, make_layer
+from tests.kernels.random_layers import KINDS, ROUNDING, make_input, make_layer
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import reference
 from vllm_matquant.kernels.support import DTYPES, REFERENCE
@@ -41,7 +42,19 @@ def test_operator_refuses_other_features():
 def test_activations_are_rounded_as_kernels_do(columns, group_size, activation_bits):
     layer = make_layer([20], columns, group_size).rounding_to(activation_bits)
     x = make_input(7, columns)
-    rounded = reference.round_activations(x, group_size, activation_bits)
+    rounded = reference.round_activations(x, group_size, reference.Rounding(activation_bits))
     layer.check(layer.run(x, [5]), rounded, [5], rounds=False)
     with pytest.raises(AssertionError, match="times the tolerance"):
         layer.check(layer.run(x, [5]), x, [5], rounds=False)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("columns", "group_size"), [(640, 64), (416, 96), (1024, 128)])
+def test_default_rounding_is_that_of_the_kernels(columns, group_size, width):
+    layer = make_layer([20], columns, group_size)
+    x = make_input(9, columns, torch.float16)
+    rounded = reference.round_activations(x.float(), group_size, reference.default_rounding(width)).double().numpy()
+    expected = rounded @ layer.weights([width]).T
+    magnitude = np.abs(rounded) @ layer.weights([width], absolute=True).T
+    error = np.abs(layer.run(x, [width]).double().numpy() - expected)
+    assert (error <= magnitude * 2**-21 + np.abs(expected) * ROUNDING[x.dtype]).all()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import VOCABULARY, write_source
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.kernels.reference import Rounding, default_rounding
 from vllm_matquant.measure import model as model_module
 from vllm_matquant.measure.evaluate import compare, evaluate
 from vllm_matquant.measure.model import LayerModel
@@ -33,12 +34,20 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
 
 def test_activations_are_rounded_for_the_slices_alone(llama: Path, checkpoint: Checkpoint) -> None:
     exact, near, coarse = (
-        next(evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(8)], activation_bits))
-        for activation_bits in (None, 16, 8)
+        next(evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(8)], rounding_of))
+        for rounding_of in (None, lambda _: Rounding(16), lambda _: Rounding(8))
     )
     assert exact["reference_perplexity"] == near["reference_perplexity"] == coarse["reference_perplexity"]
     assert 0 < abs(near["perplexity"] - exact["perplexity"]) < abs(coarse["perplexity"] - exact["perplexity"])
     assert near["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-4)
+
+
+def test_activations_are_rounded_as_the_width_of_each_slice_asks_for(llama: Path, checkpoint: Checkpoint) -> None:
+    slices = [checkpoint.slice(8), checkpoint.slice(2), checkpoint.slice(8)]
+    served = list(evaluate(checkpoint, llama, TOKENS, slices, default_rounding))
+    for row, each, bits in zip(served, slices, (16, 8, 16), strict=True):
+        [alone] = evaluate(checkpoint, llama, TOKENS, [each], lambda _, bits=bits: Rounding(bits))  # type: ignore[misc]
+        assert row["kl"] == alone["kl"]
 
 
 @torch.no_grad()

@@ -346,7 +346,8 @@ def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int |
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, COLUMNS)
-    rounded = x if activation_bits is None else reference.round_activations(x, 32, activation_bits)
+    rounding = activation_bits and reference.Rounding(activation_bits)
+    rounded = reference.round_activations(x, 32, rounding) if rounding else x
     weight = torch.cat([source.weight(part, 4) for part in range(3)])
     expected = torch.nn.functional.linear(rounded, weight)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-5)

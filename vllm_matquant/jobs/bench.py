@@ -78,10 +78,12 @@ class BenchKernel(Job[Rows]):
         default=(1, 2), metadata=argument("numbers of threads (default: 1,2)", parse=positive_list, metavar="LIST")
     )
     group_size: int = field(default=128, metadata=argument("columns of a group (default: %(default)s)", parse=positive))
-    activation_bits: int = field(
-        default=16,
+    activation_bits: int | None = field(
+        default=None,
         metadata=argument(
-            "bits to which activations are rounded (default: %(default)s)", parse=int, choices=(8, 16, 24)
+            "bits to which activations are rounded (default: as they are served, which depends on the width)",
+            parse=int,
+            choices=(8, 16, 24),
         ),
     )
     decoders: str = field(

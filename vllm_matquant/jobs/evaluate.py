@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,15 @@ from vllm_matquant.jobs.job import Job, Say, argument, running, silent
 from vllm_matquant.jobs.reference import locate_reference
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
+from vllm_matquant.kernels.reference import Rounding, default_rounding
 from vllm_matquant.measure.evaluate import evaluate as evaluate_slices
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
-from vllm_matquant.serve.request import ACTIVATION_BITS
+
+_ROUNDINGS: dict[int | str, Callable[[int], Rounding]] = {
+    8: lambda width: Rounding(8),
+    16: lambda width: Rounding(16),
+    "served": default_rounding,
+}
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
 
@@ -49,12 +55,13 @@ class Evaluate(Job[list[dict[str, Any]]]):
     sequence_length: int = field(
         default=512, metadata=argument("tokens in each window (default: %(default)s)", parse=positive)
     )
-    activation_bits: int | None = field(
+    activation_bits: int | str | None = field(
         default=None,
         metadata=argument(
-            "round what quantized layers read, as the kernels of the CPU do; default: not at all",
-            parse=int,
-            choices=ACTIVATION_BITS,
+            "round what quantized layers read, as the kernels of the CPU do: to 8 or 16 bits, or as they are served "
+            "by default, which depends on the width; if not given: not at all",
+            parse=lambda text: int(text) if text.isdigit() else text,
+            choices=tuple(_ROUNDINGS),
         ),
     )
     json: Path | str | None = field(
@@ -72,9 +79,10 @@ class Evaluate(Job[list[dict[str, Any]]]):
             sequence_length=self.sequence_length,
             text_column=self.text_column,
         )
+        rounding_of = None if self.activation_bits is None else _ROUNDINGS[self.activation_bits]
         rows = [
             row | {"beginning_of_text": windows.source["beginning_of_text"]}
-            for row in evaluate_slices(checkpoint, reference, windows.tokens, slices, self.activation_bits)
+            for row in evaluate_slices(checkpoint, reference, windows.tokens, slices, rounding_of)
         ]
         say(headings(COLUMNS))
         for row in rows:

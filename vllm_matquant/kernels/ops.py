@@ -144,9 +144,10 @@ def linear(x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch
     other rows of ``x``. A token with an infinity or a NaN gives NaNs.
 
     Of the numbers of bits, 16 loses no more than 2^-15 of a span's largest activation, and nothing of bfloat16 and
-    float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-23; 8 loses up to 1/254 of the
-    largest and is faster. The weight says which; by default 16, for float32 24, and 8 in segments of which all
-    partitions are at 2 bits.
+    float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-22; 8 loses up to 1/254 of the
+    largest and is faster. The weight says which. By default it is 24 for float32, and else 16 in segments of which a
+    partition has more than 4 bits, 8 in others: at 3 and 4 bits but for spans with outliers, which have 16 (see
+    :func:`vllm_matquant.kernels.reference.default_rounding`).
 
     Args:
         x: bfloat16, float16 or float32 [..., in_features].

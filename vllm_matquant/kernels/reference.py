@@ -6,6 +6,8 @@ Every kernel is tested against it, and it serves where no kernel does (see :mod:
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -37,8 +39,32 @@ def linear(
     return _product(x, dequantize(codes, scale, offset, group_size), bias)
 
 
-def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) -> torch.Tensor:
-    """Activations as kernels that take ``activation_bits`` of them multiply them.
+@dataclass(frozen=True)
+class Rounding:
+    """How kernels of the CPU round activations.
+
+    Attributes:
+        bits: of an activation, 8 or 16.
+        outlier: with 8 bits, a token's span has 16 if its largest activation is more than so many times the average of
+            the largest of all the token's spans.
+    """
+
+    bits: int
+    outlier: float = math.inf
+
+
+def default_rounding(width: int) -> Rounding:
+    """How kernels of the CPU round activations in bfloat16 and float16 if nobody says how.
+
+    Args:
+        width: the widest that is active of what is multiplied at once: all of a fused layer that has the same widths
+            in memory.
+    """
+    return {2: Rounding(8), 3: Rounding(8, 3.0), 4: Rounding(8, 1.5)}.get(width, Rounding(16))
+
+
+def round_activations(x: torch.Tensor, group_size: int, rounding: Rounding) -> torch.Tensor:
+    """Activations as kernels of the CPU multiply them.
 
     Each token's span, what is left of a group of columns when groups are cut every 128 columns, has integers with
     a scale: for 16 bits up to 32639 in magnitude with a power of two, for 8 bits up to 127, the largest activation.
@@ -46,21 +72,22 @@ def round_activations(x: torch.Tensor, group_size: int, activation_bits: int) ->
     Args:
         x: [..., in_features].
         group_size: columns that share a decoder.
-        activation_bits: 8 or 16.
+        rounding: to how many bits.
 
     Returns:
         [..., in_features] of ``x``'s dtype.
     """
     cuts = sorted({*range(0, x.shape[-1], group_size), *range(0, x.shape[-1], SPAN_COLUMNS), x.shape[-1]})
-    segments = x.float().split([end - begin for begin, end in itertools.pairwise(cuts)], dim=-1)
+    spans = x.float().split([end - begin for begin, end in itertools.pairwise(cuts)], dim=-1)
+    largest = [span.abs().amax(-1, keepdim=True) for span in spans]
+    most = rounding.outlier * torch.cat(largest, -1).mean(-1, keepdim=True) if rounding.bits == 8 else -math.inf
 
-    def rounded(segment: torch.Tensor) -> torch.Tensor:
-        largest = segment.abs().amax(-1, keepdim=True)
-        scale = largest / 127 if activation_bits == 8 else torch.exp2(torch.ceil(torch.log2(largest / 32639)))
-        scale = scale.clamp(min=2.0**-100)
-        return (segment * (1 / scale)).round() * scale
+    def rounded(span: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+        of_16_bits = torch.exp2(torch.ceil(torch.log2(largest / 32639)))
+        scale = torch.where(largest > most, of_16_bits, largest / 127).clamp(min=2.0**-100)
+        return (span * (1 / scale)).round() * scale
 
-    return torch.cat([rounded(segment) for segment in segments], -1).to(x.dtype)
+    return torch.cat([rounded(*each) for each in zip(spans, largest, strict=True)], -1).to(x.dtype)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
-from vllm_matquant.kernels.reference import round_activations
+from vllm_matquant.kernels.reference import Rounding, round_activations
 from vllm_matquant.measure.divergence import divergences, log_probabilities
 from vllm_matquant.measure.mapped import mapped
 from vllm_matquant.measure.model import LayerModel, LayerWeights, batches
@@ -26,7 +26,7 @@ def evaluate(
     reference: Path,
     tokens: torch.Tensor,
     slices: Sequence[Slice],
-    activation_bits: int | None = None,
+    rounding_of: Callable[[int], Rounding] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Compare slices of a nested checkpoint with the reference, see :func:`compare`.
 
@@ -35,7 +35,7 @@ def evaluate(
         reference: folder of the source model.
         tokens: int64 [samples, sequence_length].
         slices: those to compare.
-        activation_bits: round what quantized layers read as the kernels do, 8 or 16; by default not at all.
+        rounding_of: how the CPU's kernels round what a layer of a width reads; by default not at all.
 
     Yields:
         For each width ``bits``, the figures of :func:`compare` and ``bits_per_weight`` (codes and decoder). A recipe's
@@ -45,12 +45,19 @@ def evaluate(
         ValueError: the reference does not have the checkpoint's layers.
     """
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
-    weights_of = ((each.name, checkpoint.weights(each)) for each in slices)
+    roundings: dict[str, Rounding] = {}  # of the layers of the slice that is being compared
+
+    def weights_of() -> Iterator[tuple[str, LayerWeights]]:
+        for each in slices:
+            if rounding_of:
+                roundings.update({layer: rounding_of(width) for layer, width in each.widths.items()})
+            yield each.name, checkpoint.weights(each)
+
     group_sizes = {
         layer: checkpoint.format.group_size_of(columns, layer) for layer, (_, columns) in checkpoint.layers.items()
     }
-    rounding = partial(_round_inputs, group_sizes, activation_bits) if activation_bits else None
-    compared = compare(reference, tokens, checkpoint.layers, weights_of, rounding)
+    rounding = partial(_round_inputs, group_sizes, roundings) if rounding_of else None
+    compared = compare(reference, tokens, checkpoint.layers, weights_of(), rounding)
     for each, quality in zip(slices, compared, strict=True):
         yield each.label | quality | {"bits_per_weight": 8 * each.resident_bytes / weights}
 
@@ -114,15 +121,15 @@ def compare(
         }
 
 
-def _round_inputs(group_sizes: Mapping[str, int], activation_bits: int, model: PreTrainedModel) -> None:
-    """Have linear layers round what they read."""
+def _round_inputs(group_sizes: Mapping[str, int], roundings: Mapping[str, Rounding], model: PreTrainedModel) -> None:
+    """Have linear layers round what they read, as ``roundings`` says when they read it."""
 
-    def rounding(group_size: int) -> Callable[..., Any]:
-        return lambda module, inputs: (round_activations(inputs[0], group_size, activation_bits), *inputs[1:])
+    def rounding(name: str) -> Callable[..., Any]:
+        return lambda module, inputs: (round_activations(inputs[0], group_sizes[name], roundings[name]), *inputs[1:])
 
     for name, module in model.named_modules():
         if name in group_sizes and isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(rounding(group_sizes[name]))
+            module.register_forward_pre_hook(rounding(name))
 
 
 def _checked(
