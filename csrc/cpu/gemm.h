@@ -34,6 +34,9 @@ constexpr int64_t kSpareTokens = 15;
 
 enum class Element { kBFloat16, kHalf, kFloat };
 
+// The widest slices whose activations take 8 bits by default, and that may be multiplied with second bytes.
+constexpr int kMostWidthOf8Bits = 4;
+
 // What a token's span is multiplied with: its activations are `scale` times their integers, and these add up to
 // `sum` after scaling.
 struct Factor {
@@ -52,7 +55,7 @@ struct Product {
     DecoderKind decoder_kind;
     int activation_bits;  // 8, 16 or 24
     // With 8 bits: a span has 16 if its largest activation is more than so many times the average of the largest of all
-    // the token's spans.
+    // the token's spans. Infinity past kMostWidthOf8Bits.
     float outlier;
     Element element;  // of input, output and bias
     int64_t tokens;

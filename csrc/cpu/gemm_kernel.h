@@ -275,21 +275,16 @@ MATQUANT_INLINE inline void sum_tiles(const TilePlanes<width, pairs>& planes, in
     repeat<kSums>([&](auto sum) MATQUANT_INLINE { result[sum] = sums[sum]; });
 }
 
-// Calls body with a constant that is at least count, 0 or a power of two below 2 * most.
+// Calls body with a constant that is at least count: 0, 2 or most. For each the kernel is compiled anew.
 template <int most, class Body>
 MATQUANT_INLINE inline void with_at_least(int64_t count, Body body) {
     if (count == 0) {
         return body(std::integral_constant<int, 0>());
     }
-    const auto try_each = [&](auto self, auto power) MATQUANT_INLINE -> void {
-        if constexpr (power < most) {
-            if (count > power) {
-                return self(self, std::integral_constant<int, 2 * power>());
-            }
-        }
-        body(power);
-    };
-    try_each(try_each, std::integral_constant<int, 1>());
+    if (count <= 2) {
+        return body(std::integral_constant<int, std::min(2, most)>());
+    }
+    body(std::integral_constant<int, most>());
 }
 
 // All of a row of tiles with all tokens; spans are whole tiles.
@@ -322,7 +317,7 @@ void multiply_few(const Product& product, const TileRow& row) {
                     decoder.add_span(Lanes::template total<Lanes, bits>(&sums[token * kSums]), factor, results[token]);
             });
         };
-        if constexpr (kHasSecondBytes<Lanes, bits>) {
+        if constexpr (kHasSecondBytes<Lanes, bits> && width <= kMostWidthOf8Bits) {
             with_at_least<tokens>(product.second_counts[index / tokens], add_span);
         } else {
             add_span(std::integral_constant<int, 0>());

@@ -95,8 +95,7 @@ Rounding choose_rounding(const Weight& weight, int32_t widest, Element element) 
     if (element == Element::kFloat) {
         return {24, kNever};
     }
-    constexpr int32_t kMostWidth = 4;
-    return widest <= kMostWidth ? kRoundings[widest - kMinWidth] : Rounding{16, kNever};
+    return widest <= kMostWidthOf8Bits ? kRoundings[widest - kMinWidth] : Rounding{16, kNever};
 }
 
 // Activations of a block of tokens, packed for the segments that round them alike.

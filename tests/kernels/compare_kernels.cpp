@@ -210,6 +210,9 @@ int main() {
     for (const auto& [outputs, columns, group_size] : shapes) {
         for (int width = kMinWidth; width <= kMaxWidth; ++width) {
             for (const auto& [bits, outlier] : roundings) {
+                if (outlier != kNever && width > kMostWidthOf8Bits) {
+                    continue;
+                }
                 for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31, 33}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
