@@ -19,6 +19,7 @@ from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
+from vllm_matquant.serve.compiled import reuse_compiled_code
 from vllm_matquant.serve.cores import usable_cores
 from vllm_matquant.serve.elastic.engine import graph_key, most_rows, settle_elastic, takes_rows
 from vllm_matquant.serve.elastic.offer import Offer
@@ -204,6 +205,7 @@ def settle(vllm_config: Any) -> None:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
         quant_config.settle(request, load_config.download_dir)
         quant_config.cores = usable_cores(vllm_config.parallel_config.local_world_size)
+        reuse_compiled_code()
         check_engine(vllm_config, quant_config.format, quant_config.layers)
         if quant_config.offer is not None:
             settle_elastic(vllm_config)
