@@ -1,0 +1,134 @@
+"""Drafts are made by the served model itself, while its layers read the draft's slice.
+
+vLLM's draft model is a second model: it has weights and a KV cache of its own, and reads every prompt. Here both are
+those of the served model. A draft's pass leaves the keys and values of its tokens where those of the served slice go:
+of the last token that was sampled, and of those that were guessed after it. The served slice has computed none of these
+yet; its next step does, and writes its own over them before anything reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.spec import QUANT_METHOD
+from vllm_matquant.serve.linear import DRAFT, TARGET, quantized_layers
+from vllm_matquant.serve.speculation.sampling import mend_sampling
+
+
+class SliceProposer(DraftModelProposer):
+    """vLLM's proposer of a draft model, save that the draft is a slice of the served model."""
+
+    def load_model(self, target_model: Module) -> None:
+        """Load nothing."""
+        self.model = target_model
+        self._layers = [(layer, method) for layer, method in quantized_layers(target_model)]
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+        self._draft_attn_layer_names = set(attention)
+        mend_sampling()
+
+    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
+        """Refuse models whose layers need more than one table of blocks, or forget what they have read."""
+        found = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+        if found != [FullAttentionSpec.__name__]:
+            expected = f"one {FullAttentionSpec.__name__}: attention to all tokens in every layer"
+            raise ConfigError("model", "KV cache", found, expected, "Serve it without --speculate-bits.")
+
+    def propose(
+        self, *args: Any, common_attn_metadata: Any, num_rejected_tokens_gpu: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The drafts of each request: int64 [requests, K]."""
+        if num_rejected_tokens_gpu is not None:
+            lengths = common_attn_metadata.seq_lens - num_rejected_tokens_gpu
+            common_attn_metadata = common_attn_metadata.replace(seq_lens=lengths)
+        with self._reading_the_draft():
+            return super().propose(*args, common_attn_metadata=common_attn_metadata, **kwargs)
+
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        cad: Any,
+        num_rejected_tokens_gpu: torch.Tensor | None,
+    ) -> tuple[int, torch.Tensor, Any]:
+        """The first pass reads one token of each request, as all others do: the served slice has read those before."""
+        requests = cad.batch_size()
+        if token_indices_to_sample is None:
+            token_indices_to_sample = cad.query_start_loc[1:] - 1
+        one_each = cad.replace(
+            query_start_loc=self.arange[: requests + 1],
+            query_start_loc_cpu=torch.arange(requests + 1, dtype=torch.int32),
+            seq_lens=cad.seq_lens.clone(),
+            num_actual_tokens=requests,
+            max_query_len=1,
+        )
+        self.input_ids[:requests] = next_token_ids
+        self._update_positions_dependent_metadata(
+            target_positions[token_indices_to_sample], one_each, requests, requests, self.block_size
+        )
+        return requests, self.arange[:requests], one_each
+
+    def _sample_draft_tokens(self, hidden_states: torch.Tensor, sampling_metadata: Any) -> Any:
+        """A token for each request, and of requests that sample the probabilities that it was drawn from.
+
+        They are constrained as the served slice's will be, and drawn with the request's own seed if it has one.
+        """
+        logits = self.model.compute_logits(hidden_states)
+        if sampling_metadata.all_greedy:
+            return logits.argmax(-1), None
+        greedy = sampling_metadata.temperature < _LEAST_TEMPERATURE
+        temperature = torch.where(greedy, 1.0, sampling_metadata.temperature)
+        logits = logits.float().div_(temperature[:, None])
+        logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
+        probabilities = logits.softmax(-1)
+        noise = torch.empty_like(probabilities).exponential_()
+        for request, generator in sampling_metadata.generators.items():
+            noise[request].exponential_(generator=generator)
+        drawn = probabilities.div(noise).argmax(-1)
+        return torch.where(greedy, probabilities.argmax(-1), drawn), probabilities
+
+    @contextmanager
+    def _reading_the_draft(self) -> Iterator[None]:
+        for layer, method in self._layers:
+            method.read_slot(layer, DRAFT)
+        try:
+            yield
+        finally:
+            for layer, method in self._layers:
+                method.read_slot(layer, TARGET)
+
+
+_LEAST_TEMPERATURE = 1e-5  # what is below counts as greedy, as in vLLM
+
+
+def draft_with_slices() -> None:
+    """Have engines of this process whose server has a draft make it with its slice."""
+    if not hasattr(DraftModelProposer.load_model, "__wrapped__"):
+        DraftModelProposer.load_model = _with_slices(DraftModelProposer.load_model)  # type: ignore[method-assign]
+
+
+def _with_slices(load_model: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_model)
+    def wrapper(self: DraftModelProposer, target_model: Module) -> None:
+        quant_config: Any = self.vllm_config.quant_config
+        if quant_config is not None and quant_config.get_name() == QUANT_METHOD and quant_config.served.draft:
+            self.__class__ = SliceProposer
+            self.load_model(target_model)
+        else:
+            load_model(self, target_model)
+
+    return wrapper
