@@ -55,9 +55,9 @@ _CLIENT_BITS_HELP = (
     "Those of --elastic that a request may ask for, by its argument matquant_bits; none for none. Default: all of them."
 )
 _SPECULATE_HELP = (
-    "Draft with a narrower slice of the same planes: a width such as 3, the name of one of the checkpoint's recipes, or a "
-    "number such as 2.5 as the budget of an average. It guesses the next tokens, and what is served checks them all in "
-    "one step: the answers are those of what is served. Costs no memory but the draft's decoders. Short for "
+    "Draft with a narrower slice of the same planes: a width such as 3, the name of one of the checkpoint's recipes, "
+    "or a number such as 2.5 as the budget of an average. It guesses the next tokens, and what is served checks them "
+    "all in one step: the answers are those of what is served. Costs no memory but the draft's decoders. Short for "
     '--additional-config \'{"matquant": {"speculate_bits": 3}}\'.'
 )
 _TOKENS_HELP = (

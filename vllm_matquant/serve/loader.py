@@ -58,7 +58,7 @@ class MatquantModelLoader(DefaultModelLoader):
         if served.draft is not None:
             draft_with_slices()
             logger.info(
-                "Drafts are made with %s: this costs %d bytes more on this rank than %s alone, and no KV cache of its own",
+                "Drafts are made with %s: this costs %d bytes on this rank that %s alone does not, and no KV cache",
                 served.draft.name,
                 sum(method.predicted_bytes() - method.bytes_alone() for _, method in quantized_layers(model)),
                 served.active.name,

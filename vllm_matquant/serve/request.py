@@ -234,7 +234,7 @@ def _read_draft(settings: Mapping[str, Any], fail: Callable[[str, str], ConfigEr
             raise fail("speculate_bits", str(error).partition("expected ")[2]) from error
     if type(draft) not in (int, float) or not WIDTHS[0] <= draft <= WIDTHS[-1]:
         raise fail("speculate_bits", DRAFT_CHOICE)
-    return draft  # type: ignore[no-any-return]
+    return draft
 
 
 def _read_memory(memory: Any, fail: Callable[[str, str], ConfigError]) -> int | None:

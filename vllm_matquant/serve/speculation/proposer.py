@@ -9,6 +9,7 @@ yet; its next step does, and writes its own over them before anything reads them
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,15 +17,21 @@ from typing import Any
 import torch
 from torch.nn import Module
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
 from vllm_matquant.serve.linear import DRAFT, TARGET, quantized_layers
+from vllm_matquant.serve.speculation.payoff import Payoff
 from vllm_matquant.serve.speculation.sampling import mend_sampling
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SliceProposer(DraftModelProposer):
@@ -34,8 +41,12 @@ class SliceProposer(DraftModelProposer):
         """Load nothing."""
         self.model = target_model
         self._layers = [(layer, method) for layer, method in quantized_layers(target_model)]
-        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+        attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._draft_attn_layer_names = set(attention)
+        self._passes: dict[str, Any] = {}  # what the last pass told attention
+        self._began = time.perf_counter()
+        self._payoff = Payoff(self.num_speculative_tokens)
+        target_model.register_forward_pre_hook(self._note_beginning)
         mend_sampling()
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
@@ -46,14 +57,30 @@ class SliceProposer(DraftModelProposer):
             raise ConfigError("model", "KV cache", found, expected, "Serve it without --speculate-bits.")
 
     def propose(
-        self, *args: Any, common_attn_metadata: Any, num_rejected_tokens_gpu: torch.Tensor | None = None, **kwargs: Any
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        *,
+        common_attn_metadata: Any,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """The drafts of each request: int64 [requests, K]."""
+        checking, requests = time.perf_counter() - self._began, common_attn_metadata.batch_size()
         if num_rejected_tokens_gpu is not None:
             lengths = common_attn_metadata.seq_lens - num_rejected_tokens_gpu
             common_attn_metadata = common_attn_metadata.replace(seq_lens=lengths)
+        began = time.perf_counter()
         with self._reading_the_draft():
-            return super().propose(*args, common_attn_metadata=common_attn_metadata, **kwargs)
+            drafts = super().propose(
+                num_speculative_tokens, target_token_ids, common_attn_metadata=common_attn_metadata, **kwargs
+            )
+        drafting = time.perf_counter() - began
+        checked = requests * num_speculative_tokens
+        if num_rejected_tokens_gpu is not None and len(target_token_ids) == requests + checked:
+            accepted = checked - int(num_rejected_tokens_gpu.sum())
+            self._measure(requests, accepted, drafting=drafting, checking=checking)
+        return drafts
 
     def set_inputs_first_pass(
         self,
@@ -87,7 +114,7 @@ class SliceProposer(DraftModelProposer):
 
         They are constrained as the served slice's will be, and drawn with the request's own seed if it has one.
         """
-        logits = self.model.compute_logits(hidden_states)
+        logits = self._logits(hidden_states)
         if sampling_metadata.all_greedy:
             return logits.argmax(-1), None
         greedy = sampling_metadata.temperature < _LEAST_TEMPERATURE
@@ -95,11 +122,41 @@ class SliceProposer(DraftModelProposer):
         logits = logits.float().div_(temperature[:, None])
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
         probabilities = logits.softmax(-1)
-        noise = torch.empty_like(probabilities).exponential_()
-        for request, generator in sampling_metadata.generators.items():
-            noise[request].exponential_(generator=generator)
-        drawn = probabilities.div(noise).argmax(-1)
+        drawn = random_sample(probabilities.clone(), sampling_metadata.generators, self.use_fp64_gumbel)
         return torch.where(greedy, probabilities.argmax(-1), drawn), probabilities
+
+    def build_per_group_and_layer_attn_metadata(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[list[object], dict[str, object]]:
+        groups, self._passes = super().build_per_group_and_layer_attn_metadata(*args, **kwargs)
+        return groups, self._passes
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        logits: torch.Tensor = model.compute_logits(hidden)
+        return logits
+
+    def _note_beginning(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _measure(self, requests: int, accepted: int, **seconds: float) -> None:
+        """Count a step that checked drafts of every request, as long as it is not known whether drafts pay."""
+        if self._payoff.is_settled():
+            return
+        self._payoff.add(requests, accepted, plain=self._time_plain_pass(requests), **seconds)
+        if self._payoff.is_settled() and get_tensor_model_parallel_rank() == 0:
+            (logger.info if self._payoff.gain >= 1 else logger.warning)("%s", self._payoff)
+
+    def _time_plain_pass(self, requests: int) -> float:
+        """Seconds of the served slice's pass over one token of each request: it repeats the last pass of the draft."""
+        began = time.perf_counter()
+        slots = self._get_slot_mapping(requests)
+        with set_forward_context(self._passes, self.vllm_config, num_tokens=requests, slot_mapping=slots):
+            hidden = self.model(
+                input_ids=self.input_ids[:requests], positions=self._get_positions(requests), inputs_embeds=None
+            )
+        self._logits(hidden)
+        return time.perf_counter() - began
 
     @contextmanager
     def _reading_the_draft(self) -> Iterator[None]:
@@ -118,7 +175,7 @@ _LEAST_TEMPERATURE = 1e-5  # what is below counts as greedy, as in vLLM
 def draft_with_slices() -> None:
     """Have engines of this process whose server has a draft make it with its slice."""
     if not hasattr(DraftModelProposer.load_model, "__wrapped__"):
-        DraftModelProposer.load_model = _with_slices(DraftModelProposer.load_model)  # type: ignore[method-assign]
+        DraftModelProposer.load_model = _with_slices(DraftModelProposer.load_model)
 
 
 def _with_slices(load_model: Callable[..., None]) -> Callable[..., None]:
