@@ -20,6 +20,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from tests.serve.engine_runs import DEFAULTS
 from vllm_matquant.serve.linear import predicted_bytes, resident_bytes
 
+BEGINNING = "====== a job begins"  # what it wrote stands between this and the next one
+
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     try:
@@ -48,6 +50,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def main(jobs_path: Path, results_path: Path) -> None:
     results = []
     for job in json.loads(jobs_path.read_text()):
+        print(BEGINNING, file=sys.stderr, flush=True)
         results.append(run_job(job))
         cleanup_dist_env_and_memory()
     torch.save(results, results_path)

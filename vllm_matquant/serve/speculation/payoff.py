@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import median
 
-STEPS = 64  # that are measured
+STEPS = 32  # that are measured
 
 
 @dataclass
@@ -71,5 +71,6 @@ class Payoff:
         if self.gain >= 1:
             return f"Speculation pays: {measured}"
         return (
-            f"Speculation does not pay: {measured}. Try other --speculate-tokens or --speculate-bits, or serve without"
+            f"Speculation does not pay: {measured}. Try other --speculate-tokens or --speculate-bits, or serve without "
+            "--speculate-bits"
         )
