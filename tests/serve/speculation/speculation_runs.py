@@ -50,7 +50,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def main(jobs_path: Path, results_path: Path) -> None:
     results = []
     for job in json.loads(jobs_path.read_text()):
-        print(BEGINNING, file=sys.stderr, flush=True)
+        print(BEGINNING, flush=True)
         results.append(run_job(job))
         cleanup_dist_env_and_memory()
     torch.save(results, results_path)

@@ -98,7 +98,10 @@ Logs = dict[tuple[str, str], str]
 @pytest.fixture(scope="session")
 def engines(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Logs]:
     """What the engines gave, and what each of them wrote."""
-    jobs = {("sampled", ""): sampling_job(models / "sampled")}
+    jobs = {
+        ("sampled", ""): sampling_job(models / "sampled"),
+        ("untied", "one request"): counted_job(models / "untied"),
+    }
     for name, (bits, drafts) in DRAFTS.items():
         for draft, (fields, llm) in {"none": ({}, {}), **drafts}.items():
             jobs[name, draft] = {
@@ -118,10 +121,12 @@ def engines(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Res
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", RUNNER, str(jobs_path), str(results_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
+    )
     if done.returncode:
-        pytest.fail(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-5000:]}")
-    logs = done.stderr.split(BEGINNING)[1:]
+        pytest.fail(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-6000:]}")
+    logs = done.stdout.split(BEGINNING)[1:]
     results = torch.load(results_path, weights_only=True)
     return dict(zip(jobs, results, strict=True)), dict(zip(jobs, logs, strict=True))
 
@@ -177,6 +182,39 @@ def test_an_engine_says_once_whether_drafts_pay(engines: tuple[Results, Logs]) -
     assert said["untied", "2, 1 ahead"] == 1  # which had steps enough
     assert max(said.values()) == 1
     assert said["untied", "none"] == 0
+
+
+AHEAD, COUNT = 3, 45
+
+
+def counted_job(model: Path) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "llm": settings(bits=8, speculate_bits=4, speculate_tokens=AHEAD),
+        "prompts": [PROMPTS[1]],
+        "runs": [[{"temperature": 0, "max_tokens": COUNT}]],
+    }
+
+
+@torch.no_grad()
+def test_drafts_are_what_the_draft_says_after_what_the_served_slice_has_read(models: Path, results: Results) -> None:
+    served, draft = (reference_model(models / "untied", width) for width in (8, 4))
+    prompt, drafted, accepted = PROMPTS[1], 0, 0
+    tokens = [*prompt, int(served(torch.tensor([prompt])).logits[0, -1].argmax())]
+    while len(tokens) < len(prompt) + COUNT:
+        cache, guesses = served(torch.tensor([tokens[:-1]])).past_key_values, tokens[-1:]
+        for _ in range(AHEAD):
+            logits = draft(torch.tensor([guesses[-1:]]), past_key_values=cache).logits
+            guesses.append(int(logits[0, -1].argmax()))
+        said = served(torch.tensor([tokens[:-1] + guesses])).logits[0, len(tokens) - 1 :].argmax(-1).tolist()
+        kept = next((place for place, token in enumerate(guesses[1:]) if token != said[place]), AHEAD)
+        tokens += said[: kept + 1]
+        drafted, accepted = drafted + AHEAD, accepted + kept
+    found = results["untied", "one request"]
+    assert found["tokens"][0][0] == tokens[len(prompt) :][:COUNT]
+    assert 0.2 * drafted < accepted < 0.8 * drafted  # else it would say little
+    assert found["drafts"] == drafted
+    assert found["accepted"] == pytest.approx(accepted, abs=AHEAD)  # the last step may end within its drafts
 
 
 # Of requests that sample, all in the same batches.

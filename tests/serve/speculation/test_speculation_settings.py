@@ -159,6 +159,7 @@ def test_engines_that_cannot_draft(folder: Path, fields: dict[str, Any], message
     [
         ({"use_v2_model_runner": True}, r"VLLM_USE_V2_MODEL_RUNNER: found vLLM's model runner V2, expected V1"),
         ({"device_config.device_type": "cuda"}, r"device_type: found cuda, expected a CPU"),
+        ({"kv_transfer_config": object()}, r"kv_connector: found a cache that others read"),
         ({"model_config.use_mla": True}, r"use_mla: found attention with latent keys"),
         ({"model_config.has_inner_state": True}, r"has_inner_state"),
         ({"model_config.is_multimodal_model": True}, r"found \['Seeing'\], of more than text"),
@@ -177,7 +178,9 @@ def test_what_no_small_model_here_has_is_refused(changed: dict[str, Any], messag
         "device_config": {"device_type": "cpu"},
     }
     engine = SimpleNamespace(
-        use_v2_model_runner=False, **{part: SimpleNamespace(**fields) for part, fields in parts.items()}
+        use_v2_model_runner=False,
+        kv_transfer_config=None,
+        **{part: SimpleNamespace(**fields) for part, fields in parts.items()},
     )
     check_speculation(engine)
     for name, value in changed.items():

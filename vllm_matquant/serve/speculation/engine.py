@@ -68,6 +68,9 @@ def check_speculation(vllm_config: Any) -> None:
         raise _refused("model_config", "has_inner_state", found, "attention alone")
     if model.is_multimodal_model:
         raise _refused("model_config", "architectures", f"{model.architectures}, of more than text", "a text model")
+    if vllm_config.kv_transfer_config is not None:
+        found = "a cache that others read, where drafts leave what is not checked yet"
+        raise _refused("kv_transfer_config", "kv_connector", found, "none")
     if parallel.pipeline_parallel_size > 1:
         raise _refused("parallel_config", "pipeline_parallel_size", parallel.pipeline_parallel_size, "1")
     if parallel.data_parallel_size > 1:

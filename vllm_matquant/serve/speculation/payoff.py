@@ -36,8 +36,8 @@ class Payoff:
             requests: in the step.
             accepted: drafts of all of them.
             drafting: seconds for the new drafts.
-            checking: seconds for the pass that checked the old ones.
-            plain: seconds for a pass of the served slice over one token of each request.
+            checking: seconds for the rest of the step: the pass that checked the old ones, and all that lies between.
+            plain: seconds that a step would have taken without drafts.
         """
         self._drafted += requests * self.tokens
         self._accepted += accepted

@@ -44,7 +44,7 @@ class SliceProposer(DraftModelProposer):
         attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._draft_attn_layer_names = set(attention)
         self._passes: dict[str, Any] = {}  # what the last pass told attention
-        self._began = time.perf_counter()
+        self._began = self._ended = time.perf_counter()  # of the served slice's pass, and of the drafts before it
         self._payoff = Payoff(self.num_speculative_tokens)
         target_model.register_forward_pre_hook(self._note_beginning)
         mend_sampling()
@@ -66,20 +66,20 @@ class SliceProposer(DraftModelProposer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The drafts of each request: int64 [requests, K]."""
-        checking, requests = time.perf_counter() - self._began, common_attn_metadata.batch_size()
+        began, requests = time.perf_counter(), common_attn_metadata.batch_size()
         if num_rejected_tokens_gpu is not None:
             lengths = common_attn_metadata.seq_lens - num_rejected_tokens_gpu
             common_attn_metadata = common_attn_metadata.replace(seq_lens=lengths)
-        began = time.perf_counter()
         with self._reading_the_draft():
             drafts = super().propose(
                 num_speculative_tokens, target_token_ids, common_attn_metadata=common_attn_metadata, **kwargs
             )
-        drafting = time.perf_counter() - began
+        drafting, checking = time.perf_counter() - began, began - self._ended
         checked = requests * num_speculative_tokens
         if num_rejected_tokens_gpu is not None and len(target_token_ids) == requests + checked:
             accepted = checked - int(num_rejected_tokens_gpu.sum())
             self._measure(requests, accepted, drafting=drafting, checking=checking)
+        self._ended = time.perf_counter()
         return drafts
 
     def set_inputs_first_pass(
@@ -143,7 +143,8 @@ class SliceProposer(DraftModelProposer):
         """Count a step that checked drafts of every request, as long as it is not known whether drafts pay."""
         if self._payoff.is_settled():
             return
-        self._payoff.add(requests, accepted, plain=self._time_plain_pass(requests), **seconds)
+        between = self._began - self._ended
+        self._payoff.add(requests, accepted, plain=between + self._time_plain_pass(requests), **seconds)
         if self._payoff.is_settled() and get_tensor_model_parallel_rank() == 0:
             (logger.info if self._payoff.gain >= 1 else logger.warning)("%s", self._payoff)
 
@@ -172,10 +173,10 @@ class SliceProposer(DraftModelProposer):
 _LEAST_TEMPERATURE = 1e-5  # what is below counts as greedy, as in vLLM
 
 
+@functools.cache
 def draft_with_slices() -> None:
-    """Have engines of this process whose server has a draft make it with its slice."""
-    if not hasattr(DraftModelProposer.load_model, "__wrapped__"):
-        DraftModelProposer.load_model = _with_slices(DraftModelProposer.load_model)
+    """Have engines of this process whose server has a draft make it with its slice; a second call does nothing."""
+    DraftModelProposer.load_model = _with_slices(DraftModelProposer.load_model)
 
 
 def _with_slices(load_model: Callable[..., None]) -> Callable[..., None]:
