@@ -66,7 +66,8 @@ class SliceProposer(DraftModelProposer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The drafts of each request: int64 [requests, K]."""
-        began, requests = time.perf_counter(), common_attn_metadata.batch_size()
+        began, between = time.perf_counter(), self._began - self._ended
+        requests = common_attn_metadata.batch_size()
         if num_rejected_tokens_gpu is not None:
             lengths = common_attn_metadata.seq_lens - num_rejected_tokens_gpu
             common_attn_metadata = common_attn_metadata.replace(seq_lens=lengths)
@@ -78,7 +79,7 @@ class SliceProposer(DraftModelProposer):
         checked = requests * num_speculative_tokens
         if num_rejected_tokens_gpu is not None and len(target_token_ids) == requests + checked:
             accepted = checked - int(num_rejected_tokens_gpu.sum())
-            self._measure(requests, accepted, drafting=drafting, checking=checking)
+            self._measure(requests, accepted, between, drafting=drafting, checking=checking)
         self._ended = time.perf_counter()
         return drafts
 
@@ -136,14 +137,13 @@ class SliceProposer(DraftModelProposer):
         logits: torch.Tensor = model.compute_logits(hidden)
         return logits
 
-    def _note_beginning(self, *_: Any) -> None:
+    def _note_beginning(self, *_: Any) -> None:  # also of a draft's passes, after which nobody asks
         self._began = time.perf_counter()
 
-    def _measure(self, requests: int, accepted: int, **seconds: float) -> None:
+    def _measure(self, requests: int, accepted: int, between: float, **seconds: float) -> None:
         """Count a step that checked drafts of every request, as long as it is not known whether drafts pay."""
         if self._payoff.is_settled():
             return
-        between = self._began - self._ended
         self._payoff.add(requests, accepted, plain=between + self._time_plain_pass(requests), **seconds)
         if self._payoff.is_settled() and get_tensor_model_parallel_rank() == 0:
             (logger.info if self._payoff.gain >= 1 else logger.warning)("%s", self._payoff)
