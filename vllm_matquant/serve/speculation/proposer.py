@@ -54,7 +54,7 @@ class SliceProposer(DraftModelProposer):
         found = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
         if found != [FullAttentionSpec.__name__]:
             expected = f"one {FullAttentionSpec.__name__}: attention to all tokens in every layer"
-            raise ConfigError("model", "KV cache", found, expected, "Serve it without --speculate-bits.")
+            raise ConfigError("model", "KV cache", found, expected, "Or serve without --speculate-bits.")
 
     def propose(
         self,
