@@ -27,6 +27,7 @@ LONGEST = (
     "tests/cuda/test_decode.py",
     "tests/kernels/test_compare_kernels.py",
     "tests/serve/elastic/test_elastic_engine.py",
+    "tests/serve/speculation/test_speculation_engine.py",
     "tests/serve/elastic/test_server.py",
     "tests/serve/test_engine.py",
     "tests/test_packaging.py",

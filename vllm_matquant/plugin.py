@@ -16,6 +16,7 @@ from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
 from vllm_matquant.serve.elastic.offer import parse_choices
 from vllm_matquant.serve.elastic.policy import read_policy
+from vllm_matquant.serve.speculation.settings import DEFAULT_TOKENS, MOST_TOKENS, parse_draft
 
 _BITS_HELP = (
     f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them; "
@@ -52,6 +53,15 @@ _POLICY_HELP = (
 )
 _CLIENT_BITS_HELP = (
     "Those of --elastic that a request may ask for, by its argument matquant_bits; none for none. Default: all of them."
+)
+_SPECULATE_HELP = (
+    "Draft with a narrower slice of the same planes: a width such as 3, the name of one of the checkpoint's recipes, "
+    "or a number such as 2.5 as the budget of an average. It guesses the next tokens, and what is served checks them "
+    "all in one step: the answers are those of what is served. Costs no memory but the draft's decoders. Short for "
+    '--additional-config \'{"matquant": {"speculate_bits": 3}}\'.'
+)
+_TOKENS_HELP = (
+    f"Tokens that --speculate-bits guesses before they are checked, 1 to {MOST_TOKENS}. Default: {DEFAULT_TOKENS}."
 )
 
 
@@ -120,6 +130,22 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             help=_POLICY_HELP,
         )
         group.add_argument(
+            "--speculate-bits",
+            type=_draft,
+            action=_StoreSetting,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=_SPECULATE_HELP,
+        )
+        group.add_argument(
+            "--speculate-tokens",
+            type=int,
+            action=_StoreSetting,
+            default=argparse.SUPPRESS,
+            metavar="K",
+            help=_TOKENS_HELP,
+        )
+        group.add_argument(
             "--activation-bits",
             type=int,
             choices=ACTIVATION_BITS,
@@ -149,6 +175,14 @@ def _choices(text: str) -> list[int | str]:
     """A list of widths and recipes, such as 2..8."""
     try:
         return list(parse_choices(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _draft(text: str) -> int | float | str:
+    """A width, the budget of an average, or a recipe's name."""
+    try:
+        return parse_draft(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -185,10 +219,12 @@ def _file(text: str) -> str:
 
 def _settling(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     from vllm_matquant.serve.config import settle
+    from vllm_matquant.serve.speculation.engine import drafting
 
     @functools.wraps(create_engine_config)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = create_engine_config(self, *args, **kwargs)
+        with drafting(self):
+            vllm_config = create_engine_config(self, *args, **kwargs)
         settle(vllm_config)
         return vllm_config
 

@@ -52,6 +52,8 @@ def serve(
     recipe: Path | str | Mapping[str, int] | None = None,
     activation_bits: int | None = None,
     elastic: str | Sequence[int | str] | None = None,
+    speculate_bits: float | str | None = None,
+    speculate_tokens: int | None = None,
     **engine: Any,
 ) -> LLM:
     """vLLM's engine with a slice of a checkpoint; without a choice the widest that the folder holds.
@@ -63,6 +65,8 @@ def serve(
         recipe: a recipe's file, or the width of every layer.
         activation_bits: bits to which the CPU's kernels round activations, 8 or 16.
         elastic: widths and recipes among which :func:`switch` and requests can choose, "2..8" or (2, 4, 8).
+        speculate_bits: a width, a budget or a recipe that is narrower than what is served: it guesses the next tokens.
+        speculate_tokens: how many it guesses before they are checked.
         engine: further arguments of ``vllm.LLM``, such as ``max_model_len``.
 
     Raises:
@@ -79,6 +83,8 @@ def serve(
         "recipe": path,
         "activation_bits": activation_bits,
         "elastic": offered,
+        "speculate_bits": speculate_bits,
+        "speculate_tokens": speculate_tokens,
     }
     settings = {name: value for name, value in chosen.items() if value is not None}
     additional = dict(engine.pop("additional_config", {}))

@@ -32,6 +32,7 @@ from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
 from vllm_matquant.serve.served import Served
+from vllm_matquant.serve.speculation.engine import check_speculation
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
 
@@ -203,13 +204,17 @@ def settle(vllm_config: Any) -> None:
         load_config = vllm_config.load_config
         if load_config.load_format not in LOAD_FORMATS:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
-        quant_config.settle(request, load_config.download_dir)
+        served = quant_config.settle(request, load_config.download_dir)
         quant_config.cores = usable_cores(vllm_config.parallel_config.local_world_size)
         reuse_compiled_code()
         check_engine(vllm_config, quant_config.format, quant_config.layers)
         if quant_config.offer is not None:
             settle_elastic(vllm_config)
-        if not _has_matquant_draft(vllm_config):  # which is settled later, by the same settings
+        if served.draft is not None:
+            check_speculation(vllm_config)
+        if served.draft is not None or not _has_matquant_draft(
+            vllm_config
+        ):  # which is settled later, by the same settings
             vllm_config.additional_config = without_settings(vllm_config.additional_config) | graph_key(vllm_config)
     elif not _has_matquant_draft(vllm_config):
         for name, value in given_settings(vllm_config.additional_config).items():

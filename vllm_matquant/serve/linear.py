@@ -28,6 +28,7 @@ _Setting = TypeVar("_Setting")
 # latent keys and values does, before it multiplies the identity.
 HANDLE = "qweight"
 SLOTS = "row_slots"  # of the buffer with the slice of each row
+TARGET, DRAFT = range(2)  # slots of the slices of a server that drafts with one of them
 _store = PlaneStore()  # of all layers in this process
 
 
@@ -37,7 +38,7 @@ class MatquantLinearMethod(LinearMethodBase):
 
     Attributes:
         weight: what the layer is multiplied with, once it is loaded.
-        readers: where rows have slices of their own, what those of each slot are multiplied with.
+        readers: where rows have slices of their own, or drafts have one, what those of each slot are multiplied with.
 
     Args:
         checkpoint_format: the checkpoint's format.
@@ -118,13 +119,16 @@ class MatquantLinearMethod(LinearMethodBase):
             segments, cut.in_features, cut.group_size, device, self.served.activation_bits, shared
         )
         # A compiled graph is handed these tensors and knows nothing else of the weight: it serves every width.
-        if self.rows is None:
+        if self.rows is None and self.served.draft is None:
             layer.register_buffer(HANDLE, self.weight.handle, persistent=False)
             return
         self.readers = [
             self.weight.read_at(widths, own_decoders.get(self.served.suffixes.get(each.decoders_file or "", "")))
             for widths, each in zip(self.by_slot, self.served.resident, strict=True)
         ]
+        if self.rows is None:
+            layer.register_buffer(HANDLE, self.readers[TARGET].handle.clone(), persistent=False)
+            return
         handles = torch.zeros(MAX_SLICES, dtype=torch.int64)
         handles[: len(self.readers)] = torch.cat([reader.handle for reader in self.readers])
         layer.register_buffer(HANDLE, handles, persistent=False)
@@ -160,6 +164,10 @@ class MatquantLinearMethod(LinearMethodBase):
         """What the format would predict of a server that holds the active slice alone."""
         return self.stored.predicted_bytes(self.served.alone().of_layer(self.stored.cut.names))
 
+    def read_slot(self, layer: Module, slot: int) -> None:
+        """Compute all rows with the reader of a slot from the next product on (where rows have no slots)."""
+        getattr(layer, HANDLE).copy_(self.readers[slot].handle)
+
     def switch(self, slot: int) -> None:
         """Compute all rows with the resident slice of a slot from the next product on (where rows have none)."""
         self.weight.set_active(self.by_slot[slot])
@@ -173,8 +181,8 @@ class MatquantLinearMethod(LinearMethodBase):
         Raises:
             ValueError: one of them is not resident.
         """
-        if self.rows is not None:
-            raise ValueError("the widths of an elastic server: found a call of set_active, expected a switch of slices")
+        if self.readers:
+            raise ValueError("the widths of a server of several slices: found a call of set_active, expected none")
         self.weight.set_active([widths[name] for name in self.stored.cut.names])
 
     def _cut(self, input_size: int, in_features: int, sizes: Sequence[int]) -> Cut:

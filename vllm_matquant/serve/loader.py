@@ -18,6 +18,7 @@ from vllm_matquant.serve.files import fetch, opened
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
 from vllm_matquant.serve.request import read_request, resident_files
 from vllm_matquant.serve.served import Served
+from vllm_matquant.serve.speculation.proposer import draft_with_slices
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -54,6 +55,14 @@ class MatquantModelLoader(DefaultModelLoader):
             predicted_bytes(model),
         )
         warn_of_idle_cores(quant_config.cores, vllm_config.parallel_config.local_world_size)
+        if served.draft is not None:
+            draft_with_slices()
+            logger.info(
+                "Drafts are made with %s: this costs %d bytes on this rank that %s alone does not, and no KV cache",
+                served.draft.name,
+                sum(method.predicted_bytes() - method.bytes_alone() for _, method in quantized_layers(model)),
+                served.active.name,
+            )
         if served.offer is not None:
             logger.info(
                 "Offered: %s. This costs %d bytes more on this rank than %s alone",

@@ -16,10 +16,12 @@ from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
 from vllm_matquant.serve.elastic.offer import MAX_SLICES, Offer, ladder_of, parse_choices
 from vllm_matquant.serve.elastic.policy import Choice, LoadPolicy, read_policy
 from vllm_matquant.serve.served import Served
+from vllm_matquant.serve.speculation.settings import DRAFT_CHOICE, MOST_TOKENS, parse_draft
 
 SETTINGS_KEY = QUANT_METHOD  # of the plugin's own part in vLLM's additional_config
 CHOICES = ("bits", "memory", "recipe")  # settings that choose what is active: one of them at most
-SETTINGS = (*CHOICES, "resident", "elastic", "client_bits", "elastic_policy", "activation_bits")
+SPECULATION = ("speculate_bits", "speculate_tokens")
+SETTINGS = (*CHOICES, "resident", "elastic", "client_bits", "elastic_policy", *SPECULATION, "activation_bits")
 ACTIVATION_BITS = (8, 16)
 _RANGE = f"an integer from {WIDTHS[0]} to {WIDTHS[-1]}, or a number such as 2.5 as the budget of an average"
 
@@ -38,6 +40,7 @@ class Request:
         elastic: widths and names of recipes that the server offers, each to be active at some time.
         client_bits: those of them that a request may ask for, by default all.
         policy: when the active slice follows the load, None for never.
+        draft: a width, the name of a recipe, or the budget of an average: what drafts are made with, None for none.
     """
 
     bits: int | None = None
@@ -49,6 +52,7 @@ class Request:
     elastic: tuple[Choice, ...] = ()
     client_bits: tuple[Choice, ...] | None = None
     policy: LoadPolicy | None = None
+    draft: Choice | float | None = None
 
     def served(self, checkpoint: Checkpoint, report: Callable[[str], object], *, partial: bool = False) -> Served:
         """The slices of a checkpoint that are meant; without a choice the active one is the widest that it can serve.
@@ -82,18 +86,15 @@ class Request:
                 report(f"No --bits given: serving at {active.width} bits, {chosen}")
         if self.elastic:
             return self._elastic(checkpoint, active)
+        if self.draft is not None:
+            draft = self._draft_of(checkpoint, active, self.draft, partial)
+            return Served(active, (active, draft), self.activation_bits, draft=draft)
         others = [each for each in map(checkpoint.slice, self.resident) if each != active]
         return Served(active, (active, *others), self.activation_bits)
 
     def _elastic(self, checkpoint: Checkpoint, active: Slice) -> Served:
         """A server whose active slice can change among those that it offers; the active one is offered too."""
-        if checkpoint.format.slicing != "truncate":
-            raise ConfigError(
-                "additional_config",
-                f"{SETTINGS_KEY}.elastic",
-                f"{list(self.elastic)} of a checkpoint with rounded slices, none of which lies inside another",
-                "a checkpoint quantized with a method whose slices are truncated, or --bits alone",
-            )
+        _check_nested(checkpoint, "elastic", list(self.elastic))
         limits = [] if self.policy is None else [self.policy.floor, self.policy.ceiling]
         limits = [limit for limit in limits if limit is not None]
         choices = dict.fromkeys([*self.elastic, *self.resident, *(self.client_bits or ()), *limits])
@@ -109,6 +110,34 @@ class Request:
             ladder_of(self.policy, offer)
         return Served(active, slices, self.activation_bits, offer)
 
+    @staticmethod
+    def _draft_of(checkpoint: Checkpoint, active: Slice, which: Choice | float, partial: bool) -> Slice:
+        """The slice that drafts for the active one: it lies inside it, so that it has no planes of its own."""
+        _check_nested(checkpoint, "speculate_bits", which)
+        budget = which if isinstance(which, float) else None
+        draft = checkpoint.slice(which if budget is None else None, budget=budget, partial=partial)
+        wider = [layer for layer, width in draft.widths.items() if width > active.widths[layer]]
+        if wider or dict(draft.widths) == dict(active.widths):
+            where = f", which has {draft.widths[wider[0]]} bits at {wider[0]}" if wider else ""
+            raise ConfigError(
+                "additional_config",
+                f"{SETTINGS_KEY}.speculate_bits",
+                f"{draft.name}{where}",
+                f"a slice that is narrower than {active.name}, which is served, and nowhere wider",
+            )
+        return draft
+
+
+def _check_nested(checkpoint: Checkpoint, setting: str, value: object) -> None:
+    """Refuse to hold several slices of a checkpoint whose slices do not lie inside each other."""
+    if checkpoint.format.slicing != "truncate":
+        raise ConfigError(
+            "additional_config",
+            f"{SETTINGS_KEY}.{setting}",
+            f"{value} of a checkpoint with rounded slices, none of which lies inside another",
+            "a checkpoint quantized with a method whose slices are truncated, or --bits alone",
+        )
+
 
 def read_request(additional_config: Any) -> Request:
     """The plugin's settings, ``additional_config["matquant"]``.
@@ -116,7 +145,7 @@ def read_request(additional_config: Any) -> Request:
     ``bits`` is a width (an integer) or a budget (a number with a fraction, 3.0 too), ``memory`` a size such as "90MiB"
     or a number of bytes, ``recipe`` a file or an object {layer: width}, ``resident`` a list of widths,
     ``activation_bits`` 8 or 16, ``elastic`` and ``client_bits`` lists of widths and names of recipes, or texts such as
-    "2..8".
+    "2..8", ``speculate_bits`` a width, a budget or the name of a recipe, ``speculate_tokens`` a number.
 
     Raises:
         ConfigError: the settings are not an object, hold an unknown key or a wrong value, or choose widths twice.
@@ -151,6 +180,7 @@ def read_request(additional_config: Any) -> Request:
     for name in ("client_bits", "elastic_policy"):
         if settings.get(name) is not None and not elastic:
             raise fail(name, "elastic too, which says what a server offers")
+    draft = _read_draft(settings, fail)
     width = bits if type(bits) is int else None
     return Request(
         width,
@@ -162,6 +192,7 @@ def read_request(additional_config: Any) -> Request:
         elastic or (),
         client_bits,
         policy,
+        draft,
     )
 
 
@@ -183,6 +214,27 @@ def _read_choices(
         return parse_choices(value)
     except ValueError as error:
         raise fail(name, str(error).partition("expected ")[2]) from error
+
+
+def _read_draft(settings: Mapping[str, Any], fail: Callable[[str, str], ConfigError]) -> Choice | float | None:
+    draft, tokens = (settings.get(name) for name in SPECULATION)
+    if tokens is not None and (type(tokens) is not int or not 1 <= tokens <= MOST_TOKENS):
+        raise fail("speculate_tokens", f"an integer from 1 to {MOST_TOKENS}")
+    if draft is None:
+        if tokens is not None:
+            raise fail("speculate_tokens", "speculate_bits too, which says what drafts are made with")
+        return None
+    for name in ("elastic", "resident"):
+        if settings.get(name):
+            raise fail("speculate_bits", f"none with {name}: a server drafts for one slice, which stays")
+    if isinstance(draft, str):
+        try:
+            return parse_draft(draft)
+        except ValueError as error:
+            raise fail("speculate_bits", str(error).partition("expected ")[2]) from error
+    if type(draft) not in (int, float) or not WIDTHS[0] <= draft <= WIDTHS[-1]:
+        raise fail("speculate_bits", DRAFT_CHOICE)
+    return draft
 
 
 def _read_memory(memory: Any, fail: Callable[[str, str], ConfigError]) -> int | None:

@@ -50,12 +50,15 @@ class Served:
         activation_bits: bits to which kernels round activations, None for the default of each width.
         offer: what requests and operators can choose from, the same slices as ``resident``; None of a server that
             stays as it started.
+        draft: what guesses the next tokens, which ``active`` then checks; the other one of ``resident``, if there is
+            one.
     """
 
     active: Slice
     resident: tuple[Slice, ...]
     activation_bits: int | None = None
     offer: Offer | None = None
+    draft: Slice | None = None
 
     def of_layer(self, parts: Sequence[str]) -> LayerWidths:
         """The widths of a layer whose output partitions are the layers ``parts`` of the checkpoint."""
@@ -67,10 +70,15 @@ class Served:
         return [tuple(_width(each, part) for part in parts) for each in self.resident]
 
     @property
+    def has_readers(self) -> bool:
+        """Whether each resident slice is read by a reader of its own, with its own decoders if it has such."""
+        return self.offer is not None or self.draft is not None
+
+    @property
     def suffixes(self) -> dict[str, str]:
         """Of the names of decoders that belong to one slice alone, by their files; none where all share theirs."""
         own = dict.fromkeys(each.decoders_file for each in self.resident if each.decoders_file)
-        return {} if self.offer is None else {file: f"_own{index}" for index, file in enumerate(own)}
+        return {} if not self.has_readers else {file: f"_own{index}" for index, file in enumerate(own)}
 
     def own_decoders(self, parts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """The widths of these layers of the checkpoint in each slice that has decoders of its own, by their suffix."""
@@ -91,7 +99,8 @@ class Served:
         def changed(of: Slice) -> Slice:
             return replace(of, widths=rename(dict(of.widths)))
 
-        return replace(self, active=changed(self.active), resident=tuple(map(changed, self.resident)))
+        draft = None if self.draft is None else changed(self.draft)
+        return replace(self, active=changed(self.active), resident=tuple(map(changed, self.resident)), draft=draft)
 
 
 def _width(of: Slice, layer: str) -> int:

@@ -81,7 +81,8 @@ def _check(vllm_config: Any) -> None:
         found = "set: a server of another language, which asks no plugin"
         raise ConfigError("environment", "VLLM_USE_RUST_FRONTEND", found, "none with --elastic")
     if vllm_config.speculative_config is not None:
-        raise ConfigError("speculative_config", "method", vllm_config.speculative_config.method, "none with --elastic")
+        found = f"{vllm_config.speculative_config.method}, which leaves no room for slices of requests"
+        raise ConfigError("speculative_config", "method", found, "none with --elastic")
     if vllm_config.model_config.use_mla:
         found = "attention with latent keys and values, for which vLLM decodes weights once, at the start"
         raise ConfigError("model_config", "use_mla", found, "another model, or --bits without --elastic")
