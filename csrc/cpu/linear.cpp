@@ -6,9 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -77,17 +77,16 @@ class Scratch {
 struct Rounding {
     int bits;
     float outlier;
-
-    bool operator==(const Rounding&) const = default;
 };
 
 constexpr float kNever = std::numeric_limits<float>::infinity();
-constexpr std::array kRoundings = {Rounding{8, kNever}, Rounding{8, 3.0f}, Rounding{8, 1.5f}, Rounding{16, kNever},
-                                   Rounding{24, kNever}};
+constexpr Rounding kRoundings[] = {{8, kNever}, {8, 3.0f}, {8, 1.5f}};  // at widths from kMinWidth
+static_assert(std::size(kRoundings) == kMostWidthOf8Bits - kMinWidth + 1);
 
 // As many bits as lose nothing that matters: for float32 what keeps its precision, else what changes the model's
-// predictions by less than a hundredth of what slices of this width do already (docs/design/cpu-kernels.md). What is
-// active of a segment at other widths is rounded as the widest is.
+// predictions by less than a hundredth of what slices of this width do already (docs/design/cpu-kernels.md). All of a
+// weight is rounded as its widest part asks for, so that what it gives does not depend on how it lies in segments, and
+// activations are packed once.
 Rounding choose_rounding(const Weight& weight, int32_t widest, Element element) {
     if (weight.activation_bits) {
         return {static_cast<int>(*weight.activation_bits), kNever};
@@ -98,14 +97,13 @@ Rounding choose_rounding(const Weight& weight, int32_t widest, Element element) 
     return widest <= kMostWidthOf8Bits ? kRoundings[widest - kMinWidth] : Rounding{16, kNever};
 }
 
-// Activations of a block of tokens, packed for the segments that round them alike.
+// Activations of a block of tokens, packed.
 struct PackedActivations {
     Scratch<uint8_t> steps;
     Scratch<uint8_t> second_bytes;
     Scratch<int32_t> second_counts;
     Scratch<Factor> factors;
 };
-using PackedByRounding = std::array<PackedActivations, kRoundings.size()>;
 
 // A task and how it is divided.
 struct Part {
@@ -113,60 +111,54 @@ struct Part {
     std::vector<Product> products;  // of each segment, but for the tokens
 };
 
-Part describe(const Task& task, int64_t threads, PackedByRounding& scratch) {
+Part describe(const Task& task, int64_t threads, PackedActivations& scratch) {
     const Weight& weight = *task.weight;
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t spans = count_spans(weight.columns, weight.group_size);
     const int64_t tokens = std::min(task.tokens, kBlockTokens);
     Part part = {task.prepared->plan(weight, threads), {}};
-    for (size_t index = 0; index < weight.segments.size(); ++index) {
-        Product& product = part.products.emplace_back(task.product);
-        product.plane_stride = task.prepared->segments()[index].plane_stride;
-        const Rounding rounding = choose_rounding(weight, part.plan->widest[index], product.element);
-        product.activation_bits = rounding.bits;
-        product.outlier = rounding.outlier;
-        PackedActivations& activations =
-            scratch[std::find(kRoundings.begin(), kRoundings.end(), rounding) - kRoundings.begin()];
-        const int64_t bytes = (spans * tokens + kSpareTokens) * kernel.span_bytes(rounding.bits);
-        product.activations = activations.steps.take(bytes);
-        product.second_bytes = activations.second_bytes.take(rounding.outlier == kNever ? 1 : bytes);
-        product.second_counts = activations.second_counts.take(spans);
-        product.factors = activations.factors.take(spans * tokens);
+    const Rounding rounding = choose_rounding(weight, part.plan->widest, task.product.element);
+    const int64_t bytes = (spans * tokens + kSpareTokens) * kernel.span_bytes(rounding.bits);
+    Product product = task.product;
+    product.activation_bits = rounding.bits;
+    product.outlier = rounding.outlier;
+    product.activations = scratch.steps.take(bytes);
+    product.second_bytes = scratch.second_bytes.take(rounding.outlier == kNever ? 1 : bytes);
+    product.second_counts = scratch.second_counts.take(spans);
+    product.factors = scratch.factors.take(spans * tokens);
+    for (const PreparedWeight::Rows& segment : task.prepared->segments()) {
+        product.plane_stride = segment.plane_stride;
+        part.products.push_back(product);
     }
     return part;
 }
 
-// Packs the activations of a task's block of tokens.
+// Packs the activations of a task's block of tokens, for all segments at once.
 void pack(const Task& task, Part& part, int64_t first, int64_t count) {
-    const Kernel& kernel = *isa_in_use().kernel;
     const int64_t element_size = task.product.element == Element::kFloat ? 4 : 2;
-    const int64_t spans = count_spans(task.product.columns, task.product.group_size);
-    std::vector<const uint8_t*> packed;  // where, once for the segments that round activations alike
     for (Product& product : part.products) {
         product.tokens = count;
         product.input = static_cast<const uint8_t*>(task.product.input) + first * product.columns * element_size;
         product.output = static_cast<uint8_t*>(task.product.output) + first * product.output_stride * element_size;
-        if (std::find(packed.begin(), packed.end(), product.activations) != packed.end()) {
-            continue;
-        }
-        packed.push_back(product.activations);
-        torch::stable::parallel_for(0, count, kPackingTokens,
-                                    [&](int64_t begin, int64_t end) { kernel.pack(product, begin, end); });
-        if (product.outlier == kNever) {
-            std::fill_n(product.second_counts, spans, 0);
-        } else {
-            torch::stable::parallel_for(
-                0, spans, ceil_div(kPackingSpans, std::max<int64_t>(count, 1)), [&](int64_t begin, int64_t end) {
-                    gather_second_bytes(product, kernel.span_bytes(product.activation_bits), begin, end);
-                });
-        }
     }
+    const Kernel& kernel = *isa_in_use().kernel;
+    const Product& any = part.products.front();
+    torch::stable::parallel_for(0, count, kPackingTokens,
+                                [&](int64_t begin, int64_t end) { kernel.pack(any, begin, end); });
+    const int64_t spans = count_spans(any.columns, any.group_size);
+    if (any.outlier == kNever) {
+        std::fill_n(any.second_counts, spans, 0);
+        return;
+    }
+    const int64_t bytes = kernel.span_bytes(any.activation_bits);
+    torch::stable::parallel_for(0, spans, ceil_div(kPackingSpans, std::max<int64_t>(count, 1)),
+                                [&](int64_t begin, int64_t end) { gather_second_bytes(any, bytes, begin, end); });
 }
 
 }  // namespace
 
 void multiply(const std::vector<Task>& tasks) {
-    thread_local std::deque<PackedByRounding> scratch;
+    thread_local std::deque<PackedActivations> scratch;
     scratch.resize(std::max(scratch.size(), tasks.size()));
     const Kernel& kernel = *isa_in_use().kernel;
     const int64_t threads = torch::stable::get_num_threads();

@@ -105,10 +105,11 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
                                   decoders + segments_[index].decoders[width] + row * decoder_size, width,
                                   first + part.first, part.count});
         }
-        plan->widest.push_back(*std::max_element(widths.begin(), widths.end()));
         plan->widths.insert(plan->widths.end(), widths.begin(), widths.end());
         first += segment.out_features();
     }
+
+    plan->widest = *std::max_element(plan->widths.begin(), plan->widths.end());
 
     // Units of rows, so that all threads have about as many bits to read.
     int64_t bits = 0, before = 0;

@@ -24,7 +24,7 @@ bool is_paired(const std::string& layout);
 struct Plan {
     std::vector<int32_t> widths;  // of all partitions
     std::vector<TileRow> rows;    // of tiles, of all segments
-    std::vector<int32_t> widest;  // of each segment's partitions
+    int32_t widest;               // of these
     std::vector<int64_t> begins;  // rows where each thread begins, and the end
 };
 

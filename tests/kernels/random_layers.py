@@ -93,15 +93,17 @@ class Layer:
         bias: torch.Tensor | None = None,
         activation_bits: int | None = None,
         rounds: bool = True,
+        widest: int | None = None,
     ) -> None:
         """Compare with products in float64: that of the rounded activations, to within the rounding of sums in float32
         and of the result, and that of the activations themselves, to within what their rounding may change. What does
-        not round them has ``rounds`` False."""
-        bits, outlier = (
-            DEFAULT_ROUNDINGS.get(max(widths), (16, np.inf)) if activation_bits is None else (activation_bits, np.inf)
-        )
-        if activation_bits is None and x.dtype == torch.float32:
-            bits = 24
+        not round them has ``rounds`` False; of a part of a weight ``widest`` is the widest of all its parts."""
+        if activation_bits is not None:
+            bits, outlier = activation_bits, np.inf
+        elif x.dtype == torch.float32:
+            bits, outlier = 24, np.inf
+        else:
+            bits, outlier = DEFAULT_ROUNDINGS.get(widest or max(widths), (16, np.inf))
         weights, absolute = self.weights(widths), self.weights(widths, absolute=True)
         rounded, lost = round_activations(x.double().numpy(), self.group_size, bits, outlier)
         if not rounds:

@@ -19,7 +19,7 @@ from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.cpu_layout import PAIRS, PLANES
 from vllm_matquant.kernels.plane_store import PlaneStore, SharedPlanes
 from vllm_matquant.kernels.support import CPU, REFERENCE
-from vllm_matquant.kernels.weight import NotResidentError, PackedWeight, find_weight
+from vllm_matquant.kernels.weight import NotResidentError, PackedWeight, StoredSegment, find_weight
 
 both_kernels = pytest.mark.parametrize("kernel", [CPU, REFERENCE], ids=lambda kernel: kernel.name)
 both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -39,6 +39,22 @@ def make_mixed(sizes, columns, group_size, resident, kind, kernel=CPU, shared=No
     return kernel.pack(stored, columns, group_size, "cpu", shared=shared), layers
 
 
+def one_segment(layers) -> StoredSegment:
+    """The layers as the partitions of one segment, with all widths resident."""
+    decoders = {
+        width: replace(
+            layers[0].decoders[width],
+            parts={
+                name: torch.cat([layer.decoders[width].parts[name] for layer in layers])
+                for name in layers[0].decoders[width].parts
+            },
+        )
+        for width in WIDTHS
+    }
+    sizes = [size for layer in layers for size in layer.output_sizes]
+    return stored_segment(torch.cat([layer.codes for layer in layers]), decoders, sizes, WIDTHS)
+
+
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -51,19 +67,21 @@ def make_mixed(sizes, columns, group_size, resident, kind, kernel=CPU, shared=No
         ([1, 1], [(2,), (2,)], (2, 2)),
     ],
 )
-def test_segments_are_computed_in_one_call_as_if_each_were_alone(sizes, resident, active, rows, dtype, kind):
+def test_segments_are_computed_in_one_call_as_if_they_were_one(sizes, resident, active, rows, dtype, kind):
     weight, layers = make_mixed(sizes, 264, 64, resident, kind)
     weight.set_active(active)
+    whole = CPU.pack([one_segment(layers)], 264, 64, "cpu")
+    whole.set_active(active)
     assert weight.active_widths == list(active)
     assert weight.output_sizes == sizes
     x, bias = make_input(rows, 264, dtype), make_input(1, sum(sizes), dtype, seed=3)[0]
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         result = CPU.linear(x, weight.handle, sum(sizes), bias)
+        assert torch.equal(result, CPU.linear(x, whole.handle, sum(sizes), bias))
         parts = zip(layers, result.split(sizes, -1), bias.split(sizes), active, strict=True)
         for layer, part, own_bias, width in parts:
-            layer.check(part, x, [width], own_bias)
-            assert torch.equal(part, layer.run(x, [width], own_bias.clone()))
+            layer.check(part, x, [width], own_bias, widest=max(active))
     torch.set_num_threads(2)
 
 
@@ -322,11 +340,11 @@ def test_one_compiled_graph_serves_every_width_and_mix(kind, kernel):
     x = make_input(3, 64, torch.bfloat16)
     for weight, layers in weights:
         module.handle.copy_(weight.handle)
-        parts = compiled(x).split(sizes, -1)
-        for layer, part, width in zip(layers, parts, weight.active_widths, strict=True):
-            alone = layer.reading(kernel)
-            alone.check(alone.run(x * 2, [width]), x * 2, [width], rounds=kernel is CPU)
-            assert torch.equal(part, alone.run(x * 2, [width]) + 1)
+        product = kernel.linear(x * 2, weight.handle, sum(sizes))
+        assert torch.equal(compiled(x), product + 1)
+        widest = max(weight.active_widths)
+        for layer, part, width in zip(layers, product.split(sizes, -1), weight.active_widths, strict=True):
+            layer.check(part, x * 2, [width], rounds=kernel is CPU, widest=widest)
     module.handle.copy_(one.weight.handle)
     for widths in ([8, 8, 2], [2, 3, 4], [5, 7, 6]):
         one.weight.set_active(widths)

@@ -145,8 +145,8 @@ def linear(x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch
 
     Of the numbers of bits, 16 loses no more than 2^-15 of a span's largest activation, and nothing of bfloat16 and
     float16 that are within a factor 2^7 or 2^4 of it; 24 is the same for float32 with 2^-22; 8 loses up to 1/254 of the
-    largest and is faster. The weight says which. By default it is 24 for float32, and else 16 in segments of which a
-    partition has more than 4 bits, 8 in others: at 3 and 4 bits but for spans with outliers, which have 16 (see
+    largest and is faster. The weight says which. By default it is 24 for float32, else 16 if any partition has more
+    than 4 bits, and 8 otherwise: at 3 and 4 bits but for spans with outliers, which have 16 (see
     :func:`vllm_matquant.kernels.reference.default_rounding`).
 
     Args:

@@ -57,8 +57,7 @@ def default_rounding(width: int) -> Rounding:
     """How kernels of the CPU round activations in bfloat16 and float16 if nobody says how.
 
     Args:
-        width: the widest that is active of what is multiplied at once: all of a fused layer that has the same widths
-            in memory.
+        width: the widest that is active of what is multiplied at once, all of a fused layer.
     """
     return {2: Rounding(8), 3: Rounding(8, 3.0), 4: Rounding(8, 1.5)}.get(width, Rounding(16))
 
