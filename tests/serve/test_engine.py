@@ -163,6 +163,7 @@ def results(
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     command = [sys.executable, str(RUNNER), str(jobs_path), str(results_path)]

@@ -82,6 +82,7 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
         environment = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that look into the processes of an engine
         }

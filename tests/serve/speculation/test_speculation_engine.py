@@ -116,6 +116,7 @@ def engines(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Res
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that look into the processes of an engine
         "OMP_NUM_THREADS": "1",
