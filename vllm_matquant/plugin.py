@@ -96,63 +96,16 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group(title="Matquant", description="Checkpoints of every width from 2 to 8 bits.")
-        group.add_argument(
-            "--bits", type=_bits, action=_StoreSetting, default=argparse.SUPPRESS, metavar="N", help=_BITS_HELP
-        )
-        group.add_argument(
-            "--memory", type=_size, action=_StoreSetting, default=argparse.SUPPRESS, metavar="SIZE", help=_MEMORY_HELP
-        )
-        group.add_argument(
-            "--recipe", type=_file, action=_StoreSetting, default=argparse.SUPPRESS, metavar="FILE", help=_RECIPE_HELP
-        )
-        group.add_argument(
-            "--elastic",
-            type=_choices,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            metavar="LIST",
-            help=_ELASTIC_HELP,
-        )
-        group.add_argument(
-            "--client-bits",
-            type=_client_choices,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            metavar="LIST",
-            help=_CLIENT_BITS_HELP,
-        )
-        group.add_argument(
-            "--elastic-policy",
-            type=_policy,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            metavar="POLICY",
-            help=_POLICY_HELP,
-        )
-        group.add_argument(
-            "--speculate-bits",
-            type=_draft,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            metavar="N",
-            help=_SPECULATE_HELP,
-        )
-        group.add_argument(
-            "--speculate-tokens",
-            type=int,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            metavar="K",
-            help=_TOKENS_HELP,
-        )
-        group.add_argument(
-            "--activation-bits",
-            type=int,
-            choices=ACTIVATION_BITS,
-            action=_StoreSetting,
-            default=argparse.SUPPRESS,
-            help=_ACTIVATION_BITS_HELP,
-        )
+        add = functools.partial(group.add_argument, action=_StoreSetting, default=argparse.SUPPRESS)
+        add("--bits", type=_bits, metavar="N", help=_BITS_HELP)
+        add("--memory", type=_size, metavar="SIZE", help=_MEMORY_HELP)
+        add("--recipe", type=_file, metavar="FILE", help=_RECIPE_HELP)
+        add("--elastic", type=_choices, metavar="LIST", help=_ELASTIC_HELP)
+        add("--client-bits", type=_client_choices, metavar="LIST", help=_CLIENT_BITS_HELP)
+        add("--elastic-policy", type=_policy, metavar="POLICY", help=_POLICY_HELP)
+        add("--speculate-bits", type=_draft, metavar="N", help=_SPECULATE_HELP)
+        add("--speculate-tokens", type=int, metavar="K", help=_TOKENS_HELP)
+        add("--activation-bits", type=int, choices=ACTIVATION_BITS, help=_ACTIVATION_BITS_HELP)
         parser._option_string_actions["--additional-config"].__class__ = _StoreAdditionalConfig
         return parser
 

@@ -17,12 +17,7 @@ from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.kernels.reference import Rounding, default_rounding
 from vllm_matquant.measure.evaluate import evaluate as evaluate_slices
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
-
-_ROUNDINGS: dict[int | str, Callable[[int], Rounding]] = {
-    8: lambda width: Rounding(8),
-    16: lambda width: Rounding(16),
-    "served": default_rounding,
-}
+from vllm_matquant.serve.request import ACTIVATION_BITS
 
 COLUMNS = ("bits", "bits_per_weight", "perplexity", "reference_perplexity", "kl", "tokens")
 
@@ -61,7 +56,7 @@ class Evaluate(Job[list[dict[str, Any]]]):
             "round what quantized layers read, as the kernels of the CPU do: to 8 or 16 bits, or as they are served "
             "by default, which depends on the width; if not given: not at all",
             parse=lambda text: int(text) if text.isdigit() else text,
-            choices=tuple(_ROUNDINGS),
+            choices=(*ACTIVATION_BITS, "served"),
         ),
     )
     json: Path | str | None = field(
@@ -79,7 +74,7 @@ class Evaluate(Job[list[dict[str, Any]]]):
             sequence_length=self.sequence_length,
             text_column=self.text_column,
         )
-        rounding_of = None if self.activation_bits is None else _ROUNDINGS[self.activation_bits]
+        rounding_of = _rounding_of(self.activation_bits)
         rows = [
             row | {"beginning_of_text": windows.source["beginning_of_text"]}
             for row in evaluate_slices(checkpoint, reference, windows.tokens, slices, rounding_of)
@@ -93,3 +88,10 @@ class Evaluate(Job[list[dict[str, Any]]]):
 
 
 evaluate = running(Evaluate)
+
+
+def _rounding_of(activation_bits: int | str | None) -> Callable[[int], Rounding] | None:
+    """How a layer of a width rounds what it reads, None for not at all."""
+    if isinstance(activation_bits, int):
+        return lambda width: Rounding(activation_bits)
+    return default_rounding if activation_bits else None

@@ -212,9 +212,8 @@ def settle(vllm_config: Any) -> None:
             settle_elastic(vllm_config)
         if served.draft is not None:
             check_speculation(vllm_config)
-        if served.draft is not None or not _has_matquant_draft(
-            vllm_config
-        ):  # which is settled later, by the same settings
+        # A draft that is another checkpoint is settled later, by the same settings.
+        if served.draft is not None or not _has_matquant_draft(vllm_config):
             vllm_config.additional_config = without_settings(vllm_config.additional_config) | graph_key(vllm_config)
     elif not _has_matquant_draft(vllm_config):
         for name, value in given_settings(vllm_config.additional_config).items():

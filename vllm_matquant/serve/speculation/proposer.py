@@ -40,7 +40,7 @@ class SliceProposer(DraftModelProposer):
     def load_model(self, target_model: Module) -> None:
         """Load nothing."""
         self.model = target_model
-        self._layers = [(layer, method) for layer, method in quantized_layers(target_model)]
+        self._layers = list(quantized_layers(target_model))
         attention = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._draft_attn_layer_names = set(attention)
         self._passes: dict[str, Any] = {}  # what the last pass told attention
