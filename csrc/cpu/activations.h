@@ -21,9 +21,9 @@ namespace {
 
 constexpr int kBFloat16Shift = 16;  // a bfloat16 is the upper half of a float32
 
-// The activations of a span as floats, zeros after them.
+// Some activations of a token as floats, at most those of a span, and zeros up to the end of a chunk.
 template <class Lanes>
-void load_span(const Product& product, int64_t token, int64_t begin, int64_t count, float* values) {
+void load_activations(const Product& product, int64_t token, int64_t begin, int64_t count, float* values) {
     const int64_t first = token * product.columns + begin;
     int64_t index = 0;
     switch (product.element) {
@@ -54,7 +54,7 @@ void load_span(const Product& product, int64_t token, int64_t begin, int64_t cou
             break;
         }
     }
-    std::fill(values + index, values + kSpanColumns, 0.0f);
+    std::fill(values + index, values + ceil_div(count, kChunkColumns) * kChunkColumns, 0.0f);
 }
 
 // The integer nearest to a value below 2^22, ties to even: adding this number leaves no bits of the fraction.
@@ -76,29 +76,32 @@ float choose_scale(float largest) {
     return std::max(std::bit_cast<float>((scale + kFraction) & ~kFraction), kSmallest);
 }
 
-// The largest magnitude of a span, infinity or NaN if there is one.
-inline float find_largest(const float* values) {
+// The largest magnitude of some chunks, infinity or NaN if there is one.
+inline float find_largest(const float* values, int64_t chunks) {
     constexpr uint32_t kMagnitude = 0x7fffffff;
     uint32_t largest = 0;
-    for (int64_t index = 0; index < kSpanColumns; ++index) {
-        largest = std::max(largest, std::bit_cast<uint32_t>(values[index]) & kMagnitude);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, values += kChunkColumns) {
+        for (int64_t index = 0; index < kChunkColumns; ++index) {
+            largest = std::max(largest, std::bit_cast<uint32_t>(values[index]) & kMagnitude);
+        }
     }
     return std::bit_cast<float>(largest);
 }
 
-// Packs one span of one token, whose integers have `scale_bits`: as many as are packed, or 16 where 8 are and the rest
-// goes to `second`.
-template <class Lanes, int bits, int scale_bits = bits>
-Factor pack_span(const float* values, float largest, uint8_t* target, uint8_t* second = nullptr) {
-    const bool finite = largest <= std::numeric_limits<float>::max();
-    const float scale = finite ? choose_scale<scale_bits>(largest) : 1.0f;
-    const float factor = finite ? 1.0f / scale : 0.0f;
+// A sum of integers, and for 24 bits what their remainders, in units of 1 / 256, add to it.
+struct IntegerSum {
+    int32_t high = 0, rest = 0;
+};
 
-    alignas(64) int16_t high[kSpanColumns];  // the integer itself, for 24 bits its leading 16
-    alignas(64) int8_t rest[kSpanColumns];
+// Packs a chunk of a token, whose integers are its values times `factor` and have `scale_bits`: as many as are packed,
+// or 16 where 8 are and the rest goes to `second`. Adds them to `sum`.
+template <class Lanes, int bits, int scale_bits>
+void pack_chunk(const float* values, float factor, uint8_t* target, [[maybe_unused]] uint8_t* second, IntegerSum& sum) {
+    alignas(64) int16_t high[kChunkColumns];  // the integer itself, for 24 bits its leading 16
+    alignas(64) int8_t rest[kChunkColumns];
     int32_t high_sum = 0, rest_sum = 0;
-    for (int64_t index = 0; index < kSpanColumns; ++index) {
-        const float value = finite ? values[index] * factor : 0.0f;
+    for (int64_t index = 0; index < kChunkColumns; ++index) {
+        const float value = values[index] * factor;
         const int32_t integer = round_to_integer(value);
         high[index] = static_cast<int16_t>(integer);
         high_sum += integer;
@@ -109,31 +112,46 @@ Factor pack_span(const float* values, float largest, uint8_t* target, uint8_t* s
             rest_sum += part;
         }
     }
-    int32_t place = kNoSecondBytes;
     if constexpr (scale_bits != bits && Lanes::kSecondBytes) {
         Lanes::split(high, target, second);
-        place = 0;
     } else {
-        Lanes::template store_steps<bits>(high, rest, target);
+        Lanes::template store_chunk<bits>(high, rest, target);
+    }
+    sum.high += high_sum;
+    sum.rest += rest_sum;
+}
+
+// Packs one span of one token, into places of each chunk that are `stride` bytes apart.
+template <class Lanes, int bits, int scale_bits = bits>
+Factor pack_span(const Span& span, float* values, float largest, int64_t stride, uint8_t* target,
+                 [[maybe_unused]] uint8_t* second = nullptr) {
+    constexpr bool kSecond = scale_bits != bits && Lanes::kSecondBytes;
+    constexpr int32_t kPlace = kSecond ? 0 : kNoSecondBytes;
+    const bool finite = largest <= std::numeric_limits<float>::max();
+    if (!finite) {
+        std::fill_n(values, span.chunks() * kChunkColumns, 0.0f);
+    }
+    const float scale = finite ? choose_scale<scale_bits>(largest) : 1.0f;
+    const float factor = 1.0f / scale;
+    IntegerSum sum;
+    for (int64_t chunk = 0; chunk < span.chunks(); ++chunk) {
+        pack_chunk<Lanes, bits, scale_bits>(values + chunk * kChunkColumns, factor, target + chunk * stride,
+                                            kSecond ? second + chunk * stride : nullptr, sum);
     }
     if (!finite) {
         const float nan = std::numeric_limits<float>::quiet_NaN();
-        return {nan, nan, place};
+        return {nan, nan, kPlace};
     }
-    const float sum = static_cast<float>(high_sum) + static_cast<float>(rest_sum) / 256.0f;
-    return {scale, scale * sum, place};
+    return {scale, scale * (static_cast<float>(sum.high) + static_cast<float>(sum.rest) / 256.0f), kPlace};
 }
 
-// Calls body(values, factor's index) for each span of a token.
+// Calls body(span, values) for each span of a token.
 template <class Lanes, class Body>
 void for_each_span(const Product& product, int64_t token, Body body) {
-    int64_t index = token;
-    for (int64_t column = 0; column < product.columns; index += product.tokens) {
-        const int64_t next = span_end(product.columns, product.group_size, column);
+    for (Span span(product.columns, product.group_size); !span.past_last(); span.advance()) {
         alignas(64) float values[kSpanColumns];
-        load_span<Lanes>(product, token, column, next - column, values);
-        body(values, index);
-        column = next;
+        load_activations<Lanes>(product, token, span.begin(), span.end() - span.begin(), values);
+        body(span, values);
     }
 }
 
@@ -145,8 +163,8 @@ float largest_of_8_bits(const Product& product, int64_t token) {
     }
     float sum = 0.0f;
     int64_t spans = 0;
-    for_each_span<Lanes>(product, token, [&](const float* values, int64_t) {
-        sum += find_largest(values);
+    for_each_span<Lanes>(product, token, [&](const Span& span, const float* values) {
+        sum += find_largest(values, span.chunks());
         ++spans;
     });
     return product.outlier * (sum / static_cast<float>(spans));
@@ -154,20 +172,21 @@ float largest_of_8_bits(const Product& product, int64_t token) {
 
 template <class Lanes, int bits>
 void pack_tokens(const Product& product, int64_t begin, int64_t end) {
-    constexpr int64_t kBytes = Lanes::template kSpanBytes<bits>;
+    constexpr int64_t kBytes = Lanes::template kChunkBytes<bits>;
     for (int64_t token = begin; token < end; ++token) {
         [[maybe_unused]] const float most = bits == 8 ? largest_of_8_bits<Lanes>(product, token) : 0.0f;
-        for_each_span<Lanes>(product, token, [&](const float* values, int64_t index) {
-            const float largest = find_largest(values);
-            uint8_t* target = product.activations + index * kBytes;
+        for_each_span<Lanes>(product, token, [&](const Span& span, float* values) {
+            const float largest = find_largest(values, span.chunks());
+            const int64_t stride = product.tokens * kBytes, place = span.chunk() * stride + token * kBytes;
+            Factor& factor = product.factors[span.index() * product.tokens + token];
             if constexpr (bits == 8) {
                 if (largest > most) {
-                    product.factors[index] =
-                        pack_span<Lanes, 8, 16>(values, largest, target, product.second_bytes + index * kBytes);
+                    factor = pack_span<Lanes, 8, 16>(span, values, largest, stride, product.activations + place,
+                                                     product.second_bytes + place);
                     return;
                 }
             }
-            product.factors[index] = pack_span<Lanes, bits>(values, largest, target);
+            factor = pack_span<Lanes, bits>(span, values, largest, stride, product.activations + place);
         });
     }
 }

@@ -22,7 +22,10 @@ namespace matquant::cpu {
 
 // The most columns whose products are summed as integers: codes of 8 bits and activations of 16 stay below 2^31.
 constexpr int64_t kSpanColumns = 128;
-constexpr int64_t kSpanSteps = kSpanColumns / kStepColumns;
+
+// Packed activations lie in chunks: these columns of each token. A span begins a chunk, and fills it up with zeros.
+constexpr int64_t kChunkColumns = 64;
+constexpr int64_t kChunkSteps = kChunkColumns / kStepColumns;
 
 // Tokens that are multiplied at once: bounds the scratch memory, and makes the time to unpack small beside the
 // products.
@@ -60,8 +63,8 @@ struct Product {
     Element element;  // of input, output and bias
     int64_t tokens;
     const void* input;       // [tokens, columns]
-    uint8_t* activations;    // packed by the kernel: [spans, tokens, bytes of a span]
-    uint8_t* second_bytes;   // with 8 bits, of spans that have 16: [spans, up to tokens, bytes of a span]
+    uint8_t* activations;    // packed by the kernel: [chunks, tokens, bytes of a chunk]
+    uint8_t* second_bytes;   // with 8 bits, of spans that have 16: [chunks, up to tokens, bytes of a chunk]
     int32_t* second_counts;  // [spans], of tokens that have such bytes
     Factor* factors;         // [spans, tokens]
     const void* bias;        // [rows of all tiles] or nullptr
@@ -81,28 +84,58 @@ struct TileRow {
 
 namespace {
 
-// Spans are what is left of the groups when they are cut every kSpanColumns columns: [begin, span_end) has one
-// decoder.
-inline int64_t span_end(int64_t columns, int64_t group_size, int64_t begin) {
-    const int64_t group_end = (begin / group_size + 1) * group_size;
-    const int64_t cut = (begin / kSpanColumns + 1) * kSpanColumns;
-    const int64_t end = group_end < cut ? group_end : cut;
-    return end < columns ? end : columns;
-}
-
-inline int64_t count_spans(int64_t columns, int64_t group_size) {
-    int64_t count = 0;
-    for (int64_t begin = 0; begin < columns; begin = span_end(columns, group_size, begin)) {
-        ++count;
+// A span, and the way to the next. Spans are what is left of the groups when they are cut every kSpanColumns columns:
+// the columns [begin, end) have one decoder.
+class Span {
+  public:
+    Span(int64_t columns, int64_t group_size) : columns_(columns), group_size_(group_size), group_end_(group_size) {
+        find_end();
     }
-    return count;
+
+    int64_t begin() const { return begin_; }
+    int64_t end() const { return end_; }
+    int64_t group() const { return group_; }
+    int64_t index() const { return index_; }  // among all spans
+    int64_t chunk() const { return chunk_; }  // its first
+    int64_t chunks() const { return ceil_div(end_ - begin_, kChunkColumns); }
+    bool past_last() const { return begin_ == columns_; }
+
+    void advance() {
+        chunk_ += chunks();
+        ++index_;
+        if (end_ == group_end_) {
+            ++group_;
+            group_end_ += group_size_;
+        }
+        begin_ = end_;
+        find_end();
+    }
+
+  private:
+    void find_end() {
+        const int64_t cut = (begin_ + kSpanColumns) & -kSpanColumns;
+        const int64_t end = group_end_ < cut ? group_end_ : cut;
+        end_ = end < columns_ ? end : columns_;
+    }
+
+    int64_t columns_, group_size_, group_end_;
+    int64_t begin_ = 0, end_ = 0, group_ = 0, index_ = 0, chunk_ = 0;
+};
+
+// The span past the last: its index is their number, its chunk that of all chunks.
+inline Span count_spans(int64_t columns, int64_t group_size) {
+    Span span(columns, group_size);
+    while (!span.past_last()) {
+        span.advance();
+    }
+    return span;
 }
 
 }  // namespace
 
 struct Kernel {
-    // Bytes of a token's packed activations of one span.
-    int64_t (*span_bytes)(int activation_bits);
+    // Bytes of a token's packed activations of one chunk.
+    int64_t (*chunk_bytes)(int activation_bits);
     // Packs the tokens [begin, end). Second bytes are left at the place of their token.
     void (*pack)(const Product& product, int64_t begin, int64_t end);
     // Multiplies all tokens with `count` rows of tiles and writes their outputs.

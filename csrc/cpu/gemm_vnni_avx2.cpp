@@ -16,7 +16,7 @@ struct Lanes : Avx2Lanes, ByteSteps {
     template <int bits>
     static void dot(Sums* sums, const Operand& operand, const uint8_t* step) {
         repeat<kSums<bits>>([&](auto sum) MATQUANT_INLINE {
-            const __m256i activations = broadcast_step(step + sum * kSpanColumns);
+            const __m256i activations = broadcast_step(step + sum * kChunkColumns);
             // Not the intrinsic: see gemm_vnni_avx512.cpp.
             __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums[sum].low) : "x"(operand.low), "x"(activations));
             __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums[sum].high) : "x"(operand.high), "x"(activations));

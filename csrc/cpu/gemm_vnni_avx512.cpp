@@ -21,7 +21,7 @@ struct Lanes : Avx512Lanes, ByteSteps {
             // copy of each in memory.
             __asm__("vpdpbusd %2, %1, %0"
                     : "+v"(sums[sum])
-                    : "v"(operand), "v"(broadcast_step(step + sum * kSpanColumns)));
+                    : "v"(operand), "v"(broadcast_step(step + sum * kChunkColumns)));
         });
     }
 };

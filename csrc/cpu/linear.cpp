@@ -114,18 +114,18 @@ struct Part {
 Part describe(const Task& task, int64_t threads, PackedActivations& scratch) {
     const Weight& weight = *task.weight;
     const Kernel& kernel = *isa_in_use().kernel;
-    const int64_t spans = count_spans(weight.columns, weight.group_size);
+    const Span past = count_spans(weight.columns, weight.group_size);
     const int64_t tokens = std::min(task.tokens, kBlockTokens);
     Part part = {task.prepared->plan(weight, threads), {}};
     const Rounding rounding = choose_rounding(weight, part.plan->widest, task.product.element);
-    const int64_t bytes = (spans * tokens + kSpareTokens) * kernel.span_bytes(rounding.bits);
+    const int64_t bytes = (past.chunk() * tokens + kSpareTokens) * kernel.chunk_bytes(rounding.bits);
     Product product = task.product;
     product.activation_bits = rounding.bits;
     product.outlier = rounding.outlier;
     product.activations = scratch.steps.take(bytes);
     product.second_bytes = scratch.second_bytes.take(rounding.outlier == kNever ? 1 : bytes);
-    product.second_counts = scratch.second_counts.take(spans);
-    product.factors = scratch.factors.take(spans * tokens);
+    product.second_counts = scratch.second_counts.take(past.index());
+    product.factors = scratch.factors.take(past.index() * tokens);
     for (const PreparedWeight::Rows& segment : task.prepared->segments()) {
         product.plane_stride = segment.plane_stride;
         part.products.push_back(product);
@@ -145,12 +145,12 @@ void pack(const Task& task, Part& part, int64_t first, int64_t count) {
     const Product& any = part.products.front();
     torch::stable::parallel_for(0, count, kPackingTokens,
                                 [&](int64_t begin, int64_t end) { kernel.pack(any, begin, end); });
-    const int64_t spans = count_spans(any.columns, any.group_size);
+    const int64_t spans = count_spans(any.columns, any.group_size).index();
     if (any.outlier == kNever) {
         std::fill_n(any.second_counts, spans, 0);
         return;
     }
-    const int64_t bytes = kernel.span_bytes(any.activation_bits);
+    const int64_t bytes = kernel.chunk_bytes(any.activation_bits);
     torch::stable::parallel_for(0, spans, ceil_div(kPackingSpans, std::max<int64_t>(count, 1)),
                                 [&](int64_t begin, int64_t end) { gather_second_bytes(any, bytes, begin, end); });
 }

@@ -30,9 +30,9 @@ MATQUANT_INLINE inline void repeat(Body body) {
 }
 
 // Activations as signed bytes: the dot product of four with four unsigned bytes is one 32-bit lane. An integer of 16
-// bits is two of them, and two sums. A span's bytes of one significance lie together, so that those of many columns can
-// be read at once. Where activations take 8 bits, a span that takes 16 has its upper bytes with the others' only ones,
-// and its lower ones, the second bytes, elsewhere.
+// bits is two of them, and two sums. A chunk's bytes of one significance lie together, so that those of many columns
+// can be read at once. Where activations take 8 bits, a span that takes 16 has its upper bytes with the others' only
+// ones, and its lower ones, the second bytes, elsewhere.
 struct ByteSteps {
     static constexpr bool kSecondBytes = true;
     template <int bits>
@@ -40,23 +40,23 @@ struct ByteSteps {
     template <int bits>
     static constexpr int64_t kStepBytes = kStepColumns;
     template <int bits>
-    static constexpr int64_t kSpanBytes = kSums<bits> * kSpanColumns;
+    static constexpr int64_t kChunkBytes = kSums<bits> * kChunkColumns;
 
     template <int bits>
-    static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
+    static void store_chunk(const int16_t* high, const int8_t* rest, uint8_t* target) {
         if constexpr (bits == 8) {
-            std::copy_n(high, kSpanColumns, reinterpret_cast<int8_t*>(target));
+            std::copy_n(high, kChunkColumns, reinterpret_cast<int8_t*>(target));
             return;
         }
-        split(high, target, target + kSpanColumns);
+        split(high, target, target + kChunkColumns);
         if constexpr (bits == 24) {
-            std::memcpy(target + 2 * kSpanColumns, rest, kSpanColumns);
+            std::memcpy(target + 2 * kChunkColumns, rest, kChunkColumns);
         }
     }
 
-    // The bytes of a span's integers.
+    // The bytes of a chunk's integers.
     static void split(const int16_t* integers, uint8_t* upper, uint8_t* lower) {
-        for (int64_t column = 0; column < kSpanColumns; ++column) {
+        for (int64_t column = 0; column < kChunkColumns; ++column) {
             const int byte = (integers[column] + 128) >> 8;
             upper[column] = static_cast<uint8_t>(byte);
             lower[column] = static_cast<uint8_t>(integers[column] - 256 * byte);
@@ -86,11 +86,11 @@ struct WordSteps {
     template <int bits>
     static constexpr int64_t kStepBytes = kSums<bits> * kStepColumns * 2;
     template <int bits>
-    static constexpr int64_t kSpanBytes = kSpanSteps * kStepBytes<bits>;
+    static constexpr int64_t kChunkBytes = kChunkSteps * kStepBytes<bits>;
 
     template <int bits>
-    static void store_steps(const int16_t* high, const int8_t* rest, uint8_t* target) {
-        for (int64_t step = 0; step < kSpanSteps; ++step) {
+    static void store_chunk(const int16_t* high, const int8_t* rest, uint8_t* target) {
+        for (int64_t step = 0; step < kChunkSteps; ++step) {
             const int64_t first = step * kStepColumns;
             const int16_t words[8] = {high[first], high[first + 2], high[first + 1], high[first + 3]};
             std::memcpy(target + step * kStepBytes<bits>, words, 8);

@@ -73,9 +73,9 @@ class Layer {
     }
 
     std::vector<uint8_t> multiply(const Kernel& kernel) const {
-        const int64_t spans = count_spans(case_.columns, case_.group_size);
-        const int64_t span_bytes = kernel.span_bytes(case_.activation_bits);
-        std::vector<uint8_t> activations((spans * case_.tokens + kSpareTokens) * span_bytes);
+        const Span past = count_spans(case_.columns, case_.group_size);
+        const int64_t spans = past.index(), chunk_bytes = kernel.chunk_bytes(case_.activation_bits);
+        std::vector<uint8_t> activations((past.chunk() * case_.tokens + kSpareTokens) * chunk_bytes);
         std::vector<uint8_t> second_bytes(activations.size());
         std::vector<int32_t> second_counts(spans);
         std::vector<Factor> factors(spans * case_.tokens);
@@ -98,7 +98,7 @@ class Layer {
                                  .output = output.data(),
                                  .output_stride = case_.outputs};
         kernel.pack(product, 0, case_.tokens);
-        gather_second_bytes(product, span_bytes, 0, spans);
+        gather_second_bytes(product, chunk_bytes, 0, spans);
         std::vector<TileRow> tile_rows;
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
