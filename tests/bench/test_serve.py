@@ -107,10 +107,21 @@ def test_what_could_not_be_measured_is_none() -> None:
     ]
 
 
+def test_roofline_is_the_share_of_a_plain_read() -> None:
+    row = {"decode_tokens_per_s": 40.0, "read_gb_per_s": 50.0, "step_bytes": 10**9, "batch": 2}
+    assert serving._roofline(row) == {"roofline": 40 / 2 * 1 / 50}
+    assert serving._roofline(row | {"decode_tokens_per_s": None}) == {}
+    assert serving._roofline({"decode_tokens_per_s": 40.0}) == {}  # not on a CPU
+
+
 @pytest.mark.parametrize(("tokens", "expected"), [(5, 2 * 4 / 0.5), (1, float("nan"))])
 def test_decoding_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch, tokens: int, expected: float) -> None:
     monkeypatch.setattr(Served, "__init__", lambda self: None)
     served = Served()  # type: ignore[call-arg]
     served.load = Load(batch=2, output_tokens=tokens)
-    monkeypatch.setattr(served, "_generate", lambda count: 0.25 if count == 1 else 0.75)
-    assert served.measure()["decode_tokens_per_s"] == pytest.approx(expected, nan_ok=True)
+    served.prompt_tokens, served.memory = 20, None
+    monkeypatch.setattr(served, "_generate", lambda count: (0.25 if count == 1 else 0.75, 20))
+    measured = served.measure()
+    assert measured["decode_tokens_per_s"] == pytest.approx(expected, nan_ok=True)
+    assert measured["prompt_tokens_per_s"] == 80.0
+    assert "read_gb_per_s" not in measured

@@ -22,6 +22,8 @@ from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import ops
+from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.serve.elastic.offer import choice_of
 from vllm_matquant.serve.elastic.policy import Choice
 
@@ -33,7 +35,17 @@ ANSWER_TOKENS = 48
 PROMPT_TOKENS = 16  # where there is no tokenizer
 MODEL_LENGTH = 1024  # at most
 UNQUANTIZED_BITS = 16
-COLUMNS = ("bits", "output_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "load_seconds", "batch")
+READ_BYTES = 2**28  # more than caches hold
+COLUMNS = (
+    "bits",
+    "output_tokens_per_s",
+    "decode_tokens_per_s",
+    "prompt_tokens_per_s",
+    "roofline",
+    "resident_bytes",
+    "load_seconds",
+    "batch",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class Served:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, TokensPrompt
+        from vllm.platforms import current_platform
 
         start = time.perf_counter()
         self.load, self.name = load, folder.resolve().name
@@ -91,21 +104,30 @@ class Served:
         self.load_seconds = time.perf_counter() - start
         numbers = TokensPrompt(prompt_token_ids=list(range(100, 100 + (load.prompt_tokens or PROMPT_TOKENS))))
         self.prompt = load.prompt if self.has_tokenizer and load.prompt_tokens is None else numbers
-        self._generate(load.output_tokens)  # warms up
+        self.prompt_tokens = self._generate(load.output_tokens)[1]  # warms up
+        self.memory = WeightMemory().take((READ_BYTES,), torch.uint8).fill_(1) if current_platform.is_cpu() else None
 
     def measure(self) -> dict[str, float]:
-        """Generate once: {"output_tokens_per_s", "decode_tokens_per_s"}, of all requests together.
+        """Generate once: {"output_tokens_per_s", "decode_tokens_per_s", "prompt_tokens_per_s"}, of all requests
+        together, and on a CPU {"read_gb_per_s"}, the speed of a plain read of memory.
 
         The second is the speed of all tokens but the first, so that the prompt does not count; nan where these took no
-        time that could be told from the prompt's.
+        time that could be told from the prompt's. The third counts the tokens of the prompts against the time to the
+        first of the answers.
         """
-        first, whole = self._generate(1), self._generate(self.load.output_tokens)
+        first, whole = self._generate(1)[0], self._generate(self.load.output_tokens)[0]
         tokens = self.load.batch * self.load.output_tokens
         decoded = tokens - self.load.batch
-        return {
+        measured = {
             "output_tokens_per_s": tokens / whole,
             "decode_tokens_per_s": decoded / (whole - first) if decoded and whole > first else math.nan,
+            "prompt_tokens_per_s": self.prompt_tokens / first,
         }
+        if self.memory is not None:
+            start = time.perf_counter()
+            ops.read_memory(self.memory)
+            measured["read_gb_per_s"] = READ_BYTES / (time.perf_counter() - start) / 1e9
+        return measured
 
     def answers(self, choices: Sequence[Choice | None]) -> list[str]:
         """The greedy answers to the prompt, in one batch: each at a slice that an elastic server offers, or (None) at
@@ -132,22 +154,25 @@ class Served:
     def describe(self) -> dict[str, Any]:
         """What a row of ``matquant bench serve`` says of the server."""
         from vllm_matquant.serve.linear import resident_bytes
+        from vllm_matquant.serve.step_bytes import step_bytes
 
         return {
             "resident_bytes": sum(self.llm.apply_model(resident_bytes)),
+            "step_bytes": sum(self.llm.apply_model(step_bytes)),
             "load_seconds": self.load_seconds,
             "batch": self.load.batch,
             "model": self.name,
         }
 
-    def _generate(self, tokens: int) -> float:
-        """Seconds that all requests take together."""
+    def _generate(self, tokens: int) -> tuple[float, int]:
+        """Seconds that all requests take together, and the tokens of their prompts."""
         from vllm import SamplingParams
 
         fixed_length = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=self.has_tokenizer)
         start = time.perf_counter()
-        self.llm.generate([self.prompt] * self.load.batch, fixed_length, use_tqdm=False)
-        return time.perf_counter() - start
+        outputs = self.llm.generate([self.prompt] * self.load.batch, fixed_length, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return seconds, sum(len(output.prompt_token_ids or ()) for output in outputs)
 
 
 def _settings(parts: Sequence[Slice], load: Load) -> dict[str, Any]:
@@ -258,7 +283,8 @@ def _rows_of_engine(
                         prompt_tokens = load.prompt_tokens or PROMPT_TOKENS
                         theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
             named = part.label if part else {"bits": UNQUANTIZED_BITS}
-            yield named | _summary(ours) | described | {"answer": answer}
+            row = named | _summary(ours) | described | {"answer": answer}
+            yield row if choice else row | _roofline(row)
             if peer:
                 named = {"model": f"llama.cpp {peer.type}", "bits_per_weight": peer.bits_per_weight}
                 yield named | _summary(theirs) | {"batch": load.batch}
@@ -273,6 +299,12 @@ def _peer_of(part: Slice | None, folder: Path, program: Path | None, temporary: 
     if part.width is None or misfit(config, part.width):
         return None
     return LlamaCpp(program, temporary, config, part.width, torch.get_num_threads())
+
+
+def _roofline(row: dict[str, Any]) -> dict[str, float]:
+    """The bytes that decoding read in a second, as a share of what a plain read did; nothing where it is not known."""
+    decoded, read = row.get("decode_tokens_per_s"), row.get("read_gb_per_s")
+    return {"roofline": decoded / row["batch"] * row["step_bytes"] / 1e9 / read} if decoded and read else {}
 
 
 def _summary(measured: Sequence[dict[str, float]]) -> dict[str, Any]:
