@@ -10,13 +10,15 @@ import argparse
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_matquant.checkpoint.sizes import parse_bytes
 from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
 from vllm_matquant.serve.elastic.offer import parse_choices
 from vllm_matquant.serve.elastic.policy import read_policy
 from vllm_matquant.serve.speculation.settings import DEFAULT_TOKENS, MOST_TOKENS, parse_draft
+
+_Value = TypeVar("_Value")
 
 _BITS_HELP = (
     f"Bits per weight at which to serve a matquant checkpoint: {WIDTHS[0]} to {WIDTHS[-1]}, as far as it offers them; "
@@ -98,12 +100,12 @@ def _with_arguments(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         group = parser.add_argument_group(title="Matquant", description="Checkpoints of every width from 2 to 8 bits.")
         add = functools.partial(group.add_argument, action=_StoreSetting, default=argparse.SUPPRESS)
         add("--bits", type=_bits, metavar="N", help=_BITS_HELP)
-        add("--memory", type=_size, metavar="SIZE", help=_MEMORY_HELP)
+        add("--memory", type=_refusing(parse_bytes), metavar="SIZE", help=_MEMORY_HELP)
         add("--recipe", type=_file, metavar="FILE", help=_RECIPE_HELP)
-        add("--elastic", type=_choices, metavar="LIST", help=_ELASTIC_HELP)
-        add("--client-bits", type=_client_choices, metavar="LIST", help=_CLIENT_BITS_HELP)
-        add("--elastic-policy", type=_policy, metavar="POLICY", help=_POLICY_HELP)
-        add("--speculate-bits", type=_draft, metavar="N", help=_SPECULATE_HELP)
+        add("--elastic", type=_refusing(_choices), metavar="LIST", help=_ELASTIC_HELP)
+        add("--client-bits", type=_refusing(_client_choices), metavar="LIST", help=_CLIENT_BITS_HELP)
+        add("--elastic-policy", type=_refusing(_policy), metavar="POLICY", help=_POLICY_HELP)
+        add("--speculate-bits", type=_refusing(parse_draft), metavar="N", help=_SPECULATE_HELP)
         add("--speculate-tokens", type=int, metavar="K", help=_TOKENS_HELP)
         add("--activation-bits", type=int, choices=ACTIVATION_BITS, help=_ACTIVATION_BITS_HELP)
         parser._option_string_actions["--additional-config"].__class__ = _StoreAdditionalConfig
@@ -124,29 +126,22 @@ def _bits(text: str) -> int | float:
     return bits
 
 
+def _refusing(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
+    """A parser whose errors argparse shows as they are."""
+
+    @functools.wraps(parse)
+    def wrapper(text: str) -> _Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return wrapper
+
+
 def _choices(text: str) -> list[int | str]:
     """A list of widths and recipes, such as 2..8."""
-    try:
-        return list(parse_choices(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _draft(text: str) -> int | float | str:
-    """A width, the budget of an average, or a recipe's name."""
-    try:
-        return parse_draft(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _policy(text: str) -> str:
-    """The settings of a policy."""
-    try:
-        read_policy(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return list(parse_choices(text))
 
 
 def _client_choices(text: str) -> list[int | str]:
@@ -154,12 +149,10 @@ def _client_choices(text: str) -> list[int | str]:
     return [] if text == "none" else _choices(text)
 
 
-def _size(text: str) -> int:
-    """Bytes of a size such as 90MiB."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _policy(text: str) -> str:
+    """The settings of a policy."""
+    read_policy(text)
+    return text
 
 
 def _file(text: str) -> str:
