@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.serve.engine_jobs import run_jobs
 from tests.serve.rank_bytes import bytes_of_rank
 from vllm_matquant.checkpoint.decoder import AFFINE_INT8
 from vllm_matquant.checkpoint.names import shard_width
@@ -30,7 +31,6 @@ from vllm_matquant.quantize.source import SourceModel
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-ENGINE_RUNS = REPOSITORY / "tests" / "serve" / "engine_runs.py"
 PROMPT = "The capital of France is Paris, and the city is known for its museums."
 SERVED = (8, 4, 3, 2)
 RANKS = 3  # the model has nine heads, which two ranks cannot share
@@ -86,17 +86,7 @@ def engines(
     jobs["first planes"] = job(first_planes, 3)
     jobs["missing planes"] = job(first_planes, 4)
 
-    folder = tmp_path_factory.mktemp("engines")
-    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    run(
-        ENGINE_RUNS,
-        folder / "jobs.json",
-        folder / "results.pt",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CACHE_ROOT=str(folder / "cache"),
-        VLLM_LOGGING_LEVEL="WARNING",
-    )
-    return dict(zip(jobs, torch.load(folder / "results.pt", weights_only=True), strict=True))
+    return run_jobs("engine_runs", jobs, tmp_path_factory.mktemp("engines"))[0]
 
 
 @torch.no_grad()

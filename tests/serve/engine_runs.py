@@ -1,4 +1,4 @@
-"""Runs vLLM engines one after another in this process: ``python engine_runs.py JOBS.json RESULTS.pt``.
+"""Runs vLLM engines one after another in this process: ``python -m ... JOBS.json RESULTS.pt``.
 
 A process of its own, for engines leave global state behind. A job is an object with ``model``, ``tokens`` (a prompt),
 ``llm`` (arguments of ``LLM``) and, to switch widths while the engine runs, ``switch`` (a list of {part of a layer's
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from vllm import LLM, SamplingParams, envs
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from tests.serve.engine_jobs import BEGINNING
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes, set_active
 
 DEFAULTS = {
@@ -82,13 +84,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(jobs_path: Path, results_path: Path) -> None:
+def main(run_job: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Run the jobs of the file that the command names first, and write their results to the second one."""
+    jobs_path, results_path = map(Path, sys.argv[1:])
     results = []
     for job in json.loads(jobs_path.read_text()):
-        results.append(run(job))
+        print(BEGINNING, flush=True)
+        results.append(run_job(job))
         cleanup_dist_env_and_memory()
     torch.save(results, results_path)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(run)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.quantize.tiny_sources import write_tokenizer
+from tests.serve.engine_jobs import run_jobs
 from tests.serve.rank_bytes import bytes_of_rank
 from tests.serve.tiny_models import (
     EMBEDDINGS,
@@ -32,7 +30,6 @@ from vllm_matquant.checkpoint.spec import Format
 
 pytestmark = pytest.mark.slow
 
-RUNNER = Path(__file__).with_name("engine_runs.py")
 TOKENS = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_seed(0)).tolist()
 TOLERANCE = 1e-4
 MODELS: dict[str, tuple[str, Format, dict[str, Any]]] = {
@@ -157,20 +154,8 @@ def results(
         4, runner="pooling", skip_tokenizer_init=False, hf_overrides=FROM_TOKENS
     )
 
-    folder = tmp_path_factory.mktemp("engines")
-    jobs_path, results_path = folder / "jobs.json", folder / "results.pt"
-    jobs_path.write_text(json.dumps([job | {"tokens": TOKENS} for job in jobs.values()]))
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    command = [sys.executable, str(RUNNER), str(jobs_path), str(results_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return dict(zip(jobs, torch.load(results_path, weights_only=True), strict=True))
+    told = {name: job | {"tokens": TOKENS} for name, job in jobs.items()}
+    return run_jobs("engine_runs", told, tmp_path_factory.mktemp("engines"))[0]
 
 
 @pytest.mark.parametrize(("name", "bits"), EAGER)

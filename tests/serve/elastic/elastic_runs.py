@@ -9,17 +9,13 @@ wrote; or the ``error``.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 
-from tests.serve.engine_runs import DEFAULTS, generated_programs
+from tests.serve.engine_runs import DEFAULTS, generated_programs, main
 from vllm_matquant.serve.elastic.switch import switch
 from vllm_matquant.serve.linear import quantized_layers
 
@@ -85,13 +81,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(jobs_path: Path, results_path: Path) -> None:
-    results = []
-    for job in json.loads(jobs_path.read_text()):
-        results.append(run_job(job))
-        cleanup_dist_env_and_memory()
-    torch.save(results, results_path)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(run_job)

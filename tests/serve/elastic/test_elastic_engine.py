@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.serve.engine_jobs import run_jobs
 from tests.serve.tiny_models import EMBEDDINGS, own_decoder, write_checkpoint
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
@@ -22,8 +19,6 @@ from vllm_matquant.checkpoint.spec import WIDTHS, Format
 
 pytestmark = pytest.mark.slow
 
-RUNNER = "tests.serve.elastic.elastic_runs"
-ROOT = Path(__file__).parents[3]
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 COMPILED = {"enforce_eager": False}
 # The widths at which a server of one width is started too, for the runs of a server that has been switched there.
@@ -76,21 +71,7 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     @functools.cache
     def run(name: str, how: str) -> dict[Any, dict[str, Any]]:
         jobs = jobs_of(models, name, how) if (name, how) in COLD else other_jobs(models)
-        folder = tmp_path_factory.mktemp("engines")
-        jobs_path, results_path = folder / "jobs.json", folder / "results.pt"
-        jobs_path.write_text(json.dumps(list(jobs.values())))
-        environment = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that look into the processes of an engine
-        }
-        command = [sys.executable, "-m", RUNNER, str(jobs_path), str(results_path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        return dict(zip(jobs, torch.load(results_path, weights_only=True), strict=True))
+        return run_jobs("elastic.elastic_runs", jobs, tmp_path_factory.mktemp("engines"))[0]
 
     return run
 

@@ -8,19 +8,12 @@ list of the sampling parameters of its requests, one for each prompt, or one for
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
-from tests.serve.engine_runs import DEFAULTS
+from tests.serve.engine_runs import DEFAULTS, main
 from vllm_matquant.serve.linear import predicted_bytes, resident_bytes
-
-BEGINNING = "====== a job begins"  # what it wrote stands between this and the next one
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -47,14 +40,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(jobs_path: Path, results_path: Path) -> None:
-    results = []
-    for job in json.loads(jobs_path.read_text()):
-        print(BEGINNING, flush=True)
-        results.append(run_job(job))
-        cleanup_dist_env_and_memory()
-    torch.save(results, results_path)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(run_job)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.speculation.speculation_runs import BEGINNING
+from tests.serve.engine_jobs import run_jobs
 from tests.serve.tiny_models import EMBEDDINGS, log_probabilities, own_decoder, reference_model, write_checkpoint
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
@@ -24,8 +20,6 @@ from vllm_matquant.checkpoint.spec import Format
 
 pytestmark = pytest.mark.slow
 
-RUNNER = "tests.serve.speculation.speculation_runs"
-ROOT = Path(__file__).parents[3]
 MIXED = {"embed": 3, "q_proj": 5, "k_proj": 6, "v_proj": 7, "o_proj": 5, "gate_proj": 5, "up_proj": 6, "down_proj": 7,
          "lm_head": 6}  # fmt: skip
 VOCABULARY = 8  # of the model that is sampled from
@@ -111,25 +105,7 @@ def engines(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Res
                 "runs": [UNTIL_THE_END, [GREEDY | {"max_tokens": 4}]],
             }
     folder = tmp_path_factory.mktemp("engines")
-    jobs_path, results_path = folder / "jobs.json", folder / "results.pt"
-    jobs_path.write_text(json.dumps(list(jobs.values())))
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache/inductor"),
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that look into the processes of an engine
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", RUNNER, str(jobs_path), str(results_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
-    )
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-6000:]}")
-    logs = done.stdout.split(BEGINNING)[1:]
-    results = torch.load(results_path, weights_only=True)
-    return dict(zip(jobs, results, strict=True)), dict(zip(jobs, logs, strict=True))
+    return run_jobs("speculation.speculation_runs", jobs, folder, VLLM_LOGGING_LEVEL="INFO", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="session")
