@@ -3,7 +3,7 @@
 A process of its own, for engines leave global state behind. A job is an object with ``model``, ``tokens`` (a prompt),
 ``llm`` (arguments of ``LLM``) and, to switch widths while the engine runs, ``switch`` (a list of {part of a layer's
 name: its width}, each set before one more run), or ``pooling`` ("embed" or "classify"). Its result holds
-``log_probabilities`` (of the start and of each switch), the bytes of each rank and ``generated``, how many programs
+``log_probabilities`` (of the start and of each switch), bytes of each rank and ``generated``, how many programs
 torch.compile wrote that it had not written before; or what pooling gave as ``pooled``; or the ``error``.
 """
 
@@ -23,6 +23,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from tests.serve.engine_jobs import BEGINNING
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes, set_active
+from vllm_matquant.serve.step_bytes import step_bytes
 
 DEFAULTS = {
     "dtype": "float32",
@@ -80,6 +81,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "log_probabilities": rows,
         "resident_bytes": llm.apply_model(resident_bytes),
         "predicted_bytes": llm.apply_model(predicted_bytes),
+        "step_bytes": llm.apply_model(step_bytes),
         "generated": len(generated_programs() - before),
     }
 

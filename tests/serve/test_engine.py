@@ -172,6 +172,27 @@ def test_resident_bytes(models: Path, results: dict, name: str, bits: int | None
     assert results[name, bits]["resident_bytes"] == results[name, bits]["predicted_bytes"] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "dense", "looked_up"),
+    [
+        # Weights in float32 beside the codes, and of the codes those of an embedding that is no head: a row for each
+        # token of its codes, and of its decoders two bytes for each group of 32 columns and four, or four each.
+        ("llama", 2, 0, lambda rows, columns: rows * (columns * 2 // 8 + columns // 32 * 2 + 4)),
+        ("llama", 8, 0, lambda rows, columns: rows * (columns + columns // 32 * 4)),
+        ("rounded", 3, 0, None),  # whose embedding is its head
+        ("qwen3", 4, "head", None),
+        ("qwen2", 5, "head and a layer", None),
+    ],
+)
+def test_step_bytes(models: Path, results: dict, name: str, bits: int, dense: Any, looked_up: Any) -> None:
+    config = json.loads((models / name / "config.json").read_text())
+    rows, columns, inner = (config[field] for field in ("vocab_size", "hidden_size", "intermediate_size"))
+    expected = {0: 0, "head": 4 * rows * columns, "head and a layer": 4 * columns * (rows + inner)}[dense]
+    expected -= looked_up(rows, columns) if looked_up else 0
+    [resident], [step] = results[name, bits]["resident_bytes"], results[name, bits]["step_bytes"]
+    assert step == resident + expected
+
+
 def test_files_of_wider_widths_are_not_read(models: Path, results: dict) -> None:
     assert_served(results["garbage past 3", 3], models / "llama", 3)
 
