@@ -75,7 +75,7 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
     assert all(named <= set(row) for row in rows)
     titles, *lines = capsys.readouterr().out.splitlines()
     assert titles.split() == list(COLUMNS)
-    assert lines[1].split() == ["4", "25", "31.25", "4,000,000", "2.5", "3"]
+    assert lines[1].split() == ["4", "25", "31.25", "-", "-", "4,000,000", "2.5", "3"]  # of which no more was measured
     picture = (tmp_path / "plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n")
     assert struct.unpack(">II", picture[16:24]) == (900, 600)

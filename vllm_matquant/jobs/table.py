@@ -14,8 +14,8 @@ def headings(columns: Sequence[str]) -> str:
 
 
 def figures(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """A line of numbers, each right-aligned below the name of its column; a dash is one that is not known."""
-    return "  ".join(f"{_written(row[name]):>{max(_CELL, len(name))}}" for name in columns)
+    """A line of numbers, each right-aligned below the name of its column; a dash is one that the row does not have."""
+    return "  ".join(f"{_written(row.get(name)):>{max(_CELL, len(name))}}" for name in columns)
 
 
 def _written(value: Any) -> str:

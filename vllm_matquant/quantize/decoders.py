@@ -12,7 +12,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 
 _SCRATCH_BYTES = 8 * 2**20  # of products for a chunk of rows: what a cache holds
 # Pull towards the previous decoder, relative to the diagonal of the normal equations: decides only what the data leaves
-# open, such as the scale of a group whose weights share one code.
+# open.
 _RIDGE = 1e-6
 
 
@@ -113,7 +113,9 @@ class DecoderFit:
         # With few tokens for many columns, float32's rounding can leave a row's equations indefinite.
         factor, faulty = torch.linalg.cholesky_ex(normal)
         scale = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)[:, :groups]
-        solved = (scale > 0) & (faulty == 0).unsqueeze(1)
+        # The scale of a group whose weights share one code would be what rounding leaves, on each processor another.
+        determined = (grouped.amax(-1) > grouped.amin(-1)).T
+        solved = (scale > 0) & determined & (faulty == 0).unsqueeze(1)
         scale = torch.where(solved, scale, guess[0])
 
         def offsets_for(stored: torch.Tensor) -> torch.Tensor:
