@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -515,6 +516,8 @@ def test_interrupt(tmp_path: Path) -> None:
         *FEW,
     ]
     options: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    # Shells let what they start in the background ignore Ctrl-C, and that is inherited: these tests may be such.
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
         said = ""
         while not re.search(r" [1-9]\d/1400", said[-60:]):  # until the bar says that a block is finished
