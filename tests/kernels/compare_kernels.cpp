@@ -224,9 +224,11 @@ int main() {
             }
         }
     }
-    // More tokens and columns than a kernel takes at once, and more rows than it has results for.
-    comparison.compare({300, 616, 32, kBlockTokens, 3, 16, kNever, true, DecoderKind::kAffineInt8, Element::kBFloat16});
-    comparison.compare({300, 616, 32, kBlockTokens, 3, 8, 1.0f, true, DecoderKind::kAffineInt8, Element::kBFloat16});
+    // More activations than the second cache holds, so that rows share panels, and more rows than share one; then many
+    // tokens of whose activations it holds all.
+    comparison.compare(
+        {300, 1160, 32, kBlockTokens, 3, 16, kNever, true, DecoderKind::kAffineInt8, Element::kBFloat16});
+    comparison.compare({70, 2120, 32, kBlockTokens, 3, 8, 1.0f, true, DecoderKind::kAffineInt8, Element::kBFloat16});
     comparison.compare({70, 1100, 1100, 300, 6, 8, kNever, false, DecoderKind::kAffineInt8, Element::kHalf});
     return comparison.report() ? 0 : 1;
 }
