@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -28,6 +30,30 @@ namespace {
 
 // Of the second cache, for activations or for results.
 constexpr int64_t kCachedBytes = 1 << 19;
+
+// Results that are kept from call to call. No std::vector: the linker merges functions of the same name.
+class KeptResults {
+  public:
+    ~KeptResults() { std::free(data_); }
+
+    // So many zeros.
+    float* zeros(int64_t count) {
+        if (count > capacity_) {
+            std::free(data_);
+            data_ = static_cast<float*>(std::malloc(count * sizeof(float)));
+            capacity_ = data_ == nullptr ? 0 : count;
+            if (data_ == nullptr) {
+                throw std::bad_alloc();
+            }
+        }
+        std::fill_n(data_, count, 0.0f);
+        return data_;
+    }
+
+  private:
+    float* data_ = nullptr;
+    int64_t capacity_ = 0;
+};
 
 // The codes [steps, rows, 64] of a span, and the decoders of its rows.
 template <class Lanes, int rows>
@@ -77,9 +103,9 @@ Span multiply_panel(const Product& product, const TileRow* row,
 template <class Blocks, int bits, int rows>
 void multiply_panels(const Product& product, const TileRow* row, int64_t count) {
     using Lanes = typename Blocks::Lanes;
-    thread_local std::vector<float> results;
+    thread_local KeptResults kept;
     const int64_t size = product.tokens * rows * kTileRows;
-    results.assign(count * size, 0.0f);
+    float* const results = kept.zeros(count * size);
     std::vector<std::array<RowDecoders<Lanes>, rows>> decoders;
     for (int64_t each = 0; each < count; ++each) {
         decoders.push_back(decoders_of<Lanes>(product, row + each * rows, std::make_integer_sequence<int, rows>()));
@@ -87,12 +113,12 @@ void multiply_panels(const Product& product, const TileRow* row, int64_t count) 
     for (Span span(product.columns, product.group_size), next = span; !span.past_last(); span = next) {
         for (int64_t each = 0; each < count; ++each) {
             next = multiply_panel<Blocks, bits, rows>(product, row + each * rows, decoders[each], span,
-                                                      results.data() + each * size);
+                                                      results + each * size);
         }
     }
     for (int64_t each = 0; each < count * rows; ++each) {
         const Writer<Lanes> writer(product, row[each]);
-        const float* result = results.data() + each / rows * size + each % rows * kTileRows;
+        const float* result = results + each / rows * size + each % rows * kTileRows;
         for (int64_t token = 0; token < product.tokens; ++token) {
             writer.write(token, Lanes::load(result + token * rows * kTileRows));
         }
