@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
 }
+HEAD = "lm_head"
 STANDARD_DEVIATION = 0.02  # of weights
 LARGEST = 3 * STANDARD_DEVIATION  # the codes stand for weights of up to this magnitude
 
@@ -70,25 +72,29 @@ def random_layer(
     return codes, decoders
 
 
-def write_models(shape: str, output: Path, group_size: int, seed: int) -> None:
-    """Write OUTPUT/bf16 and OUTPUT/nested.
+def write_models(shape: str, output: Path, group_size: int, seed: int, head_bits: int | None = None) -> None:
+    """Write OUTPUT/bf16 and OUTPUT/nested, whose output head is quantized if it is to have ``head_bits``.
 
     Raises:
         CheckpointError: the group size does not divide the columns of a layer, or the output holds a model.
     """
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
     torch.manual_seed(seed)
-    with CheckpointWriter(output / "nested", Format(group_size=group_size)) as writer:
+    format_ = Format(group_size=group_size)
+    if head_bits is not None:
+        format_ = replace(format_, ignored_layers=(), layer_widths={HEAD: (head_bits,)})
+    with CheckpointWriter(output / "nested", format_) as writer:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        quantized = {
-            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
-        }
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        quantized = linear - set(format_.ignored_layers)
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in tqdm(model.state_dict().items(), desc=shape, unit="tensor"):
             layer = name.removesuffix(".weight")
             if layer in quantized:
                 rows, columns = tensor.shape
-                writer.add_layer(layer, *random_layer(rows, columns, group_size, generator))
+                codes, decoders = random_layer(rows, columns, group_size, generator)
+                own = {width: decoders[width] for width in format_.widths_of(layer)}
+                writer.add_layer(layer, codes, own)
             else:
                 writer.add_tensor(name, tensor)
         model.save_pretrained(output / "bf16")
@@ -100,10 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the two models")
     parser.add_argument("--group-size", type=positive, default=128, help="columns of a group (default: %(default)s)")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=WIDTHS,
+        metavar="BITS",
+        help="quantize the output head too, to this width alone (default: bfloat16)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        write_models(options.shape, options.output, options.group_size, options.seed)
+        write_models(options.shape, options.output, options.group_size, options.seed, options.head_bits)
     except (CheckpointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(options.output / "nested")

@@ -9,7 +9,7 @@ import gguf
 import pytest
 
 import vllm_matquant
-from vllm_matquant.bench.llama_cpp import TYPE_OF_WIDTH, LlamaCpp, instruction_sets, misfit
+from vllm_matquant.bench.llama_cpp import HEAD_TYPES, TYPE_OF_WIDTH, LlamaCpp, instruction_sets, misfit
 
 CONFIG = {
     "hidden_size": 256,
@@ -42,6 +42,16 @@ def test_the_model_has_the_shape_and_the_type(tmp_path: Path, width: int) -> Non
     assert width < peer.bits_per_weight < width + 1
 
 
+@pytest.mark.parametrize("width", HEAD_TYPES)
+def test_the_head_has_its_own_type(tmp_path: Path, width: int) -> None:
+    peer = LlamaCpp(Path("none"), tmp_path, CONFIG, 4, threads=2, head_width=width)
+    head = {tensor.name: tensor for tensor in gguf.GGUFReader(peer.file).tensors}["output.weight"]
+    assert head.tensor_type.name == peer.head_type
+    assert list(head.shape) == [256, 300]
+    assert width <= 8 * head.n_bytes / (256 * 300) < width + 2
+    assert gguf.quants.dequantize(head.data, head.tensor_type).std() > 0
+
+
 def test_measure_reads_the_programs_lines(tmp_path: Path) -> None:
     line = '{"pp": 16, "tg": 8, "pl": 3, "speed_pp": 90.5, "speed_tg": 12.25}'
     peer = LlamaCpp(
@@ -54,16 +64,17 @@ def test_measure_reads_the_programs_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "width", "reason"),
+    ("hidden", "width", "head", "reason"),
     [
-        (256, 4, None),
-        (576, 8, None),
-        (576, 3, "576 columns are no blocks of 256, as Q3_K has them"),
-        (256, 5, "no type of about 5 bits"),
+        (256, 4, None, None),
+        (576, 8, 4, None),
+        (576, 3, None, "576 columns are no blocks of 256, as Q3_K has them"),
+        (576, 4, 6, "576 columns are no blocks of 256, as Q6_K has them"),
+        (256, 5, None, "no type of about 5 bits"),
     ],
 )
-def test_shapes_and_widths_without_a_type(hidden: int, width: int, reason: str | None) -> None:
-    assert misfit(CONFIG | {"hidden_size": hidden}, width) == reason
+def test_shapes_and_widths_without_a_type(hidden: int, width: int, head: int | None, reason: str | None) -> None:
+    assert misfit(CONFIG | {"hidden_size": hidden}, width, head) == reason
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,8 +43,10 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class FakePeer:
         bits_per_weight = 4.5
 
-        def __init__(self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int) -> None:
-            self.type = f"Q{width}"
+        def __init__(
+            self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int, head: int | None
+        ) -> None:
+            self.type, self.head_type = f"Q{width}", "BF16" if head is None else f"Q{head}"
 
         def measure(self, batch: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
             measured.append(f"{self.type} {batch} {prompt_tokens} {output_tokens}")
@@ -57,7 +60,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(serving, "_switch", switch)
     monkeypatch.setattr(serving, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(llama_cpp, "LlamaCpp", FakePeer)
-    monkeypatch.setattr(llama_cpp, "misfit", lambda config, width: "none" if width == 8 else None)
+    monkeypatch.setattr(llama_cpp, "misfit", lambda config, width, head: "none" if width == 8 else None)
     return measured
 
 
@@ -71,7 +74,7 @@ def test_ours_and_llama_cpp_take_turns(nested: Path, order: list[str], tmp_path:
     assert rows[0]["output_tokens_per_s"] == 12.0
     assert rows[0]["output_tokens_per_s_range"] == [11.0, 13.0]
     assert rows[2] == {
-        "model": "llama.cpp Q2",
+        "model": "llama.cpp Q2, head BF16",
         "bits_per_weight": 4.5,
         "prompt_tokens_per_s": 1.0,
         "prompt_tokens_per_s_range": [1.0, 1.0],
@@ -79,6 +82,23 @@ def test_ours_and_llama_cpp_take_turns(nested: Path, order: list[str], tmp_path:
         "decode_tokens_per_s_range": [5.0, 9.0],
         "batch": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("tied", "widths", "head"),
+    [
+        (False, {"lm_head": 6}, "Q6"),
+        (True, {"model.embed_tokens": 8}, "Q8"),
+        (False, {"model.embed_tokens": 8}, "BF16"),
+    ],
+)
+def test_the_peers_head_is_quantized_like_ours(
+    tied: bool, widths: dict[str, int], head: str, order: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    peer = serving._peer_of(SimpleNamespace(width=4, widths=widths), tmp_path, tmp_path, tmp_path)  # type: ignore[arg-type]
+    assert peer is not None
+    assert (peer.type, peer.head_type) == ("Q4", head)
 
 
 def test_one_round_has_no_range(nested: Path, order: list[str]) -> None:

@@ -68,7 +68,8 @@ def test_serve(nested: Path, calls: list, tmp_path: Path, capsys: pytest.Capture
     assert run_bench([*arguments, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
     assert calls[0][:2] == (nested, (2, 4, 8))
     load = {"batch": 3, "output_tokens": 16, "prompt": "Why?", "activation_bits": None, "prompt_tokens": None}
-    assert calls[0][2] == load | {"rounds": 1, "reference": None, "llama_cpp": None, "elastic": False}
+    load |= {"rounds": 1, "speculate_bits": None, "speculate_tokens": None}
+    assert calls[0][2] == load | {"reference": None, "llama_cpp": None, "elastic": False}
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["bits"] for row in rows] == [2, 4, 8]
     named = {"bits", "output_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "load_seconds", "batch", "model"}
@@ -85,6 +86,14 @@ def test_widths(nested: Path, calls: list) -> None:
     assert run_bench(["serve", str(nested), "--bits", "8,2", "--elastic"]) == 0
     assert calls[0][1] == (2, 8)
     assert calls[0][2]["elastic"] is True
+
+
+@pytest.mark.parametrize(("text", "bits"), [("3", 3), ("2.5", 2.5), ("mine", "mine")])
+def test_drafts(nested: Path, calls: list, capsys: pytest.CaptureFixture[str], text: str, bits: object) -> None:
+    options = ["--bits", "8", "--speculate-bits", text, "--speculate-tokens", "3"]
+    assert run_bench(["serve", str(nested), *options]) == 0
+    assert (calls[0][2]["speculate_bits"], calls[0][2]["speculate_tokens"]) == (bits, 3)
+    assert capsys.readouterr().out.split("\n")[0].split()[-1] == "acceptance"
 
 
 def test_without_vllm(
@@ -105,6 +114,8 @@ def test_without_vllm(
         (["--batch", "0"], 2, "argument --batch: found '0', expected a positive integer"),
         (["--output-tokens", "-1"], 2, "argument --output-tokens"),
         (["--json", "/no/such/folder/x.json"], 2, "argument --json: found no folder /no/such/folder"),
+        (["--speculate-bits", "9"], 2, "argument --speculate-bits: found '9', expected a width from 2 to 8"),
+        (["--speculate-bits", "3", "--elastic"], 1, "speculate_bits: found it with --elastic, expected one of them"),
         (["--plot", "/no/such/folder/x.png"], 2, "argument --plot: found no folder /no/such/folder"),
     ],
 )

@@ -44,6 +44,14 @@ def test_both_models_have_the_shape(tmp_path: Path) -> None:
         assert logs.std() > 0.01
 
 
+def test_a_quantized_head(tmp_path: Path) -> None:
+    assert random_model.main(["--output", str(tmp_path), "--group-size", "32", "--head-bits", "6"]) == 0
+    checkpoint = open_checkpoint(tmp_path / "nested")
+    assert checkpoint.layers["lm_head"] == (96, 64)
+    assert {checkpoint.slice(width).widths["lm_head"] for width in range(2, 9)} == {6}
+    assert log_probabilities(load_model(tmp_path / "nested", 2), [1, 2, 3]).isfinite().all()
+
+
 def test_slices_agree(tmp_path: Path) -> None:
     """A slice decodes to the middle of the weights that share it."""
     codes, decoders = random_model.random_layer(32, 64, 32, torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import gguf
 import numpy as np
 
 TYPE_OF_WIDTH = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
+HEAD_TYPES = TYPE_OF_WIDTH | {7: "Q8_0", 6: "Q6_K", 5: "Q6_K"}
 _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
     "attn_q": ("heads", "hidden"),
     "attn_k": ("kv", "hidden"),
@@ -24,7 +26,7 @@ _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
     "ffn_down": ("hidden", "intermediate"),
 }
 # Bytes of a block at which float16 scales lie; all other bytes are codes and small integers.
-_SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82)}
+_SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82)}
 _SCALE = 2.0**-12
 # Instructions that tell what a program was built for, as objdump writes them.
 _INSTRUCTIONS = {
@@ -44,13 +46,23 @@ class LlamaCpp:
         config: the model's shape, as transformers' config.json has it.
         width: its layers' type is the one of about so many bits, of :data:`TYPE_OF_WIDTH`.
         threads: to compute with.
+        head_width: its head's type is the one of at least so many bits, of :data:`HEAD_TYPES`; by default bfloat16.
     """
 
-    def __init__(self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int) -> None:
+    def __init__(
+        self,
+        program: Path,
+        folder: Path,
+        config: dict[str, Any],
+        width: int,
+        threads: int,
+        head_width: int | None = None,
+    ) -> None:
         self.program, self.threads = program, threads
         self.type = TYPE_OF_WIDTH[width]
+        self.head_type = "BF16" if head_width is None else HEAD_TYPES[head_width]
         self.file = folder / f"{self.type}.gguf"
-        write_gguf(self.file, config, self.type)
+        write_gguf(self.file, config, self.type, self.head_type)
 
     @property
     def bits_per_weight(self) -> float:
@@ -77,14 +89,23 @@ class LlamaCpp:
         return {"prompt_tokens_per_s": rows[0]["speed_pp"], "decode_tokens_per_s": rows[0]["speed_tg"]}
 
 
-def misfit(config: dict[str, Any], width: int) -> str | None:
-    """Why llama.cpp has no type for layers of a shape at a width, None if it has one."""
+def head_width(config: dict[str, Any], widths: Mapping[str, int]) -> int | None:
+    """The width of a Llama's output head among those of a slice's quantized layers, None if it is not quantized."""
+    return widths.get("model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head")
+
+
+def misfit(config: dict[str, Any], width: int, head_width: int | None = None) -> str | None:
+    """Why llama.cpp has no types for a shape whose layers and head have these widths, None if it has them."""
     if width not in TYPE_OF_WIDTH:
         return f"no type of about {width} bits"
-    name = TYPE_OF_WIDTH[width]
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    odd = [size for size in (config["hidden_size"], config["intermediate_size"]) if size % block]
-    return f"{odd[0]} columns are no blocks of {block}, as {name} has them" if odd else None
+    wanted = [(TYPE_OF_WIDTH[width], config["hidden_size"]), (TYPE_OF_WIDTH[width], config["intermediate_size"])]
+    if head_width is not None:
+        wanted.append((HEAD_TYPES[head_width], config["hidden_size"]))
+    for name, columns in wanted:
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        if columns % block:
+            return f"{columns} columns are no blocks of {block}, as {name} has them"
+    return None
 
 
 def instruction_sets(program: Path) -> str:
@@ -104,8 +125,8 @@ def random_blocks(rows: int, columns: int, name: str, generator: np.random.Gener
     return data.reshape(rows, -1)
 
 
-def write_gguf(file: Path, config: dict[str, Any], name: str) -> None:
-    """A model of the shape that config.json says, its layers of type ``name``, its head in bfloat16."""
+def write_gguf(file: Path, config: dict[str, Any], name: str, head_type: str) -> None:
+    """A model of the shape that config.json says, its layers of type ``name``, its embedding in bfloat16."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = hidden // heads
     sizes = {
@@ -135,20 +156,26 @@ def write_gguf(file: Path, config: dict[str, Any], name: str) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
+    def add_random(tensor: str, rows: int, columns: int, name: str) -> None:
+        data = random_blocks(rows, columns, name, generator)
+        writer.add_tensor(tensor, data, raw_dtype=gguf.GGMLQuantizationType[name])
+
     def add_bfloat16(tensor: str) -> None:
         weights = generator.standard_normal((vocabulary, hidden), dtype=np.float32) * 0.02
         halves = (weights.view(np.uint32) >> 16).astype(np.uint16)
         writer.add_tensor(tensor, halves.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
 
     add_bfloat16("token_embd.weight")
-    add_bfloat16("output.weight")
+    if head_type == "BF16":
+        add_bfloat16("output.weight")
+    else:
+        add_random("output.weight", vocabulary, hidden, head_type)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
     for layer in range(config["num_hidden_layers"]):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(hidden, np.float32))
         for tensor, (rows, columns) in _LAYER_TENSORS.items():
-            data = random_blocks(sizes[rows], sizes[columns], name, generator)
-            writer.add_tensor(f"blk.{layer}.{tensor}.weight", data, raw_dtype=gguf.GGMLQuantizationType[name])
+            add_random(f"blk.{layer}.{tensor}.weight", sizes[rows], sizes[columns], name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

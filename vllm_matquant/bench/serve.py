@@ -35,6 +35,7 @@ ANSWER_TOKENS = 48
 PROMPT_TOKENS = 16  # where there is no tokenizer
 MODEL_LENGTH = 1024  # at most
 UNQUANTIZED_BITS = 16
+DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"
 READ_BYTES = 2**28  # more than caches hold
 COLUMNS = (
     "bits",
@@ -59,6 +60,7 @@ class Load:
         activation_bits: see ``--activation-bits`` of ``vllm serve``.
         prompt_tokens: so many numbers in place of the prompt, None for the prompt.
         rounds: how often to measure; rows have the medians.
+        speculate_bits, speculate_tokens: see ``--speculate-bits`` of ``vllm serve``; None for no drafts.
     """
 
     batch: int = 1
@@ -67,6 +69,8 @@ class Load:
     activation_bits: int | None = None
     prompt_tokens: int | None = None
     rounds: int = 1
+    speculate_bits: Choice | float | None = None
+    speculate_tokens: int | None = None
 
 
 class Served:
@@ -100,6 +104,7 @@ class Served:
             max_num_seqs=max(load.batch, len(parts)),
             skip_tokenizer_init=not self.has_tokenizer,
             enable_prefix_caching=False,  # a prompt that is asked again is computed again
+            disable_log_stats=load.speculate_bits is None,  # they count drafts
         )
         self.load_seconds = time.perf_counter() - start
         numbers = TokensPrompt(prompt_token_ids=list(range(100, 100 + (load.prompt_tokens or PROMPT_TOKENS))))
@@ -109,13 +114,17 @@ class Served:
 
     def measure(self) -> dict[str, float]:
         """Generate once: {"output_tokens_per_s", "decode_tokens_per_s", "prompt_tokens_per_s"}, of all requests
-        together, and on a CPU {"read_gb_per_s"}, the speed of a plain read of memory.
+        together, on a CPU {"read_gb_per_s"}, the speed of a plain read of memory, and with drafts {"acceptance"}, the
+        share of them that was accepted.
 
         The second is the speed of all tokens but the first, so that the prompt does not count; nan where these took no
         time that could be told from the prompt's. The third counts the tokens of the prompts against the time to the
         first of the answers.
         """
-        first, whole = self._generate(1)[0], self._generate(self.load.output_tokens)[0]
+        first = self._generate(1)[0]
+        before = self._drafts()
+        whole = self._generate(self.load.output_tokens)[0]
+        drafted, accepted = (after - earlier for after, earlier in zip(self._drafts(), before, strict=True))
         tokens = self.load.batch * self.load.output_tokens
         decoded = tokens - self.load.batch
         measured = {
@@ -123,6 +132,8 @@ class Served:
             "decode_tokens_per_s": decoded / (whole - first) if decoded and whole > first else math.nan,
             "prompt_tokens_per_s": self.prompt_tokens / first,
         }
+        if self.load.speculate_bits is not None:
+            measured["acceptance"] = accepted / drafted if drafted else math.nan
         if self.memory is not None:
             start = time.perf_counter()
             ops.read_memory(self.memory)
@@ -164,6 +175,13 @@ class Served:
             "model": self.name,
         }
 
+    def _drafts(self) -> tuple[int, int]:
+        """Draft tokens, and those of them that were accepted, since the server began."""
+        if self.load.speculate_bits is None:
+            return 0, 0
+        counts = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        return counts[DRAFTED], counts[ACCEPTED]
+
     def _generate(self, tokens: int) -> tuple[float, int]:
         """Seconds that all requests take together, and the tokens of their prompts."""
         from vllm import SamplingParams
@@ -183,7 +201,9 @@ def _settings(parts: Sequence[Slice], load: Load) -> dict[str, Any]:
         return {"matquant": {"elastic": offered, "activation_bits": load.activation_bits}}
     [part] = parts
     widths = {"recipe": dict(part.widths)} if part.width is None else {"bits": part.width}
-    return {"matquant": widths | {"activation_bits": load.activation_bits}}
+    drafts = {"speculate_bits": load.speculate_bits, "speculate_tokens": load.speculate_tokens}
+    given = {name: value for name, value in drafts.items() if value is not None}
+    return {"matquant": widths | {"activation_bits": load.activation_bits} | given}
 
 
 _served: Served  # of a process that serves one
@@ -286,19 +306,21 @@ def _rows_of_engine(
             row = named | _summary(ours) | described | {"answer": answer}
             yield row if choice else row | _roofline(row)
             if peer:
-                named = {"model": f"llama.cpp {peer.type}", "bits_per_weight": peer.bits_per_weight}
+                model = f"llama.cpp {peer.type}, head {peer.head_type}"
+                named = {"model": model, "bits_per_weight": peer.bits_per_weight}
                 yield named | _summary(theirs) | {"batch": load.batch}
 
 
 def _peer_of(part: Slice | None, folder: Path, program: Path | None, temporary: Path) -> LlamaCpp | None:
     if program is None or part is None:
         return None
-    from vllm_matquant.bench.llama_cpp import LlamaCpp, misfit
+    from vllm_matquant.bench.llama_cpp import LlamaCpp, head_width, misfit
 
     config = read_json(folder / CONFIG_FILE)
-    if part.width is None or misfit(config, part.width):
+    head = head_width(config, part.widths)
+    if part.width is None or misfit(config, part.width, head):
         return None
-    return LlamaCpp(program, temporary, config, part.width, torch.get_num_threads())
+    return LlamaCpp(program, temporary, config, part.width, torch.get_num_threads(), head)
 
 
 def _roofline(row: dict[str, Any]) -> dict[str, float]:

@@ -20,12 +20,14 @@ from vllm_matquant.checkpoint.decoder import AFFINE_INT8, KINDS
 from vllm_matquant.checkpoint.files import publish_json, read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import names_of, output_file, positive, positive_list, width_list
 from vllm_matquant.jobs.job import Job, Say, argument, running, show, silent
 from vllm_matquant.jobs.slices import RECIPES_HELP, chosen_slices
 from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.serve.request import ACTIVATION_BITS
+from vllm_matquant.serve.speculation.settings import parse_draft
 
 Rows = list[dict[str, Any]]
 
@@ -43,6 +45,14 @@ def shape_list(text: str) -> tuple[tuple[int, int], ...]:
             expected = f"some of {', '.join(SHAPES)} or N x K with K a multiple of 8, such as 4096x11008"
             raise argparse.ArgumentTypeError(f"found {part!r}, expected {expected}")
     return tuple(dict.fromkeys(shapes))
+
+
+def draft(text: str) -> float | str:
+    """Parse ``3``, ``2.5`` or ``my-recipe``."""
+    try:
+        return parse_draft(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _show_shapes(shapes: Sequence[tuple[int, int]]) -> str:
@@ -167,6 +177,15 @@ class BenchServe(Job[Rows]):
     rounds: int = field(
         default=1, metadata=argument("how often to measure; medians are shown (default: %(default)s)", parse=positive)
     )
+    speculate_bits: float | str | None = field(
+        default=None,
+        metadata=argument(
+            "draft with a slice, as vllm serve does; the share that was accepted is shown", parse=draft, metavar="N"
+        ),
+    )
+    speculate_tokens: int | None = field(
+        default=None, metadata=argument("drafts at a time, as those of vllm serve", parse=positive, metavar="K")
+    )
     json: Path | str | None = field(
         default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
     )
@@ -179,18 +198,22 @@ class BenchServe(Job[Rows]):
         checkpoint = open_checkpoint(folder, check_values=False)
         slices = chosen_slices(checkpoint, self.bits, self.recipes)
         check_vllm()
+        if self.speculate_bits is not None and self.elastic:
+            raise ValueError("speculate_bits: found it with --elastic, expected one of them: drafts are for one slice")
         load = Load(
-            *(self.batch, self.output_tokens, self.prompt, self.activation_bits, self.prompt_tokens, self.rounds)
+            *(self.batch, self.output_tokens, self.prompt, self.activation_bits, self.prompt_tokens, self.rounds),
+            *(self.speculate_bits, self.speculate_tokens),
         )
         llama_cpp = Path(self.llama_cpp) if self.llama_cpp else None
         if llama_cpp:
-            describe_llama_cpp(llama_cpp, folder, [each.width for each in slices if each.width], say)
-        say(headings(COLUMNS))
+            describe_llama_cpp(llama_cpp, folder, slices, say)
+        columns = COLUMNS if self.speculate_bits is None else (*COLUMNS, "acceptance")
+        say(headings(columns))
         rows: Rows = []
         reference = Path(self.reference) if self.reference else None
         for row in measure_serving(folder, slices, load, reference, llama_cpp, self.elastic):
             rows.append(row)
-            say(f"{figures(row, COLUMNS)} {row.get('recipe', '')}" if "bits" in row else _peer_line(row))
+            say(f"{figures(row, columns)} {row.get('recipe', '')}" if "bits" in row else _peer_line(row))
         if self.json:
             publish_json(Path(self.json), rows)
         if self.plot:
@@ -198,8 +221,8 @@ class BenchServe(Job[Rows]):
         return rows
 
 
-def describe_llama_cpp(program: Path, folder: Path, widths: Sequence[int], say: Say) -> None:
-    """Say what a build of llama.cpp was built for, and which widths it has no type for.
+def describe_llama_cpp(program: Path, folder: Path, slices: Sequence[Slice], say: Say) -> None:
+    """Say what a build of llama.cpp was built for, and which widths it has no types for.
 
     Raises:
         ValueError: there is no such program, or the package that writes its models is not installed.
@@ -210,14 +233,14 @@ def describe_llama_cpp(program: Path, folder: Path, widths: Sequence[int], say: 
         raise ValueError(
             "gguf: found no such package, expected it for --llama-cpp (pip install 'vllm_matquant[llama-cpp-peer]')"
         )
-    from vllm_matquant.bench.llama_cpp import instruction_sets, misfit
+    from vllm_matquant.bench.llama_cpp import head_width, instruction_sets, misfit
 
     say(f"llama.cpp: {program}, built for {instruction_sets(program)}")
     config = read_json(folder / CONFIG_FILE)
-    for width in widths:
-        reason = misfit(config, width)
+    for each in slices:
+        reason = misfit(config, each.width, head_width(config, each.widths)) if each.width else None
         if reason:
-            say(f"llama.cpp: not measured beside {width} bits: {reason}")
+            say(f"llama.cpp: not measured beside {each.width} bits: {reason}")
 
 
 def _peer_line(row: dict[str, Any]) -> str:
