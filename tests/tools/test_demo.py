@@ -90,6 +90,22 @@ def test_rows_come_with_the_widest_first(
     assert {"kl", "perplexity", "output_tokens_per_s"} <= set(rows[1])
 
 
+@pytest.mark.parametrize(("answer", "said"), [("Paris", "the same answer"), ("Rome", "another answer")])
+def test_drafts(
+    nested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, said: str
+) -> None:
+    def serve(folder: Path, slices: Any, load: Any) -> Any:
+        assert (folder, [each.width for each in slices], load.speculate_bits) == (nested, [8], 4)
+        yield {"bits": 8, "output_tokens_per_s": 80.0, "acceptance": 0.625, "answer": answer}
+
+    monkeypatch.setattr(demo, "bench_serve", serve)
+    row = demo.draft_row(nested, {"answer": "Paris"})
+    demo.print_drafts(row)
+    expected = f"8 bits with drafts: 62% of what 4 bits drafted was accepted, 80.0 tokens/s, {said}"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+    assert row["same_answer"] is (answer == "Paris")
+
+
 def test_a_sound_checkpoint_is_used_again(
     nested: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,5 +123,5 @@ def test_leftovers_of_an_earlier_demo_are_replaced(
     calls: list[list[str]] = []
     monkeypatch.setattr(demo.cli, "main", calls.append)
     demo.nested_checkpoint(source, folder)
-    assert calls == [["quantize", str(source), "--output", str(folder), "--group-size", "64"]]
+    assert calls == [["quantize", str(source), "--output", str(folder), "--group-size", "64", "--no-report"]]
     assert not folder.exists()

@@ -11,12 +11,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
-from vllm_matquant.serve.elastic.follow import Follower, LoadMeter
+from vllm_matquant.serve.elastic.follow import make_follower
 from vllm_matquant.serve.elastic.metrics import ElasticMetrics
-from vllm_matquant.serve.elastic.offer import OfferError, described, ladder_of
+from vllm_matquant.serve.elastic.offer import OfferError, described
 from vllm_matquant.serve.elastic.requests import Front
 from vllm_matquant.serve.elastic.switch import Switcher, SwitchError
 
@@ -55,15 +54,7 @@ class Control:
         switcher.listeners.append(self._metrics.switched)
         self._tasks = [asyncio.create_task(self._measure(switcher))]
         if front.offer.policy is not None:
-            if engine.logger_manager is None:
-                raise ConfigError(
-                    "engine", "--disable-log-stats", True, "none with --elastic-policy, which needs the stats"
-                )
-            meter = LoadMeter()
-            engine.logger_manager.stat_loggers.append(meter)
-            ladder = ladder_of(front.offer.policy, front.offer)
-            follower = Follower(front.offer.policy, ladder, switcher, meter, self._metrics)
-            self._tasks.append(asyncio.create_task(follower.run()))
+            self._tasks.append(asyncio.create_task(make_follower(switcher, front.offer.policy, self._metrics).run()))
         return switcher
 
     async def _measure(self, switcher: Switcher) -> None:

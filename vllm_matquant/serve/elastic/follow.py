@@ -11,8 +11,10 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.serve.elastic.metrics import ElasticMetrics
+from vllm_matquant.serve.elastic.offer import ladder_of
 from vllm_matquant.serve.elastic.policy import Load, LoadPolicy, State
 from vllm_matquant.serve.elastic.switch import Switcher, SwitchError
 
@@ -95,3 +97,16 @@ class Follower:
             return self._state
         bits = [abs(each.average_bits - active.average_bits) for each in self.ladder]
         return State(bits.index(min(bits)), load.now)
+
+
+def make_follower(switcher: Switcher, policy: LoadPolicy, metrics: ElasticMetrics) -> Follower:
+    """One that measures the load of the switcher's engine from now on.
+
+    Raises:
+        ConfigError: the engine measures nothing.
+    """
+    if switcher.engine.logger_manager is None:
+        raise ConfigError("engine", "--disable-log-stats", True, "none with --elastic-policy, which needs the stats")
+    meter = LoadMeter()
+    switcher.engine.logger_manager.stat_loggers.append(meter)
+    return Follower(policy, ladder_of(policy, switcher.front.offer), switcher, meter, metrics)
