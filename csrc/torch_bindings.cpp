@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def("embedding(Tensor rows, Tensor weight, int columns, ScalarType dtype) -> Tensor");
     m.def("embedding_by_row(Tensor rows, Tensor weights, Tensor slots, int columns, ScalarType dtype) -> Tensor");
     m.def(
-        "cuda_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, int launcher, int processors, "
-        "int? splits) -> Tensor");
+        "cuda_linear(Tensor x, Tensor weights, Tensor? slots, int out_features, Tensor? bias, int launcher, "
+        "int processors, int? splits) -> Tensor");
     m.def("cuda_instances() -> (str[] names, str[] definitions)");
     m.def("repack_codes(Tensor base, Tensor[] planes, int[] output_sizes, str layout, Tensor(a!) out) -> ()");
     m.def(

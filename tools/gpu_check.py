@@ -128,6 +128,12 @@ def one_product() -> Iterator[Row]:
                 x = make_input(tokens, 600, torch.bfloat16)
                 found = layer.weight.kernel.linear(x.cuda(), layer.weight.handle, 70, None).cpu()
                 layer.check(found, x, [width], rounded_weights=tokens > 64)
+        readers = layer.weight.readers([[8], [3]])
+        handles, slots = torch.cat([reader.handle for reader in readers]), torch.arange(9, dtype=torch.int32) % 2
+        x = make_input(9, 600, torch.bfloat16)
+        found = layer.weight.kernel.linear_by_row(x.cuda(), handles, slots.cuda(), 70, None).cpu()
+        for slot, width in enumerate((8, 3)):
+            layer.check(found[slot::2], x[slot::2], [width])
         yield {"decoders": kind.name}
 
 

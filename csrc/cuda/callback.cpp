@@ -49,13 +49,15 @@ class Callback : public Launcher {
     int processors_;
 };
 
-Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const std::optional<Tensor>& bias,
-              int64_t function, int64_t processors, const std::optional<int64_t>& splits) {
-    const std::shared_ptr<const Weight> weight = find_weight(handle);
+Tensor linear(const Tensor& x, const Tensor& handles, const std::optional<Tensor>& slots, int64_t out_features,
+              const std::optional<Tensor>& bias, int64_t function, int64_t processors,
+              const std::optional<int64_t>& splits) {
+    const Readers readers = slots ? find_readers(handles) : Readers{find_weight(handles), 1};
     STD_TORCH_CHECK(function != 0, "launcher: found the address 0, expected a function's");
     STD_TORCH_CHECK(0 < processors && processors < 1 << 20, "processors: found ", processors, ", expected at least 1");
     const Callback launcher(reinterpret_cast<Function>(function), static_cast<int>(processors));
-    return multiply(launcher, *weight, x, out_features, bias, splits);
+    const std::optional<Rows> rows = slots ? std::optional<Rows>({*slots, readers.count}) : std::nullopt;
+    return multiply(launcher, *readers.first, x, out_features, bias, rows, splits);
 }
 
 std::tuple<std::vector<std::string>, std::vector<std::string>> instances_operator() {

@@ -1,4 +1,4 @@
-// matquant::linear on a GPU: the CUDA runtime starts the kernels.
+// matquant::linear and linear_by_row on a GPU: the CUDA runtime starts the kernels.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -63,7 +63,7 @@ class Device : public Launcher {
     }
 
   private:
-    static constexpr size_t kMostPointers = 8;
+    static constexpr size_t kMostPointers = 9;
     cudaStream_t stream_;
     int processors_ = 0;
 };
@@ -74,8 +74,18 @@ Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const
     return multiply(Device(device), *weight, x, out_features, bias);
 }
 
+Tensor linear_by_row(const Tensor& x, const Tensor& handles, const Tensor& slots, int64_t out_features,
+                     const std::optional<Tensor>& bias) {
+    const Readers readers = find_readers(handles);
+    const TorchDevice device(x);
+    return multiply(Device(device), *readers.first, x, out_features, bias, Rows{slots, readers.count});
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(matquant, CUDA, m) {
+    m.impl("linear", TORCH_BOX(&linear));
+    m.impl("linear_by_row", TORCH_BOX(&linear_by_row));
+}
 
 }  // namespace matquant::cuda

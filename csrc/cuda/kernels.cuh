@@ -6,12 +6,12 @@
 #include "cuda/parameters.h"
 
 // A program that is compiled at run time has one of these lines; plan.cpp hands them out.
-#define MATQUANT_DECODE_KERNEL(name, element, kind, token_tiles, groups, blocks)                           \
-    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads, blocks)                         \
-        name(MATQUANT_DECODE_PARAMETERS(matquant::cuda::element::Type)) {                                  \
-        extern __shared__ __align__(16) uint8_t memory[];                                                  \
-        matquant::cuda::decode<matquant::cuda::element, matquant::DecoderKind::kind, token_tiles, groups>( \
-            {input, planes, decoders, active_width, bias, output, partial_sums, arrivals}, shape, memory); \
+#define MATQUANT_DECODE_KERNEL(name, element, kind, token_tiles, groups, blocks)                                   \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads, blocks)                                 \
+        name(MATQUANT_DECODE_PARAMETERS(matquant::cuda::element::Type)) {                                          \
+        extern __shared__ __align__(16) uint8_t memory[];                                                          \
+        matquant::cuda::decode<matquant::cuda::element, matquant::DecoderKind::kind, token_tiles, groups>(         \
+            {input, planes, decoders, active_widths, bias, output, partial_sums, arrivals, slots}, shape, memory); \
     }
 
 // Six blocks fit a multiprocessor: without a number the compiler aims at more, and spills.

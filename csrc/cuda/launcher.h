@@ -29,11 +29,12 @@ class Launcher {
     virtual void launch(const Plan& plan, std::span<const Memory> pointers) const = 0;
 };
 
-// The product of `x` [..., in_features] and a weight at the widths that are active when the kernels run: nothing waits
-// for the device, so that a captured graph follows a switch. Arguments are checked before anything is started. `splits`
-// is for make_plans.
+// The product of `x` [..., in_features] and a weight at the widths that are active when the kernels run, each of `rows`
+// at those of its slot then: nothing waits for the device, so that a captured graph follows a switch. Arguments are
+// checked before anything is started. `splits` is for make_plans.
 torch::stable::Tensor multiply(const Launcher& launcher, const Weight& weight, const torch::stable::Tensor& x,
                                int64_t out_features, const std::optional<torch::stable::Tensor>& bias,
+                               const std::optional<Rows>& rows = std::nullopt,
                                std::optional<int64_t> splits = std::nullopt);
 
 }  // namespace matquant::cuda

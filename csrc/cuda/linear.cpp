@@ -25,17 +25,20 @@ Memory memory_of(const Tensor& tensor, int64_t first = 0) {
 
 // Writes the segment's outputs, columns of `output`.
 void decode(const Launcher& launcher, const Plan& plan, const Segment& segment, const Tensor& input,
-            const std::optional<Tensor>& bias, const Tensor& output) {
+            const std::optional<Tensor>& bias, const std::optional<Rows>& rows, const Tensor& output) {
     const Tensor partial_sums = torch::stable::new_empty(input, {plan.partial_sums}, ScalarType::Float);
     const Tensor arrivals = torch::stable::new_zeros(input, {plan.arrivals}, ScalarType::Int);
-    const std::array<Memory, 8> pointers = {memory_of(input),
+    Memory widths = memory_of(segment.active_width);
+    widths.bytes *= plan.shape.slots;
+    const std::array<Memory, 9> pointers = {memory_of(input),
                                             memory_of(segment.planes),
                                             memory_of(segment.decoders),
-                                            memory_of(segment.active_width),
+                                            widths,
                                             bias ? memory_of(*bias, plan.first_output) : Memory{nullptr, 0},
                                             memory_of(output, plan.first_output),
                                             memory_of(partial_sums),
-                                            memory_of(arrivals)};
+                                            memory_of(arrivals),
+                                            rows ? memory_of(rows->slots) : Memory{nullptr, 0}};
     launcher.launch(plan, pointers);
 }
 
@@ -51,8 +54,8 @@ void dequantize(const Launcher& launcher, const Plan& plan, const Segment& segme
 }  // namespace
 
 Tensor multiply(const Launcher& launcher, const Weight& weight, const Tensor& x, int64_t out_features,
-                const std::optional<Tensor>& bias, std::optional<int64_t> splits) {
-    const std::vector<Plan> plans = make_plans(weight, x, out_features, bias, launcher.processors(), splits);
+                const std::optional<Tensor>& bias, const std::optional<Rows>& rows, std::optional<int64_t> splits) {
+    const std::vector<Plan> plans = make_plans(weight, x, out_features, bias, rows, launcher.processors(), splits);
     const int64_t tokens = plans.front().shape.tokens, columns = plans.front().columns();
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = out_features;
@@ -66,7 +69,7 @@ Tensor multiply(const Launcher& launcher, const Weight& weight, const Tensor& x,
     if (!plans.front().dequantizes()) {
         const Tensor output = torch::stable::new_empty(input, {tokens, out_features});
         for (size_t index = 0; index < plans.size(); ++index) {
-            decode(launcher, plans[index], weight.segments[index], input, bias, output);
+            decode(launcher, plans[index], weight.segments[index], input, bias, rows, output);
         }
         return torch::stable::reshape(output, sizes);
     }

@@ -5,9 +5,9 @@
 
 #include "cuda/shape.h"
 
-#define MATQUANT_DECODE_PARAMETERS(element)                                                            \
-    const element *input, const uint8_t *planes, const uint8_t *decoders, const int32_t *active_width, \
-        const element *bias, element *output, float *partial_sums, uint32_t *arrivals,                 \
+#define MATQUANT_DECODE_PARAMETERS(element)                                                                  \
+    const element *input, const uint8_t *planes, const uint8_t *decoders, const int32_t *active_widths,      \
+        const element *bias, element *output, float *partial_sums, uint32_t *arrivals, const int32_t *slots, \
         const matquant::cuda::Shape shape
 
 #define MATQUANT_DEQUANTIZE_PARAMETERS(element)                                                   \

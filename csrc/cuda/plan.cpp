@@ -193,8 +193,38 @@ void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const
     publish_weight(id, weight);
 }
 
+Readers find_readers(const Tensor& handles) {
+    STD_TORCH_CHECK(handles.is_cpu(), "weights: found handles on a device, expected them on the CPU");
+    check_tensor("weights", handles, ScalarType::Long, {handles.numel()});
+    const int64_t* numbers = handles.const_data_ptr<int64_t>();
+    const int64_t* end = numbers + handles.numel();
+    const int64_t* last = std::find(numbers, end, 0);
+    STD_TORCH_CHECK(last != numbers && std::all_of(last, end, [](int64_t number) { return number == 0; }),
+                    "weights: found ", last == numbers ? "none" : "some after a slot that has none",
+                    ", expected those of the first slots");
+    const Readers readers = {weight_of(numbers[0]), static_cast<int32_t>(last - numbers)};
+    const std::vector<Segment>& first = readers.first->segments;
+    for (int32_t slot = 1; slot < readers.count; ++slot) {
+        const auto fits = [slot](const Segment& own, const Segment& other) {
+            const auto partitions = static_cast<int64_t>(own.output_sizes.size());
+            return own.planes.const_data_ptr() == other.planes.const_data_ptr() &&
+                   own.decoders.const_data_ptr() == other.decoders.const_data_ptr() &&
+                   own.output_sizes == other.output_sizes &&
+                   other.active_width.const_data_ptr<int32_t>() ==
+                       own.active_width.const_data_ptr<int32_t>() + slot * partitions;
+        };
+        const std::shared_ptr<const Weight> weight = weight_of(numbers[slot]);
+        const std::vector<Segment>& others = weight->segments;
+        STD_TORCH_CHECK(std::equal(first.begin(), first.end(), others.begin(), others.end(), fits),
+                        "weights: found slot ", slot,
+                        " with planes, decoders or a place of its widths of its own, expected readers of one layer");
+    }
+    return readers;
+}
+
 std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_features,
-                             const std::optional<Tensor>& bias, int processors, std::optional<int64_t> splits) {
+                             const std::optional<Tensor>& bias, const std::optional<Rows>& rows, int processors,
+                             std::optional<int64_t> splits) {
     check_layout(weight);
     const auto* prepared = dynamic_cast<const PreparedWeight*>(weight.prepared.get());
     STD_TORCH_CHECK(prepared != nullptr, "weight: found one without segments, expected at least one");
@@ -218,6 +248,13 @@ std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_
     STD_TORCH_CHECK(!splits || (0 < *splits && *splits <= kMostBlocks), "splits: found ", splits.value_or(0),
                     ", expected 1 to ", kMostBlocks);
 
+    if (rows) {
+        check_tensor("slots", rows->slots, ScalarType::Int, {rows->slots.numel()});
+        check_device("slots", rows->slots, planes);
+        STD_TORCH_CHECK(tokens <= rows->slots.numel(), "slots: found ", rows->slots.numel(),
+                        ", expected one for each of ", tokens, " rows");
+    }
+
     std::vector<Plan> plans;
     int64_t first = 0;
     for (const Layer& layer : prepared->layers()) {
@@ -227,7 +264,8 @@ std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_
         shape.output_stride = static_cast<int32_t>(out_features);
         plan.first_output = first;
         first += shape.rows;
-        if (tokens > kMostTokens) {
+        shape.slots = rows ? rows->count : 1;
+        if (tokens > kMostTokens && !rows) {
             plan.instance = find_instance(weight.decoder_kind, dtype, 0, layer.groups);
             const int64_t blocks = ceil_div(int64_t{shape.steps()} * kStepTiles, kWarps);
             STD_TORCH_CHECK(blocks <= kMostBlocks, "x: found ", weight.columns, " columns, expected at most ",
@@ -238,12 +276,14 @@ std::vector<Plan> make_plans(const Weight& weight, const Tensor& x, int64_t out_
         plan.instance = find_instance(weight.decoder_kind, dtype, std::max<int64_t>(tokens, 1), layer.groups);
         const Instance& instance = instances()[plan.instance];
         const int64_t passes = ceil_div(tokens, instance.tokens);
+        const int64_t most = kMostBlocks / shape.slots;
+        STD_TORCH_CHECK(passes <= most, "x: found ", tokens, " tokens, expected at most ", most * instance.tokens);
         const int64_t divided = splits ? *splits : splits_of(shape, passes, processors);
-        plan.grid = {shape.tile_rows, static_cast<int32_t>(divided), static_cast<int32_t>(passes)};
+        plan.grid = {shape.tile_rows, static_cast<int32_t>(divided), static_cast<int32_t>(passes * shape.slots)};
         plan.shared_bytes = shared_bytes(weight.decoder_kind, instance.tokens, layer.groups, shape.resident_width);
         if (divided > 1) {
             plan.partial_sums = divided * shape.tile_rows * tokens * kTileRows;
-            plan.arrivals = passes * shape.tile_rows;
+            plan.arrivals = passes * shape.slots * shape.tile_rows;
         }
     }
     return plans;

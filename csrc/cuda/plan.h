@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -34,8 +35,27 @@ struct Instance {
 // Those that multiply, then those that dequantize, in the order of instances.h.
 const std::vector<Instance>& instances();
 
+// Tokens that each have a slot, and slots that each have widths: from the first row of each segment's active widths on
+// there are those of all slots, [count, partitions].
+struct Rows {
+    torch::stable::Tensor slots;  // int32 [at least tokens], on the device
+    int32_t count;
+};
+
+// A layer's readers, of which each slot has one: weights with the same planes and decoders, whose active widths lie
+// one after the other's.
+struct Readers {
+    std::shared_ptr<const Weight> first;
+    int32_t count;
+};
+
+// The readers that handles name (int64 [slots] on the CPU), which are zero past the last slot. An error if they are
+// none of one layer.
+Readers find_readers(const torch::stable::Tensor& handles);
+
 // The kernel for one segment of a weight. More tokens than the kernels of decode.cuh are good for are multiplied by
-// torch's library, with weights that are dequantized first.
+// torch's library, with weights that are dequantized first; but not where tokens have slots, for what these are is
+// known to the device alone.
 struct Plan {
     int instance;  // of instances()
     std::array<int32_t, 3> grid;
@@ -54,7 +74,7 @@ struct Plan {
 // `processors` are the device's multiprocessors. `splits` are the blocks that the columns of a row of tiles are divided
 // among; by default as many as fill the device.
 std::vector<Plan> make_plans(const Weight& weight, const torch::stable::Tensor& x, int64_t out_features,
-                             const std::optional<torch::stable::Tensor>& bias, int processors,
-                             std::optional<int64_t> splits = std::nullopt);
+                             const std::optional<torch::stable::Tensor>& bias, const std::optional<Rows>& rows,
+                             int processors, std::optional<int64_t> splits = std::nullopt);
 
 }  // namespace matquant::cuda

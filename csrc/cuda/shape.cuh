@@ -33,11 +33,12 @@ struct Arguments {
     const typename Element::Type* input;  // [tokens, steps * kStepColumns], zero past the layer's columns
     const uint8_t* planes;                // [tile rows, tile columns, resident width, kPlaneBytes]
     const uint8_t* decoders;              // of each width [tile rows, decoders.cuh: row_bytes]
-    const int32_t* active_width;          // [partitions]
+    const int32_t* active_widths;         // [slots, partitions]
     const typename Element::Type* bias;   // [rows] or nullptr
     typename Element::Type* output;       // [tokens, rows]
     float* partial_sums;                  // [blocks that divide columns, tile rows, tokens, kTileRows]
-    uint32_t* arrivals;                   // [passes, tile rows], zero before and after
+    uint32_t* arrivals;                   // [passes, slots, tile rows], zero before and after
+    const int32_t* slots;                 // [tokens], the slot of each; nullptr if that is 0 for all
 };
 
 // A row of tiles, the tokens that it is multiplied with, and the steps of it that a warp takes.

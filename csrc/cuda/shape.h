@@ -28,14 +28,15 @@ MATQUANT_HOST_DEVICE constexpr int group_bytes(DecoderForm form) {
 
 // A segment of a weight and a product, as the host describes them.
 struct Shape {
+    int32_t rows;  // outputs of all partitions
     int32_t tokens;
     int32_t output_stride;  // from token to token
-    int32_t rows;           // outputs of all partitions
     int32_t tile_rows;      // of all partitions
     int32_t tile_columns;
     int32_t resident_width;
     int32_t groups;
     int32_t group_shift;  // a group has 2^shift steps; unused where a step has several
+    int32_t slots;        // that a token may have; 1 where tokens have none
     int32_t partitions;
     int32_t partition_tiles[kMaxPartitions];             // where each begins, in rows of tiles
     int32_t partition_rows[kMaxPartitions];              // and in outputs

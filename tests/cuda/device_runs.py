@@ -44,7 +44,7 @@ class Runtime:
         ctypes.CDLL(str(library)).stand_in(self._function, PROCESSORS)
 
     def _start(self, kernel, grid, block, arguments, shared, stream, most_shared) -> int:  # type: ignore[no-untyped-def]
-        pointers = 4 if b"dequantize" in kernel else 8
+        pointers = 4 if b"dequantize" in kernel else 9
         values = [ctypes.c_void_p.from_address(arguments[index]).value for index in range(pointers)]
         shape = ctypes.string_at(arguments[pointers], SHAPE_BYTES)
         self.calls.append(
@@ -53,13 +53,27 @@ class Runtime:
         return int(self.refuses)
 
 
-SHAPE_BYTES = 4 * (9 + 8 + 8 + 7)
+SHAPE_BYTES = 4 * (10 + 8 + 8 + 7)
 
 
 def linear(layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     arguments = (x, layer.weight.handle, layer.weight.out_features, bias)
     result: torch.Tensor = torch.ops.matquant.linear.default.redispatch(GPU, *arguments)
     return result
+
+
+def check_rows(runtime: Runtime, layer: Layer, x: torch.Tensor) -> None:
+    readers = layer.weight.readers([[8, 2, 3, 4], [5, 5, 5, 4]])
+    handles = torch.cat([*(reader.handle for reader in readers), torch.zeros(3, dtype=torch.int64)])
+    slots = torch.arange(len(x), dtype=torch.int32) % 2
+    recorder, features = Recorder(PROCESSORS), layer.weight.out_features
+    cuda_launch.multiply_by_row(recorder, x, handles, slots, features)
+    runtime.calls.clear()
+    torch.ops.matquant.linear_by_row.default.redispatch(GPU, x, handles, slots, features, None)
+    assert len(runtime.calls) == len(recorder.launched) == len(layer.weight.segments)
+    for call, launch in zip(runtime.calls, recorder.launched, strict=True):
+        check_call(call, launch)
+        assert not launch.dequantizes
 
 
 def check(runtime: Runtime, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -79,7 +93,7 @@ def check_call(call: Call, launch: Launch) -> None:
     assert (shape, shared, stream) == (launch.shape, launch.shared_bytes, STREAM)
     assert most_shared == launch.shared_bytes or not launch.shared_bytes
     # The tensors of the weight and the bias are where they are; what a product allocates is anywhere.
-    kept = range(3) if launch.dequantizes else (1, 2, 3, 4)
+    kept = range(3) if launch.dequantizes else (1, 2, 3, 4, 8)
     for index, (value, memory) in enumerate(zip(values, launch.pointers, strict=True)):
         assert (value is None) == (memory is None), index
         assert memory is None or index not in kept or value == memory.address, index
@@ -98,6 +112,8 @@ def main(library: Path) -> None:
             x, bias = make_input(tokens, 1100, dtype), make_input(1, 208, dtype)[0]
             check(runtime, layer, x, bias)
             check(runtime, layer, x.view(tokens, 1, 1100), None)
+            if tokens:
+                check_rows(runtime, layer, x)
     check(runtime, make_layer([4096], 8192, 128, [2]), make_input(3, 8192, torch.float16), None)  # columns divided
 
     layer = make_layer([70], 200, 64, [4])

@@ -106,6 +106,22 @@ class Emulated:
         layer.activate(widths)
         return cuda_launch.multiply(self, x, layer.weight, bias, splits)
 
+    def multiply_by_row(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        widths: Sequence[Sequence[int]],
+        slots: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        splits: int | None = 1,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Each row of ``x`` [tokens, in_features] times the layer at the ``widths`` of its slot."""
+        self.options, self.written = options, []
+        readers = layer.weight.readers(widths)
+        handles = torch.cat([*(reader.handle for reader in readers), torch.zeros(2, dtype=torch.int64)])
+        return cuda_launch.multiply_by_row(self, x, handles, slots, layer.weight.out_features, bias, splits)
+
     def dequantize(self, layer: Layer, widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The weights at ``widths``, columns padded to whole steps."""
         self.multiply(layer, torch.zeros(100, layer.codes.shape[1], dtype=dtype), widths)

@@ -108,6 +108,25 @@ def test_rows_of_an_embedding(decoder_widths: tuple[int, ...], group_size: int, 
         assert torch.equal(CUDA.embedding(rows, other.weight.handle, 200, torch.float32), result)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rows_of_an_embedding_at_widths_of_their_own(kind: DecoderKind) -> None:
+    layer = make_layer([150], 200, 64, kind=kind)
+    widths = (8, 2, 5)
+    readers = layer.weight.readers([[width] for width in widths])
+    handles = torch.cat([*(reader.handle for reader in readers), torch.zeros(2, dtype=torch.int64)])
+    rows = torch.arange(12).view(2, 6) * 12
+    slots = torch.tensor([0, 1, 2, 2, 1, 0, 3, 0, 1, -1, 2, 2, 7], dtype=torch.int32)
+    result = CUDA.embedding_by_row(rows, handles, slots, 200, torch.bfloat16)
+    assert result.shape == (2, 6, 200)
+    for row, slot, found in zip(rows.flatten(), slots.tolist(), result.view(12, 200), strict=False):
+        if 0 <= slot < len(widths):
+            assert torch.equal(found, CUDA.embedding(row, readers[slot].handle, 200, torch.bfloat16))
+        else:
+            assert found.isnan().all()
+    with pytest.raises(ValueError, match="slots: found 11, expected one for each of 12 rows"):
+        CUDA.embedding_by_row(rows, handles, slots[:11], 200, torch.bfloat16)
+
+
 def test_an_embedding_refuses_a_width_without_a_decoder() -> None:
     layer = make_layer([20], 64, 32, [2, 8])
     layer.activate([5])

@@ -158,6 +158,39 @@ def test_dequantized_weights_of_a_width_without_decoders(kernels: Emulated, kind
     assert kernels.dequantize(layer, [5], torch.float16).isnan().all()
 
 
+def row_slots(tokens: int, slots: int, seed: int) -> torch.Tensor:
+    return torch.randint(slots, (tokens + 3,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 13, 24, 33, 70])
+@pytest.mark.parametrize(("group_size", "splits"), [(32, 1), (64, 2), (128, 1), (256, 2)])
+def test_each_row_has_the_bytes_of_its_own_widths(
+    kernels: Emulated, kind: DecoderKind, group_size: int, splits: int, tokens: int
+) -> None:
+    layer = make_segments([([100, 30], WIDTHS), ([20], (2, 3, 8))], 320, group_size, kind=kind)
+    widths = [[8, 2, 8], [2, 2, 2], [5, 8, 3], [3, 4, 3], [6, 7, 2]]
+    dtype = DTYPES[tokens % 2]
+    x, bias = make_input(tokens, 320, dtype, seed=tokens), make_input(1, 150, dtype, seed=1)[0]
+    slots = row_slots(tokens, len(widths), tokens)
+    result = kernels.multiply_by_row(layer, x, widths, slots, bias, splits)
+    for slot, own in enumerate(widths):
+        rows = slots[:tokens] == slot
+        layer.check(result[rows], x[rows], own, bias)
+        if tokens <= 64:  # more are multiplied with dequantized weights where they have one width
+            assert torch.equal(result[rows], kernels.multiply(layer, x, own, bias, splits)[rows])
+
+
+@pytest.mark.parametrize("slot", [-1, 2, 7, 2**31 - 1])
+def test_a_row_without_a_reader_gives_no_number(kernels: Emulated, kind: DecoderKind, slot: int) -> None:
+    layer = make_layer([70], 320, 64, kind=kind)
+    x, slots = make_input(9, 320, torch.float16), torch.tensor([0, 1, 1, 0, slot, 1, 0, 0, 1], dtype=torch.int32)
+    for splits in (1, 2):
+        result = kernels.multiply_by_row(layer, x, [[8], [3]], slots, splits=splits)
+        assert result[4].isnan().all()
+        for own, width in ((0, 8), (1, 3)):
+            assert torch.equal(result[slots == own], kernels.multiply(layer, x, [width], splits=splits)[slots == own])
+
+
 CHECKS = [
     {"schedule": seed, "async_early": early, "racecheck": "warp"} for seed in (1, 2, 3) for early in (False, True)
 ]
@@ -175,6 +208,16 @@ def test_order_of_warps_and_copies_does_not_matter(
         assert torch.equal(kernels.multiply(layer, x, [width, 4], splits=2, **options), expected)
 
 
+@pytest.mark.parametrize("options", CHECKS)
+def test_order_does_not_matter_to_rows_with_widths_of_their_own(
+    kernels: Emulated, kind: DecoderKind, options: dict
+) -> None:
+    layer = make_layer([70, 30], 1400, 64, kind=kind)
+    x, slots, widths = make_input(9, 1400, torch.float16), row_slots(9, 3, 4), [[8, 4], [2, 2], [3, 8]]
+    expected = kernels.multiply_by_row(layer, x, widths, slots, splits=2)
+    assert torch.equal(kernels.multiply_by_row(layer, x, widths, slots, splits=2, **options), expected)
+
+
 # What is changed (file, text, text in its place): each must be seen by one of the checks below.
 MUTATIONS = {
     "no wait for copies": ("multiply.cuh", "        wait_for_copies<kStageCount - 2>();\n", ""),
@@ -186,6 +229,32 @@ MUTATIONS = {
     "no barrier between lanes": ("multiply.cuh", "        __syncwarp();  // all lanes'", "        // all lanes'"),
     "no barrier before sums": ("decode.cuh", "    __syncthreads();  // every warp", "    // every warp"),
     "no barrier between sums": ("decode.cuh", "results);\n    __syncthreads();\n", "results);\n"),
+    "rows of all slots": ("decode.cuh", "slots_[token] == slot_ ||", "true ||"),
+    "rows of all slots in partial sums": ("decode.cuh", "if (mine.has(value / kTileRows)) {", "{"),
+    "no row without a slot": ("decode.cuh", "slot_ == 0 && !is_known(token)", "false"),
+    "a number where there is no slot": ("decode.cuh", "is_known(token) ? sum :", "true ? sum :"),
+    "slots of the first tokens": ("decode.cuh", "slots + first_token)", "slots)"),
+    "widths of another partition": (
+        "decode.cuh",
+        "slot * shape.partitions + partition.index",
+        "slot * shape.partitions",
+    ),
+    "widths of the first slot": ("decode.cuh", "slot * shape.partitions + partition.index", "partition.index"),
+    "no slot has tokens past the first eight": (
+        "decode.cuh",
+        "any_of(min(token_tiles * kTokens,",
+        "any_of(min(kTokens,",
+    ),
+    "slots read past the last token": (
+        "decode.cuh",
+        "mine.any_of(min(token_tiles * kTokens, shape.tokens - first_token))",
+        "mine.any_of(token_tiles * kTokens)",
+    ),
+    "one count of arrivals for all slots": (
+        "decode.cuh",
+        "arguments.arrivals + blockIdx.z",
+        "arguments.arrivals + pass",
+    ),
     "sums before all blocks have come": ("decode.cuh", "== gridDim.y - 1;", "== 0;"),
     "arrivals not reset": ("decode.cuh", "        *arrivals = 0;\n", ""),
     "wrong group": ("stage.cuh", "step_ >> shape_.group_shift", "step_ >> (shape_.group_shift + 1)"),
@@ -251,6 +320,21 @@ def run_checks(kernels: Emulated) -> None:
     check(make_layer([64], 2600, 128, [2, 3]), 3, [2], **race)
     for seed in range(4):
         check(make_layer([70, 30], 1600, 64, [4, 5]), 5, [4, 5], splits=2, racecheck="warp", schedule=seed)
+    check_rows(kernels)
+
+
+def check_rows(kernels: Emulated) -> None:
+    """Rows with widths of their own, of which the second pass has one alone."""
+    layer = make_layer([70, 30], 1600, 64, [2, 4, 5])
+    widths = [[5, 2], [2, 4], [4, 4]]
+    for tokens, seed in ((5, 1), (5, 2), (33, 3)):
+        x, slots = make_input(tokens, 1600, torch.float16), row_slots(tokens, 3, seed)[:tokens]
+        slots[24:] = 2
+        result = kernels.multiply_by_row(layer, x, widths, slots, splits=2, racecheck="warp", schedule=seed)
+        for slot, own in enumerate(widths):
+            layer.check(result[slots == slot], x[slots == slot], own)
+    slots[1] = 3
+    assert kernels.multiply_by_row(layer, x, widths, slots)[1].isnan().all()
 
 
 def run_int8_checks(kernels: Emulated) -> None:
@@ -283,7 +367,7 @@ def broken_kernels(mutation: tuple[str, str, str] | None, kernels: list[str], fo
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
 def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
-    forms = ("float16_8_1", "float16_8_2", "float16_16_1", "bfloat16_8_1")
+    forms = ("float16_8_1", "float16_8_2", "float16_16_1", "float16_24_2", "bfloat16_8_1")
     names = [f"matquant_decode_affine_float16_{form}" for form in forms]
     kernels = broken_kernels(MUTATIONS.get(mutation), names, tmp_path)
     if mutation == "none":

@@ -65,6 +65,32 @@ def test_a_captured_graph_follows_a_switch(kind: DecoderKind) -> None:
 
 @pytest.mark.cuda
 @needs_device
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_captured_graph_follows_the_slots_of_rows(kind: DecoderKind) -> None:
+    layer = make_segments([([128, 70], WIDTHS)], 1024, 128, kind=kind, device="cuda")
+    widths = [[8, 4], [2, 2], [3, 8]]
+    readers = layer.weight.readers(widths)
+    handles = torch.cat([reader.handle for reader in readers])
+    for tokens in (4, 30, 100):
+        x, slots = make_input(tokens, 1024, torch.float16).cuda(), torch.zeros(tokens, dtype=torch.int32).cuda()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            ops.linear_by_row(x, handles, slots, 198)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                result = ops.linear_by_row(x, handles, slots, 198)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            slots.copy_(torch.randint(3, (tokens,), dtype=torch.int32, generator=generator))
+            graph.replay()
+            torch.cuda.synchronize()
+            for slot, own in enumerate(widths):
+                rows = (slots == slot).cpu()
+                layer.check(result.cpu()[rows], x.cpu()[rows], own)
+
+
+@pytest.mark.cuda
+@needs_device
 def test_activations_and_weight_on_two_devices() -> None:
     layer = make_segments([([128], WIDTHS)], 1024, 128, device="cpu")
     with pytest.raises(RuntimeError, match="x: found it on cuda:0, expected it where the weight's planes are"):

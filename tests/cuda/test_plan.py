@@ -15,6 +15,7 @@ from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.kernels import cuda_launch, ops
 from vllm_matquant.kernels.cuda_launch import Launch, Memory, kernel_definitions
 from vllm_matquant.kernels.support import KERNELS
+from vllm_matquant.kernels.weight import PackedWeight
 
 MAX_PARTITIONS = 8
 
@@ -90,11 +91,11 @@ def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, gri
     layer = make_layer([rows], columns, 128, [2])
     launch = launch_of(layer, tokens, processors=100)
     assert list(launch.grid) == grid
-    assert len(launch.pointers) == (4 if launch.dequantizes else 8)  # no scratch memory where weights are written
+    assert len(launch.pointers) == (4 if launch.dequantizes else 9)  # no scratch memory where weights are written
     if not launch.dequantizes:
         splits, passes = grid[1], grid[2]
         partial_sums, arrivals = (splits * rows * tokens, passes * rows // 64) if splits > 1 else (0, 0)
-        assert [size_of(memory) for memory in launch.pointers[6:]] == [4 * partial_sums, 4 * arrivals]
+        assert [size_of(memory) for memory in launch.pointers[6:8]] == [4 * partial_sums, 4 * arrivals]
 
 
 @pytest.mark.parametrize(
@@ -120,20 +121,20 @@ def test_the_shape_that_kernels_are_passed() -> None:
     layer = make_segments([([100, 30], (2, 5)), ([70], (4,))], 1100, 256)
     first, second = launches_of(layer, 3)
     assert second.pointers[5].address == first.pointers[5].address + 2 * 130
-    # Tokens, output stride, rows, tile rows, tile columns, resident width, groups, shift, partitions; where partitions
-    # begin; the byte where the decoders of a width begin.
-    numbers = list(struct.unpack("<9i8i8i7I", first.shape))
-    assert numbers[:25] == [3, 200, 130, 3, 18, 5, 5, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
-    assert numbers[25:] == [0, none, none, 3 * 5 * 256, none, none, none]
-    numbers = list(struct.unpack("<9i8i8i7I", second.shape))
-    assert numbers[:25] == [3, 200, 70, 2, 18, 4, 5, 1, 1, *[0] * 16]
-    assert numbers[25:] == [none, none, 0, none, none, none, none]
+    # Rows, tokens, output stride, tile rows, tile columns, resident width, groups, shift, slots, partitions; where
+    # partitions begin; the byte where the decoders of a width begin.
+    numbers = list(struct.unpack("<10i8i8i7I", first.shape))
+    assert numbers[:26] == [130, 3, 200, 3, 18, 5, 5, 1, 1, 2, *[0, 2], *[0] * 6, *[0, 100], *[0] * 6]
+    assert numbers[26:] == [0, none, none, 3 * 5 * 256, none, none, none]
+    numbers = list(struct.unpack("<10i8i8i7I", second.shape))
+    assert numbers[:26] == [70, 3, 200, 2, 18, 4, 5, 1, 1, 1, *[0] * 16]
+    assert numbers[26:] == [none, none, 0, none, none, none, none]
 
     mixed = make_segments([([100], (5, 3, 8))], 1100, 256, kind=AFFINE_INT8)
     launch = launch_of(mixed, 3)
     wide, narrow = 2 * 5 * 256, 2 * (256 + 5 * 128)
-    numbers = list(struct.unpack("<9i8i8i7I", launch.shape))
-    assert numbers[25:] == [none, wide, none, 0, none, none, wide + narrow]
+    numbers = list(struct.unpack("<10i8i8i7I", launch.shape))
+    assert numbers[26:] == [none, wide, none, 0, none, none, wide + narrow]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_the_shape_that_kernels_are_passed() -> None:
 def test_groups_of_a_step(group_size, columns, groups, shift) -> None:
     launch = launch_of(make_layer([64], columns, group_size, [2]), 1)
     assert launch.kernel.endswith(f"_{groups}")
-    assert struct.unpack_from("<9i", launch.shape)[7] == shift
+    assert struct.unpack_from("<10i", launch.shape)[7] == shift
 
 
 @pytest.mark.parametrize("group_size", [16, 96])
@@ -249,13 +250,72 @@ def test_a_product_that_contradicts_its_weight(arguments, message) -> None:
     layer = make_layer([70], 200, 64, [4])
     x, rows, *rest = arguments
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.matquant.cuda_linear(x, layer.weight.handle, rows, *rest)
+        torch.ops.matquant.cuda_linear(x, layer.weight.handle, None, rows, *rest)
+
+
+ROWS = torch.tensor([0, 1, 0], dtype=torch.int32)
+
+
+def readers_of(layer: Layer, *widths: int) -> torch.Tensor:
+    """The handles of a weight's readers, whose layer must live as long."""
+    readers = layer.weight.readers([[width] for width in widths])
+    KEPT.extend(readers)
+    return torch.cat([*(reader.handle for reader in readers), torch.zeros(1, dtype=torch.int64)])
+
+
+KEPT: list[PackedWeight] = []
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (ROWS.long(), "slots: found dtype Long, expected Int"),
+        (ROWS[:2], "slots: found 2, expected one for each of 3 rows"),
+        (ROWS.to("meta"), "slots: found it on .*, expected it where the weight's planes are"),
+        (ROWS.repeat(2)[::2], "slots: found strides"),
+    ],
+)
+def test_slots_that_contradict_the_rows(slots, message) -> None:
+    handles = readers_of(make_layer([70], 200, 64, [4, 8]), 8, 4)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.matquant.cuda_linear(X, handles, slots, 70, None, STARTED, 1, None)
+
+
+def test_readers_that_are_not_of_one_layer() -> None:
+    layer, other = make_layer([70], 200, 64, [4, 8]), make_layer([70], 200, 64, [4, 8])
+    handles = readers_of(layer, 8, 4)
+    alone = readers_of(layer, 4)  # its widths lie elsewhere
+    none = torch.zeros(1, dtype=torch.int64)
+    for wrong, message in (
+        (torch.cat([handles[:1], other.weight.handle]), "weights: found slot 1 with planes, decoders or a place"),
+        (torch.cat([handles[:1], alone[:1]]), "weights: found slot 1 with planes, decoders or a place"),
+        (torch.cat([handles[1:2], handles[:1]]), "weights: found slot 1 with planes, decoders or a place"),
+        (torch.cat([handles[:1], none, handles[1:2]]), "weights: found some after a slot that has none"),
+        (none, "weights: found none, expected those of the first slots"),
+        (handles.int(), "weights: found dtype Int"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.matquant.cuda_linear(X, wrong, ROWS, 70, None, STARTED, 1, None)
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(8, 1), (33, 2), (64, 3), (65, 3), (1000, 42)])
+def test_rows_at_widths_of_their_own_are_never_dequantized(tokens: int, passes: int) -> None:
+    layer, recorder = make_layer([70], 200, 64, [4, 8]), Recorder()
+    slots = torch.zeros(tokens, dtype=torch.int32)
+    x = torch.zeros(tokens, 200, dtype=torch.float16)
+    cuda_launch.multiply_by_row(recorder, x, readers_of(layer, 8, 4), slots, 70)
+    [launch] = recorder.launched
+    assert not launch.dequantizes
+    assert launch.grid[2] == 2 * passes
+    widths, given = launch.pointers[3], launch.pointers[8]
+    assert (size_of(widths), given.address, size_of(given)) == (2 * 4, slots.data_ptr(), 4 * tokens)
+    assert struct.unpack_from("<10i", launch.shape)[8] == 2
 
 
 def test_a_weight_for_another_device_is_refused() -> None:
     on_cpu = make_layer([70], 200, 64, [4], kernel=KERNELS[0])
     with pytest.raises(RuntimeError, match='weight: found the layout "cpu-pairs", expected "cuda"'):
-        torch.ops.matquant.cuda_linear(X, on_cpu.weight.handle, 70, None, STARTED, 1, None)
+        torch.ops.matquant.cuda_linear(X, on_cpu.weight.handle, None, 70, None, STARTED, 1, None)
     [segment] = make_layer([70], 200, 64, [4]).weight.segments
     number = ops.new_weight(200, 64, "affine-float16", "cpu-pairs")
     with pytest.raises(RuntimeError, match="planes: found shape"):
@@ -271,10 +331,10 @@ def test_the_cpu_refuses_a_weight_for_a_gpu() -> None:
 def test_a_weight_without_segments_and_one_that_was_freed() -> None:
     number = ops.new_weight(200, 64, "affine-int8", "cuda")
     with pytest.raises(RuntimeError, match="weight: found one without segments"):
-        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), 70, None, STARTED, 1, None)
+        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), None, 70, None, STARTED, 1, None)
     ops.free_weight(number)
     with pytest.raises(RuntimeError, match=f"weight: found {number}, expected the handle of a packed weight"):
-        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), 70, None, STARTED, 1, None)
+        torch.ops.matquant.cuda_linear(X, torch.tensor([number]), None, 70, None, STARTED, 1, None)
 
 
 def test_the_sources_are_part_of_the_package() -> None:

@@ -19,7 +19,7 @@ both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 def readers_of(layer: Layer, widths: list[list[int]]) -> tuple[list[PackedWeight], torch.Tensor]:
     """Readers of one layer at these widths of its partitions, and their handles."""
-    readers = [layer.weight.read_at(each) for each in widths]
+    readers = layer.weight.readers(widths)
     return readers, torch.cat([*(reader.handle for reader in readers), torch.zeros(UNUSED, dtype=torch.int64)])
 
 
@@ -146,4 +146,4 @@ def test_contradicting_arguments():
     with pytest.raises(RuntimeError, match="weights: found some with different planes"):
         ops.linear_by_row(x, torch.cat([layer.weight.handle, other.weight.handle]), slots, 35)
     with pytest.raises(NotResidentError):
-        make_layer([35], 72, 24, decoder_widths=(2, 4)).weight.read_at([3])
+        make_layer([35], 72, 24, decoder_widths=(2, 4)).weight.readers([[2], [3]])

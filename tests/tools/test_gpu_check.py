@@ -17,6 +17,7 @@ from tests.cuda import random_layers
 from tests.cuda.random_layers import Layer
 from vllm_matquant.bench import cuda as bench_cuda
 from vllm_matquant.bench import kernel as bench_kernel
+from vllm_matquant.kernels.weight import find_weight
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -127,6 +128,15 @@ def test_the_parts_that_compare_products(part: str, monkeypatch: pytest.MonkeyPa
         assert len(weights) == rows
         return (x.double() @ weights.T * scale).to(x.dtype)
 
+    def linear_by_row(x: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, rows: int, bias: None) -> Any:
+        assert slots.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+        result = torch.empty(len(x), rows, dtype=x.dtype)
+        for slot, handle in enumerate(handles.tolist()):
+            weights, _ = made[-1].weights(find_weight(torch.tensor([handle])).active_widths)
+            result[slots == slot] = (x[slots == slot].double() @ weights.T * scale).to(x.dtype)
+        return result
+
+    monkeypatch.setattr(type(random_layers.CUDA), "linear_by_row", staticmethod(linear_by_row), raising=False)
     monkeypatch.setattr(random_layers, "make_segments", remember(random_layers.make_segments))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(type(random_layers.CUDA), "linear", staticmethod(linear), raising=False)

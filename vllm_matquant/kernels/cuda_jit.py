@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_matquant.checkpoint.files import publish_bytes
-from vllm_matquant.kernels import cuda_launch
+from vllm_matquant.kernels import cuda_launch, ops
 from vllm_matquant.kernels.cuda_launch import Launch
 from vllm_matquant.kernels.operators import define_linear
 from vllm_matquant.kernels.weight import PackedWeight
@@ -138,3 +138,15 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) 
 linear = define_linear("jit_linear", _multiply)
 """The product on a CUDA device, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear`; a kernel is compiled when it is
 first used, and a RuntimeError says why NVRTC refuses one."""
+
+
+@torch.library.custom_op("matquant::jit_linear_by_row", mutates_args=())
+def linear_by_row(
+    x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product by rows on a CUDA device, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear_by_row`."""
+    launcher = launcher_of(x.device.index or 0)
+    return cuda_launch.multiply_by_row(launcher, x, weights, slots, out_features, bias)
+
+
+linear_by_row.register_fake(ops.linear_by_row_fake)

@@ -39,8 +39,8 @@ class Launch:
         threads: of a block.
         shared_bytes: dynamic shared memory of a block.
         pointers: its first arguments, None for the null pointer. Of a kernel that multiplies: activations, planes,
-            decoders, active widths, bias, output, and scratch memory for partial sums and for arrivals, which are zero
-            before and after. Of one that dequantizes: planes, decoders, active widths, weights.
+            decoders, active widths, bias, output, scratch memory for partial sums and for arrivals, which are zero
+            before and after, and slots. Of one that dequantizes: planes, decoders, active widths, weights.
         shape: its last argument, which is passed by value.
     """
 
@@ -100,6 +100,49 @@ def multiply(
         RuntimeError: an argument contradicts the weight.
         Exception: what the launcher raises.
     """
+    return _start(launcher, x, weight.handle, None, weight.out_features, bias, splits)
+
+
+def multiply_by_row(
+    launcher: Launcher,
+    x: torch.Tensor,
+    handles: torch.Tensor,
+    slots: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """The product of ``x`` [..., in_features] and a weight, each row at the widths of its slot.
+
+    Args:
+        launcher: starts the kernels.
+        x: float16 or bfloat16 [..., in_features].
+        handles: int64 [slots] on the CPU with the handles of a weight's readers (:meth:`PackedWeight.readers`), zero
+            past the last.
+        slots: int32 [at least the rows of ``x``] on the device of ``x``; a row with one that has no reader gives NaNs.
+        out_features: of the weight.
+        bias: [out_features] of the dtype of ``x``.
+        splits: blocks that the columns of a row of tiles are divided among; by default as many as fill the device.
+
+    Returns:
+        [..., out_features] of the dtype of ``x``.
+
+    Raises:
+        RuntimeError: an argument contradicts the weight.
+        Exception: what the launcher raises.
+    """
+    return _start(launcher, x, handles, slots, out_features, bias, splits)
+
+
+def _start(
+    launcher: Launcher,
+    x: torch.Tensor,
+    handles: torch.Tensor,
+    slots: torch.Tensor | None,
+    out_features: int,
+    bias: torch.Tensor | None,
+    splits: int | None,
+) -> torch.Tensor:
     failed: list[Exception] = []
 
     @_FUNCTION
@@ -112,9 +155,10 @@ def multiply(
 
     address = ctypes.cast(start, ctypes.c_void_p).value
     try:
-        return torch.ops.matquant.cuda_linear(
-            x, weight.handle, weight.out_features, bias, address, launcher.processors, splits
+        result: torch.Tensor = torch.ops.matquant.cuda_linear(
+            x, handles, slots, out_features, bias, address, launcher.processors, splits
         )
+        return result
     except RuntimeError:
         if failed:
             raise failed[0] from None

@@ -151,12 +151,13 @@ class Kernel(Protocol):
     ) -> torch.Tensor:
         """The product of each row with a weight of its own, if the kernel :attr:`takes_rows`.
 
-        ``torch.compile`` can trace it. The bytes of a row are those of :meth:`linear`.
+        ``torch.compile`` can trace it.
 
         Args:
             x: [..., in_features].
-            handles: int64 [slots] on the CPU, for each slot that is in use the number in a weight's handle.
-            slots: int32 [at least the rows of ``x``], the slot of each row.
+            handles: int64 [slots] on the CPU, for each slot that is in use the number in a weight's handle: those of
+                :meth:`PackedWeight.readers`, and zeros past the last.
+            slots: int32 [at least the rows of ``x``] on its device, the slot of each row.
             out_features: of the weights.
             bias: [out_features] of the dtype of ``x``.
 
@@ -173,7 +174,7 @@ class Kernel(Protocol):
         Args:
             rows: int64 [...], each below the rows of the weights, which have one partition.
             handles: int64 [slots] on the CPU, for each slot that is in use the number in a weight's handle.
-            slots: int32 [at least ``rows.numel()``], the slot of each row.
+            slots: int32 [at least ``rows.numel()``] on their device, the slot of each row.
             in_features: columns of the weights.
             dtype: of the result.
 

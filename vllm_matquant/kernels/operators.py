@@ -109,10 +109,41 @@ def define_embedding_by_row(name: str, embedding: Embedding) -> CustomOpDef:
     return defined
 
 
+def define_embedding_on_device(name: str, embedding: Embedding) -> CustomOpDef:
+    """An operator ``matquant::name`` with the arguments of :func:`ops.embedding_by_row`, for a device that the host
+    does not wait for: a captured graph follows what the slots are then.
+
+    Rows whose slot has no weight are NaN.
+
+    Args:
+        name: of the operator.
+        embedding: as of :meth:`Kernel.embedding`; called with all rows for each weight that there is.
+    """
+
+    def operator(
+        rows: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, columns: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        wanted = rows.flatten()
+        own = _slots_of(slots, len(wanted))[:, None]
+        result = rows.new_full((len(wanted), columns), float("nan"), dtype=dtype)
+        for slot in torch.nonzero(weights).flatten().tolist():
+            found = embedding(wanted, weights[slot : slot + 1], columns, dtype)
+            result = torch.where(own == slot, found, result)
+        return result.view(*rows.shape, columns)
+
+    defined = torch.library.custom_op(f"matquant::{name}", operator, mutates_args=())
+    defined.register_fake(ops.embedding_by_row_fake)
+    return defined
+
+
 def _by_slot(weights: torch.Tensor, slots: torch.Tensor, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The handle of each slot that some of the rows have, and where these rows stand."""
-    if len(slots) < rows:
-        raise ValueError(f"slots: found {len(slots)}, expected one for each of {rows} rows")
-    own = slots[:rows]
+    own = _slots_of(slots, rows)
     for slot in own.unique().tolist():
         yield weights[slot : slot + 1], torch.nonzero(own == slot).flatten()
+
+
+def _slots_of(slots: torch.Tensor, rows: int) -> torch.Tensor:
+    if len(slots) < rows:
+        raise ValueError(f"slots: found {len(slots)}, expected one for each of {rows} rows")
+    return slots[:rows]

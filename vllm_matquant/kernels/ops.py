@@ -197,14 +197,18 @@ def linear_by_row(
     out_features: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The product of each row of ``x`` with a weight of its own (on the CPU), with the bytes that :func:`linear` gives.
+    """The product of each row of ``x`` with a weight of its own.
 
-    The weights are one layer's, read at several widths: their planes are read from memory once.
+    The weights are one layer's, read at several widths. On a CPU their planes are read from memory once, and the bytes
+    are those that :func:`linear` gives. On a GPU the slots are read when the kernels run, so that a captured graph
+    follows them; each slot that some of up to 24 rows have reads the planes anew.
 
     Args:
-        x: bfloat16, float16 or float32 [..., in_features].
-        handles: int64 [slots] on the CPU with the number of each slot's weight, or 0 where it has none.
-        slots: int32 [at least the rows of ``x``], which of the handles each row is multiplied with.
+        x: bfloat16, float16 or (on a CPU) float32 [..., in_features].
+        handles: int64 [slots] on the CPU with the number of each slot's weight, or 0 where it has none. On a GPU the
+            readers of one :meth:`PackedWeight.readers`, in their order, and zeros past the last.
+        slots: int32 [at least the rows of ``x``] on its device, which of the handles each row is multiplied with. On a
+            GPU a row whose slot has no weight gives NaNs.
         out_features: rows of the weights.
         bias: [out_features] of the dtype of ``x``.
 
@@ -212,8 +216,8 @@ def linear_by_row(
         [..., out_features] of the dtype of ``x``.
 
     Raises:
-        RuntimeError: as of :func:`linear`; or there are too few slots, one has no weight, or weights do not share
-            their planes.
+        RuntimeError: as of :func:`linear`; or there are too few slots, one has no weight (on a CPU), or weights do not
+            share their planes.
     """
     load_library()
     result: torch.Tensor = torch.ops.matquant.linear_by_row(x, handles, slots, out_features, bias)

@@ -14,7 +14,12 @@ from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
 from vllm_matquant.kernels.kernel import Layout, Request
-from vllm_matquant.kernels.operators import define_embedding, define_embedding_by_row, define_linear_by_row
+from vllm_matquant.kernels.operators import (
+    define_embedding,
+    define_embedding_by_row,
+    define_embedding_on_device,
+    define_linear_by_row,
+)
 from vllm_matquant.kernels.plane_store import SharedPlanes
 from vllm_matquant.kernels.weight import PackedWeight, StoredSegment, pack_segments
 
@@ -171,6 +176,14 @@ def _multiply_jit(x: torch.Tensor, handle: torch.Tensor, rows: int, bias: torch.
     return cuda_jit.linear(x, handle, rows, bias)
 
 
+def _multiply_jit_by_row(
+    x: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, rows: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    from vllm_matquant.kernels import cuda_jit
+
+    return cuda_jit.linear_by_row(x, handles, slots, rows, bias)
+
+
 def _multiply_triton(
     x: torch.Tensor, handle: torch.Tensor, rows: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -208,6 +221,7 @@ CPU = TableKernel(
     in_library=True,
     is_built=True,
 )
+_look_up_cuda = define_embedding("cuda_embedding", cuda_layout.look_up)
 CUDA = TableKernel(
     "cuda",
     device_type="cuda",
@@ -217,7 +231,9 @@ CUDA = TableKernel(
     group_multiple=32,
     choose_layout=lambda resident: cuda_layout.CUDA_LAYOUT,
     multiply=ops.linear,
-    look_up=define_embedding("cuda_embedding", cuda_layout.look_up),
+    look_up=_look_up_cuda,
+    multiply_by_row=ops.linear_by_row,
+    look_up_by_row=define_embedding_on_device("cuda_embedding_by_row", _look_up_cuda),
     in_library=True,
     is_built=True,
     group_powers=True,
@@ -226,12 +242,21 @@ CUDA = TableKernel(
 KERNELS = (
     CPU,
     CUDA,
-    replace(CUDA, name="cuda-jit", multiply=_multiply_jit, is_built=False, module=("cupy", CUPY_INSTALL)),
+    replace(
+        CUDA,
+        name="cuda-jit",
+        multiply=_multiply_jit,
+        multiply_by_row=_multiply_jit_by_row,
+        is_built=False,
+        module=("cupy", CUPY_INSTALL),
+    ),
     replace(
         CUDA,
         name="triton",
         group_multiple=1,
         multiply=_multiply_triton,
+        multiply_by_row=None,
+        look_up_by_row=None,
         in_library=False,
         is_built=False,
         group_powers=False,

@@ -156,32 +156,44 @@ class PackedWeight:
             )
         return number
 
-    def read_at(self, widths: Sequence[int], decoders: Sequence[Sequence[Decoder]] | None = None) -> PackedWeight:
-        """Another reader of the same tensors, at widths of its own.
+    def readers(
+        self, widths: Sequence[Sequence[int]], decoders: Sequence[Sequence[Sequence[Decoder]] | None] = ()
+    ) -> list[PackedWeight]:
+        """Further readers of the same tensors, each at widths of its own.
+
+        The active widths of all of them lie one after the other's, int32 [readers, partitions] for each segment: a GPU
+        finds those of a reader by its place.
 
         Args:
-            widths: of each partition.
-            decoders: of each segment, to be read in the place of those in memory, for all rows of the segment.
+            widths: for each reader those of each partition.
+            decoders: for each reader those of each segment, to be read in the place of those in memory, for all rows of
+                the segment; None, or nothing for any reader, for those in memory.
 
         Raises:
             NotResidentError: a width has no decoder or not all of its planes in memory.
         """
-        self._check_widths(widths)
-        remaining = iter(widths)
-        segments = []
+        for each in widths:
+            self._check_widths(each)
+        own = decoders or [None] * len(widths)
+        segments: list[list[PackedSegment]] = [[] for _ in widths]
+        first = 0
         for index, segment in enumerate(self.segments):
-            own = list(itertools.islice(remaining, len(segment.active_width)))
-            resident = segment.resident
-            if decoders is not None:
-                where = torch.device("cpu") if self.layout.packs_on_cpu else resident.decoders.device
-                packed = self.layout.pack_decoders([each.to(where) for each in decoders[index]], resident.output_sizes)
-                resident = replace(
-                    resident,
-                    decoders=packed.to(resident.decoders.device),
-                    decoder_widths=tuple(each.width for each in decoders[index]),
-                )
-            segments.append(PackedSegment(resident, segment.active_width.new_tensor(own)))
-        return replace(self, segments=tuple(segments))
+            last = first + len(segment.active_width)
+            table = segment.active_width.new_tensor([each[first:last] for each in widths])
+            for reader, active_width, replaced in zip(segments, table, own, strict=True):
+                resident = segment.resident if replaced is None else self._decoded_by(segment, replaced[index])
+                reader.append(PackedSegment(resident, active_width))
+            first = last
+        return [replace(self, segments=tuple(each)) for each in segments]
+
+    def _decoded_by(self, segment: PackedSegment, decoders: Sequence[Decoder]) -> ResidentSegment:
+        """The tensors of a segment with other decoders."""
+        resident = segment.resident
+        device = resident.decoders.device
+        where = torch.device("cpu") if self.layout.packs_on_cpu else device
+        packed = self.layout.pack_decoders([each.to(where) for each in decoders], resident.output_sizes)
+        widths = tuple(each.width for each in decoders)
+        return replace(resident, decoders=packed.to(device), decoder_widths=widths)
 
     def decoders_of(self, segment: PackedSegment, tile_rows: int) -> dict[int, torch.Tensor]:
         """The decoders of each resident width of a segment, views in the weight's layout.

@@ -122,10 +122,8 @@ class MatquantLinearMethod(LinearMethodBase):
         if self.rows is None and self.served.draft is None:
             layer.register_buffer(HANDLE, self.weight.handle, persistent=False)
             return
-        self.readers = [
-            self.weight.read_at(widths, own_decoders.get(self.served.suffixes.get(each.decoders_file or "", "")))
-            for widths, each in zip(self.by_slot, self.served.resident, strict=True)
-        ]
+        suffixes = [self.served.suffixes.get(each.decoders_file or "", "") for each in self.served.resident]
+        self.readers = self.weight.readers(self.by_slot, [own_decoders.get(suffix) for suffix in suffixes])
         if self.rows is None:
             layer.register_buffer(HANDLE, self.readers[TARGET].handle.clone(), persistent=False)
             return

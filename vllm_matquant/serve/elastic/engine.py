@@ -38,7 +38,7 @@ def settle_elastic(vllm_config: Any) -> None:
 
 
 def takes_rows(vllm_config: Any) -> bool:
-    """Whether kernels of the engine's device compute each row with a slice of its own."""
+    """Whether requests of the engine can have slices of their own, as far as its device goes."""
     return bool(vllm_config.device_config.device_type == "cpu")
 
 
@@ -61,7 +61,7 @@ def graph_key(vllm_config: Any) -> dict[str, Any]:
 def _why_no_rows(vllm_config: Any) -> str | None:
     """Why requests cannot have slices of their own, None if they can."""
     if not takes_rows(vllm_config):
-        return "the kernels for GPUs read one width for a whole step"
+        return "no GPU has run the kernels that compute each row at its own width"
     if vllm_config.model_config.runner_type == "pooling":
         return "vLLM does not tell plugins which pooling requests are in a step"
     if vllm_config.model_config.return_sampling_mask:
