@@ -100,7 +100,7 @@ def multiply(
         RuntimeError: an argument contradicts the weight.
         Exception: what the launcher raises.
     """
-    return _start(launcher, x, weight.handle, None, weight.out_features, bias, splits)
+    return _multiply(launcher, x, weight.handle, None, weight.out_features, bias, splits)
 
 
 def multiply_by_row(
@@ -131,10 +131,10 @@ def multiply_by_row(
         RuntimeError: an argument contradicts the weight.
         Exception: what the launcher raises.
     """
-    return _start(launcher, x, handles, slots, out_features, bias, splits)
+    return _multiply(launcher, x, handles, slots, out_features, bias, splits)
 
 
-def _start(
+def _multiply(
     launcher: Launcher,
     x: torch.Tensor,
     handles: torch.Tensor,
