@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import statistics
 import time
@@ -78,7 +79,9 @@ def play(folder: Path, arrivals: Sequence[Arrival], **arguments: Any) -> dict[st
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    return asyncio.run(_play(folder, arrivals, **arguments))
+    played = asyncio.run(_play(folder, arrivals, **arguments))
+    gc.collect()  # vLLM's engine fails, with a message, if it is found while the process ends
+    return played
 
 
 async def _play(folder: Path, arrivals: Sequence[Arrival], **arguments: Any) -> dict[str, Any]:

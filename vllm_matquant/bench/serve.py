@@ -304,7 +304,8 @@ def _rows_of_engine(
                         theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
             named = part.label if part else {"bits": UNQUANTIZED_BITS}
             row = named | _summary(ours) | described | {"answer": answer}
-            yield row if choice else row | _roofline(row)
+            # An elastic server, or one with drafts, reads other bytes for a token.
+            yield row if choice or load.speculate_bits is not None else row | _roofline(row)
             if peer:
                 model = f"llama.cpp {peer.type}, head {peer.head_type}"
                 named = {"model": model, "bits_per_weight": peer.bits_per_weight}
