@@ -26,6 +26,7 @@ import vllm_matquant.cli.threads  # noqa: F401 - before torch
 # isort: split
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import output_file, width_list
 from vllm_matquant.jobs.table import figures, headings
 from vllm_matquant.serve.elastic.policy import read_policy
@@ -217,13 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         read_policy(options.elastic_policy)
-        slices = open_checkpoint(options.folder, check_values=False)
+        checkpoint = open_checkpoint(options.folder, check_values=False)
     except ValueError as error:
         parser.error(str(error))
     arrivals = Trace(options.seconds, options.turn, options.calm, options.burst, options.seed).arrivals()
     ways: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in sorted(options.bits, reverse=True)}
     ways["load"] = {"elastic": options.elastic, "elastic_policy": options.elastic_policy}
     print(f"{len(arrivals)} requests\n{'':8}{headings(COLUMNS)}", flush=True)
+    bits = {f"uniform-{width}": float(width) for width in WIDTHS}
+    bits |= {recipe.name: checkpoint.slice(recipe.name).average_bits for recipe in checkpoint.recipes}
     rows: list[dict[str, Any]] = []
     for served, settings in ways.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -233,8 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "enforce_eager": options.enforce_eager,
             }
             played = pool.submit(play, options.folder, arrivals, **arguments_of_engine).result()
-        bits = {f"uniform-{width}": float(width) for width in range(2, 9)}
-        bits |= {recipe.name: slices.slice(recipe.name).average_bits for recipe in slices.recipes}
         alone = rows[0]["alone"][1] if rows else played["alone"][1]
         row = row_of(served, played, bits, alone, options.multiple)
         row["average_bits"] = row["average_bits"] or settings["bits"]
