@@ -43,6 +43,24 @@ def test_second_moments(seed: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_count_by_their_weights(seed: int) -> None:
+    torch.manual_seed(seed)
+    block = Block()
+    batches = [torch.randn(size, 7, 6) for size in (1, 3, 2)]
+    shared, own = torch.rand(6, 7), torch.rand(6, 7)
+    collector = HessianCollector(linears(block), {"query": shared, "key": shared, "output": own})
+    with collector.collecting():
+        for batch in batches:
+            block(batch)
+    x = torch.cat(batches).flatten(0, 1).double()
+    products = (block.query(x.float()) * block.key(x.float())).double()
+    for name, inputs, weights in (("query", x, shared), ("key", x, shared), ("output", products, own)):
+        expected = (inputs.T * weights.flatten().double()) @ inputs / len(inputs)
+        torch.testing.assert_close(collector.hessian(name).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_equal_inputs_in_another_tensor_are_counted_for_themselves() -> None:
     layers = {name: torch.nn.Linear(4, 4) for name in ("first", "second")}
     collector = HessianCollector(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,23 @@ def test_drift(llama: Path, layer: str) -> None:
         torch.testing.assert_close(drift.hessian.double(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
         expected = torch.linalg.lstsq(inputs, source_inputs @ weight.double().T).solution.T
         torch.testing.assert_close((weight + weight @ drift.correction(1e-7)).double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def test_drift_counts_tokens_by_their_weights(llama: Path) -> None:
+    task = first_task(SourceModel(llama))
+    name = f"{task.name}.mlp.down_proj"
+    weights = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1))
+    task = replace(task, token_weights={name: weights})
+    task.calibration.slices[3].add_(
+        0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))[..., None]
+    )
+    found = measure_drift(task, name, {3: {}}, TOKENS.numel())[3]
+    before = inputs_of(task, name, task.calibration.reference, {}).double()
+    inputs = inputs_of(task, name, task.calibration.slices[3], {}).double()
+    weighed = inputs * weights.reshape(-1, 1) / len(inputs)
+    torch.testing.assert_close(found.hessian.double(), inputs.T @ weighed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cross.double(), (before - inputs).T @ weighed, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ class BlockTask:
         widths: of those layers that have others than the model.
         decoder_kind: how decoders are stored.
         activations: what the block is given on the calibration text; None for a method that needs none.
+        token_weights: how much each token of that counts in the Hessians of the layers, see
+            :func:`vllm_matquant.quantize.sensitivity.token_weights`; without a layer's, all count the same.
     """
 
     name: str
@@ -32,6 +34,7 @@ class BlockTask:
     activations: Activations | None
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decoder_kind: DecoderKind = AFFINE_INT8
+    token_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def calibration(self) -> Activations:

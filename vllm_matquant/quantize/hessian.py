@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,14 +18,22 @@ class Moments:
         self._sum: torch.Tensor | None = None
         self._tokens = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Count ``inputs``, floating point [..., in_features]."""
+    def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
+        """Count more inputs.
+
+        Args:
+            inputs: floating point [..., in_features].
+            token_weights: float32 [tokens], how much each token counts that was or will be given, in that order; by
+                default all count 1.
+        """
         flat = inputs.flatten(0, -2).float()
         if self._sum is None:
             self._sum = torch.zeros(flat.shape[1], flat.shape[1])
+        end = self._tokens + flat.shape[0]
+        weighed = flat if token_weights is None else flat * token_weights[self._tokens : end, None]
         with fast_moments():
-            self._sum.addmm_(flat.T, flat)
-        self._tokens += flat.shape[0]
+            self._sum.addmm_(weighed.T, flat)
+        self._tokens = end
 
     def add_up(self) -> None:
         """Add what the other ranks have counted, each of which must have come here."""
@@ -57,10 +65,16 @@ class HessianCollector:
 
     Args:
         layers: linear layers by name.
+        token_weights: for each layer how much each token counts, float32 [sequences, length] in the order of its calls
+            and the same for layers that share a sum, see :func:`vllm_matquant.quantize.sensitivity.token_weights`;
+            without a layer's, all tokens count 1.
     """
 
-    def __init__(self, layers: dict[str, torch.nn.Linear]) -> None:
+    def __init__(
+        self, layers: dict[str, torch.nn.Linear], token_weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self._layers = layers
+        self._token_weights = {name: weights.flatten() for name, weights in (token_weights or {}).items()}
         self._owner: dict[str, str] = {}  # layer -> the layer whose sum it shares
         self._moments = {name: Moments() for name in layers}
         self._last: tuple[str, torch.Tensor] | None = None
@@ -122,4 +136,4 @@ class HessianCollector:
             return
         self._last = (name, inputs)
         self._owner[name] = name
-        self._moments[name].add(inputs)
+        self._moments[name].add(inputs, self._token_weights.get(name))

@@ -18,6 +18,7 @@ from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
+from vllm_matquant.quantize.sensitivity import SensitivitySettings
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Method(ABC):
     def followed_widths(self) -> tuple[int, ...]:
         """Widths whose slices' own activations the method wants to see."""
         return ()
+
+    @property
+    def weighing(self) -> SensitivitySettings | None:
+        """How the tokens of the calibration text are weighed in the Hessians; None where all count the same."""
+        return None
 
     @property
     def training(self) -> EndToEndSettings | None:
@@ -105,7 +111,7 @@ class LayerMethod(Method):
 
     def collect(self, task: BlockTask) -> HessianCollector:
         """Run the source's block and collect its layers' Hessians."""
-        hessians = HessianCollector(task.linears)
+        hessians = HessianCollector(task.linears, task.token_weights)
         with hessians.collecting():
             task.calibration.outputs(task.block)
         return hessians
@@ -118,7 +124,7 @@ class LayerMethod(Method):
 
         Args:
             weight: float32 [out_features, in_features].
-            hessian: float32 [in_features, in_features], mean of x^T x over the calibration tokens.
+            hessian: float32 [in_features, in_features], mean of x^T x over the calibration tokens, weighed or not.
             group_size: columns that share a decoder; divides in_features.
             kind: how decoders are stored.
         """

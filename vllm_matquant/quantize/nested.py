@@ -17,6 +17,7 @@ from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.sensitivity import SensitivitySettings
 from vllm_matquant.quantize.sequential import measure_drift
 
 
@@ -38,6 +39,8 @@ class Nested(LayerMethod):
         sequential_up_to: widths up to this one make up for what the quantized layers before did to their inputs, see
             :mod:`vllm_matquant.quantize.sequential`; 0 for none.
         drift_tokens: calibration tokens to measure that on.
+        sensitivity: how tokens are weighed by what an error at each does to the model's predictions, see
+            :mod:`vllm_matquant.quantize.sensitivity`.
         end_to_end: how decoders are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
     """
 
@@ -48,6 +51,7 @@ class Nested(LayerMethod):
     sweeps: int = 2
     sequential_up_to: int = 0
     drift_tokens: int = 16384
+    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
     end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
 
     name: ClassVar[str] = "nested"
@@ -55,6 +59,10 @@ class Nested(LayerMethod):
     @property
     def followed_widths(self) -> tuple[int, ...]:
         return tuple(width for width in self.widths if width <= self.sequential_up_to)
+
+    @property
+    def weighing(self) -> SensitivitySettings | None:
+        return self.sensitivity if self.sensitivity.tokens else None
 
     @property
     def training(self) -> EndToEndSettings:

@@ -173,11 +173,14 @@ def _seconds(selection: Selection, method: Method, speed: Speed, windows: int, l
     for rows, columns in selection.outer.values():  # part by part; no block is run for them
         part = part_rows(selection.source, rows, columns)
         seconds += math.ceil(rows / part) * speed.seconds(part, columns, 0) + speed.seconds(0, columns, tokens)
+    weights = _weights(selection.linears.values())
+    if method.weighing:  # forwards twice and backwards once, without a gradient of any weight
+        seconds += (3 * weights + 2 * math.prod(_vocabulary(selection.source))) * tokens * speed.product
     if settings := method.training:
         # A block's weights are in four products, two runs and two gradients, the head's in three.
-        products = 4 * _weights(selection.linears.values()) + 3 * math.prod(_vocabulary(selection.source))
+        products = 4 * weights + 3 * math.prod(_vocabulary(selection.source))
         step = (products * settings.sequences * length) * speed.product
-        step += _weights(selection.linears.values()) * speed.decoding
+        step += weights * speed.decoding
         seconds += len(method.trained_widths) * settings.steps(windows) * step
     return seconds
 
@@ -213,9 +216,16 @@ def _steps(
             f"codes of {name}": 2 * _finished_bytes(selection.format, name, *shape),  # twice while parts are joined
             "work on some of its rows": _FLOAT * math.prod(part) + method.work_bytes([part]),
         }
+    inputs = (len(source.runner.block_names) + 1) * source.runner.hidden_size
+    if method.weighing and window:
+        tokens = window * max(1, BATCH_TOKENS // window)
+        steps["weighing tokens"] = {
+            "block to run": (_FLOAT + products_dtype().itemsize) * block,
+            "a batch in the model": tokens * _FLOAT * (2 * rows + inputs),
+            "output head": 2 * _FLOAT * words * columns + _LOGITS_BYTES * words * HEAD_TOKENS,
+        }
     if method.training and method.trained_widths:
         tokens = method.training.sequences * window
-        inputs = (len(source.runner.block_names) + 1) * source.runner.hidden_size
         steps["training"] = {
             # The codes of the parent and of the slice, the weight and its gradient.
             "block in training": (2 + 2 * products_dtype().itemsize) * block + _DECODING_BYTES * largest,
@@ -236,9 +246,13 @@ def _steps(
 def _activations(
     selection: Selection, method: Method, calibration: tuple[int, int], held_out: tuple[int, int]
 ) -> dict[str, int]:
-    """Bytes of hidden states, and of decoders in training, in the steps that have some: one is gone before the next."""
+    """Bytes of hidden states, and of token weights and decoders in training, in the steps that have some."""
     state = selection.source.runner.hidden_size * _FLOAT
     found = {"calibrating": math.prod(calibration) * state * (2 + len(method.followed_widths))}
+    if method.weighing and any(calibration):
+        weights = math.prod(calibration) * _FLOAT * len(selection.linears)
+        found["weighing tokens"] = math.prod(calibration) * state + weights
+        found["calibrating"] += weights
     if method.trained_widths:
         groups = sum(
             rows * columns // selection.format.group_size_of(columns, name)

@@ -24,6 +24,7 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.quality import HeldOut
 from vllm_matquant.quantize.resume import WorkFolder
 from vllm_matquant.quantize.selection import Selection, owner_of
+from vllm_matquant.quantize.sensitivity import token_weights
 from vllm_matquant.quantize.source import Source
 
 
@@ -79,15 +80,17 @@ class Run:
             return None
         # Where all blocks are finished, the source's states are wanted, and no slice's.
         followed = self.method.followed_widths if finished < len(self.block_names) else ()
-        activations = None
+        activations, weights = None, dict[str, torch.Tensor]()
         if self.calibration:
+            if finished < len(self.block_names):
+                weights = self._token_weights(self.calibration.tokens)
             activations = Activations(self.source.runner, self.calibration.tokens, followed, self.folder)
             for index in tqdm(range(finished), desc="resuming", unit="block", disable=_silent() or not finished):
                 self._replay(self._task(index, activations))
         layers = [len(self.selection.group_sizes(index)) for index in range(len(self.block_names))]
         with _progress("quantizing", "layer", sum(layers), sum(layers[:finished])) as progress:
             for index in range(finished, len(layers)):
-                self._quantize(self._task(index, activations), progress)
+                self._quantize(self._task(index, activations, weights), progress)
         return activations.reference if activations else None
 
     def head_moments(self, states: torch.Tensor | None) -> torch.Tensor | None:
@@ -185,11 +188,19 @@ class Run:
         owner = self.selection.outer_owner(name)
         return None if owner is None else self.work.load(owner, self.format.widths_of)[owner]
 
-    def _task(self, index: int, activations: Activations | None) -> BlockTask:
+    def _token_weights(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How much each token counts in the Hessian of each layer; nothing where all count the same."""
+        settings = self.method.weighing
+        return token_weights(self.source, self.selection.linears, tokens, settings, self.folder) if settings else {}
+
+    def _task(
+        self, index: int, activations: Activations | None, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> BlockTask:
         group_sizes = self.selection.group_sizes(index)
         widths = {name: self.format.widths_of(name) for name in group_sizes if name in self.format.layer_widths}
         block = self.source.runner.load_block(index)
-        return BlockTask(self.block_names[index], block, group_sizes, activations, widths, self.format.decoder_kind)
+        kind = self.format.decoder_kind
+        return BlockTask(self.block_names[index], block, group_sizes, activations, widths, kind, weights or {})
 
     # In these three a block is an argument and nothing else, so that it is gone before the next one is loaded.
     def _quantize(self, task: BlockTask, progress: tqdm[NoReturn]) -> None:

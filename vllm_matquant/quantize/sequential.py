@@ -26,7 +26,7 @@ class Drift:
     """How a slice's inputs of a layer differ from the source's.
 
     Attributes:
-        hessian: float32 [in_features, in_features], mean of x_r^T x_r over the calibration tokens.
+        hessian: float32 [in_features, in_features], mean of x_r^T x_r over the calibration tokens, weighed or not.
         cross: float32 [in_features, in_features], mean of (x - x_r)^T x_r over the same tokens.
     """
 
@@ -58,6 +58,7 @@ def measure_drift(
     if not decoded:
         return {}
     linear = task.linears[layer]
+    token_weights = task.token_weights.get(layer)
     zeros = torch.zeros(linear.in_features, linear.in_features)
     sums = {width: (zeros.clone(), zeros.clone()) for width in decoded}
     calibration = task.calibration
@@ -70,9 +71,10 @@ def measure_drift(
         for width, weights in decoded.items():
             drifted = _inputs(task, linear, calibration.slices[width][batch], weights)
             hessian, cross = sums[width]
+            weighed = drifted if token_weights is None else drifted * token_weights[batch].reshape(-1, 1)
             with fast_moments():
-                hessian.addmm_(drifted.T, drifted)
-                cross.addmm_((inputs - drifted).T, drifted)
+                hessian.addmm_(drifted.T, weighed)
+                cross.addmm_((inputs - drifted).T, weighed)
     ranks.sum_(*(each for pair in sums.values() for each in pair))
     measured = windows * length
     return {width: Drift(hessian / measured, cross / measured) for width, (hessian, cross) in sums.items()}
