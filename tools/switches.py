@@ -224,6 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=positive, default=16, help="of an answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--enforce-eager", action="store_true", help="as of vllm serve")
+    for parallel in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--{parallel}-parallel-size", type=positive, default=1, help="as of vllm serve (default: %(default)s)"
+        )
     parser.add_argument("--json", type=output_file, metavar="OUT", help="write the row there")
     options = parser.parse_args(arguments)
     try:
@@ -233,7 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     plan = Plan(options.switches, options.clients, options.tokens, options.seed)
-    settings = {"additional_config": {"matquant": {"elastic": options.elastic}}, "enforce_eager": options.enforce_eager}
+    settings = {
+        "additional_config": {"matquant": {"elastic": options.elastic}},
+        "enforce_eager": options.enforce_eager,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+    }
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # nothing outlives the engine's process
         row = pool.submit(check_switches, options.folder, plan, **settings).result()
     if options.json:

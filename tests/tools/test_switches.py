@@ -11,13 +11,21 @@ import switches
 from tests.serve.tiny_models import write_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 
-OPTIONS = ["--elastic", "2..8", "--switches", "60", "--clients", "3", "--tokens", "6", "--enforce-eager"]
+OPTIONS = ["--elastic", "2..8", "--switches", "60", "--clients", "3", "--tokens", "6"]
 
 
 @pytest.mark.slow
-def test_switches_under_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--enforce-eager"],
+        # In eager mode vLLM 0.32 has no pipelines on a CPU.
+        ["--pipeline-parallel-size", "2"],
+    ],
+)
+def test_switches_under_load(tmp_path: Path, capfd: pytest.CaptureFixture[str], how: list[str]) -> None:
     folder = write_checkpoint(tmp_path / "model", "llama", Format(group_size=32), max_position_embeddings=512)
-    assert switches.main([str(folder), *OPTIONS, "--json", str(tmp_path / "row.json")]) == 0
+    assert switches.main([str(folder), *OPTIONS, *how, "--json", str(tmp_path / "row.json")]) == 0
     row = json.loads((tmp_path / "row.json").read_text())
     assert row["switches"] == 60
     assert row["distinct_answers"] > 8  # slices answer differently, so that a wrong one shows
