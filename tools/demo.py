@@ -32,7 +32,8 @@ from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)
 DRAFT = 4  # bits
-# A part of what a search takes by default, for the sake of minutes.
+# A part of what quantizing and a search take by default, for the sake of minutes.
+QUANTIZE = ("--samples", "32", "--no-report")
 SEARCH = ("--samples", "8", "--sensitivity-samples", "32", "--steps", "2", "--decoder-samples", "8")
 FOLDER = fetch_model.CACHE / "demo"
 GROUP_SIZE = 64  # 576, this model's hidden size, is no multiple of 128
@@ -53,7 +54,7 @@ def nested_checkpoint(model: Path, folder: Path) -> Path:
         print(f"using {folder}; run with --fresh to quantize again")
     except CheckpointError:
         shutil.rmtree(folder, ignore_errors=True)
-        cli.main(["quantize", str(model), "--output", str(folder), "--group-size", str(GROUP_SIZE), "--no-report"])
+        cli.main(["quantize", str(model), "--output", str(folder), "--group-size", str(GROUP_SIZE), *QUANTIZE])
     return folder
 
 

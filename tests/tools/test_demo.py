@@ -123,5 +123,7 @@ def test_leftovers_of_an_earlier_demo_are_replaced(
     calls: list[list[str]] = []
     monkeypatch.setattr(demo.cli, "main", calls.append)
     demo.nested_checkpoint(source, folder)
-    assert calls == [["quantize", str(source), "--output", str(folder), "--group-size", "64", "--no-report"]]
+    [call] = calls
+    assert call[:6] == ["quantize", str(source), "--output", str(folder), "--group-size", "64"]
+    assert call[6:] == ["--samples", "32", "--no-report"]
     assert not folder.exists()
