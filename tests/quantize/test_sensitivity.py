@@ -11,7 +11,10 @@ from torch.func import functional_call, hessian
 from transformers import AutoModelForCausalLM
 
 from tests.quantize.tiny_sources import VOCABULARY, random_model, write_source, write_tokenizer
-from vllm_matquant.quantize import device, sensitivity
+from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.quantize import device, run, sensitivity
+from vllm_matquant.quantize.methods import METHODS, with_settings
+from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.sensitivity import SensitivitySettings, random_change, token_weights
 from vllm_matquant.quantize.source import SourceModel
 
@@ -136,3 +139,32 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     source = SourceModel(folder)
     with pytest.raises(ValueError, match=r"layers\.\d.*: the gradients .* not finite"):
         token_weights(source, layers_of(source), tokens_of(4), SensitivitySettings())
+
+
+def test_each_window_has_random_numbers_of_its_own(tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path / "model"))
+    tokens = tokens_of(6, 1).expand(2, -1)
+    layer = layers_of(source)[0]
+    first, second = token_weights(source, [layer], tokens, SensitivitySettings())[layer]
+    assert not torch.allclose(first, second, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["nested", "nested-tuned"])
+def test_a_method_counts_tokens_by_their_weights(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, method = SourceModel(write_source(tmp_path / "model")), METHODS[name]((2, 4, 8))
+    method = with_settings(method, ["end_to_end.up_to=0", "sweeps=0"])
+    text = CalibrationSettings(str(text_file), samples=4, sequence_length=32)
+
+    def codes(output: str, *settings: str) -> torch.Tensor:
+        own = with_settings(method, settings)
+        quantize(source, tmp_path / output, own, plan_format(source, own, 32, []), text)
+        checkpoint = open_checkpoint(tmp_path / output)
+        return torch.cat([checkpoint.codes(layer, 8).flatten() for layer in checkpoint.layers])
+
+    weighed, same = codes("weighed"), codes("same", "sensitivity.tokens=false")
+    assert (weighed != same).float().mean() > 0.01
+    ones = {layer: torch.ones(4, 32) for layer in layers_of(source)}
+    monkeypatch.setattr(run, "token_weights", lambda *_: ones)
+    assert torch.equal(codes("ones"), same)
