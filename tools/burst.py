@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import vllm_matquant.cli.threads  # noqa: F401 - before torch
 
 # isort: split
+from vllm_matquant.bench.serve import set_engine_defaults
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -77,9 +77,7 @@ def play(folder: Path, arrivals: Sequence[Arrival], **arguments: Any) -> dict[st
         ``first`` and ``between``, seconds for each request; ``alone``, the same two means of a request alone; and
         ``tokens`` by the names of slices, where there are several.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_engine_defaults()
     played = asyncio.run(_play(folder, arrivals, **arguments))
     gc.collect()  # vLLM's engine fails, with a message, if it is found while the process ends
     return played

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
 import statistics
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ import vllm_matquant.cli.threads  # noqa: F401 - before torch
 # isort: split
 import psutil
 
+from vllm_matquant.bench.serve import set_engine_defaults
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.jobs.arguments import output_file, positive
@@ -96,9 +96,7 @@ def check_switches(folder: Path, plan: Plan, **arguments: Any) -> dict[str, Any]
         A row: counts of answers, of wrong and of failed ones, the switches' seconds, and the memory of all processes in
         bytes.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_engine_defaults()
     return asyncio.run(_check(folder, plan, **arguments))
 
 

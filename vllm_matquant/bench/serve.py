@@ -73,6 +73,13 @@ class Load:
     speculate_tokens: int | None = None
 
 
+def set_engine_defaults() -> None:
+    """Have vLLM's engines that start in this process, or below it, be small and quiet, unless the environment says."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 class Served:
     """A model that vLLM serves in this process.
 
@@ -86,9 +93,7 @@ class Served:
     def __init__(self, folder: Path, parts: Sequence[Slice], load: Load) -> None:
         # The engine in this process: its model can be asked for its size, and nothing outlives the process.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        set_engine_defaults()
         from vllm import LLM, TokensPrompt
         from vllm.platforms import current_platform
 

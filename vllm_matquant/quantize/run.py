@@ -79,10 +79,11 @@ class Run:
         if finished == len(self.block_names) and not self._outer_left() and not self.untrained():
             return None
         # Where all blocks are finished, the source's states are wanted, and no slice's.
-        followed = self.method.followed_widths if finished < len(self.block_names) else ()
+        unfinished = finished < len(self.block_names)
+        followed = self.method.followed_widths if unfinished else ()
         activations, weights = None, dict[str, torch.Tensor]()
         if self.calibration:
-            if finished < len(self.block_names):
+            if unfinished:
                 weights = self._token_weights(self.calibration.tokens)
             activations = Activations(self.source.runner, self.calibration.tokens, followed, self.folder)
             for index in tqdm(range(finished), desc="resuming", unit="block", disable=_silent() or not finished):
