@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import re
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_tensors_outlive_the_memory_they_came_from() -> None:
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages here")
 def test_huge_pages_are_asked_for() -> None:
     """Whether the system has some to give is its own affair."""
-    tensor, plain = WeightMemory().take((CHUNK_BYTES,), torch.uint8), torch.ones(CHUNK_BYTES, dtype=torch.uint8)
+    tensor = WeightMemory().take((CHUNK_BYTES,), torch.uint8)
+    # Fresh from the system: memory from the heap may be what the kernels' activations, on huge pages, lay in before.
+    plain = torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
     assert "hg" in mapping_flags(tensor.data_ptr())
     assert "hg" not in mapping_flags(plain.data_ptr())
 
