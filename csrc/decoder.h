@@ -15,15 +15,37 @@ constexpr int kMaxWidth = 8;
 // How the decoders of a width are stored: weight = scale * code + offset, for each row and group. In float16 both are
 // stored as they are. In int8 scale and centre are codes of 8 bits, unsigned and signed, times a bfloat16 step of the
 // row; the centre is the value at the middle of the codes, so that offset = centre - (2^width - 1) / 2 * scale, rounded
-// once to float32.
-enum class DecoderForm { kFloat16, kInt8 };
+// once to float32. A codebook (vllm_matquant/checkpoint/codebook.py) has no such pair: weight = scale * level.
+enum class DecoderForm { kFloat16, kInt8, kCodebook };
 
 // The decoders of a weight: of affine-int8 those of wide slices are in float16.
-enum class DecoderKind { kAffineFloat16, kAffineInt8 };
+enum class DecoderKind { kAffineFloat16, kAffineInt8, kCodebook };
 
 constexpr int kWidestInt8 = 4;
 
+// A codebook: the two top bits of four adjacent columns are the index of an entry, the first column's in the lowest
+// bits. It consists of planes, [256 entries, 4 places] bytes each: a level, and an increment for each further bit of a
+// code. Up to this width, a weight's level is plane 0 - 128 and its increments. Wider ones have a level and increments
+// of the bits up to kCoarseBits first, and then a level and increments of all bits, which count sixteenths.
+constexpr int kWidestWhole = 4;
+constexpr int kCoarseBits = 6;
+constexpr float kFineUnit = 1.0f / 16;
+constexpr int kEntries = 256;
+constexpr int kPlaces = 4;
+constexpr int kEntryPlaneBytes = kEntries * kPlaces;
+
+// Bits of a width's codes that the first planes are looked up for, and bytes of these planes.
+MATQUANT_HOST_DEVICE constexpr int coarse_bits(int width) { return width < kCoarseBits ? width : kCoarseBits; }
+MATQUANT_HOST_DEVICE constexpr int coarse_bytes(int width) { return (coarse_bits(width) - 1) * kEntryPlaneBytes; }
+
+MATQUANT_HOST_DEVICE constexpr int codebook_planes(int width) {
+    return width - 1 + (width > kWidestWhole ? coarse_bits(width) - 1 : 0);
+}
+
 MATQUANT_HOST_DEVICE constexpr DecoderForm form_of(DecoderKind kind, int width) {
+    if (kind == DecoderKind::kCodebook) {
+        return DecoderForm::kCodebook;
+    }
     return kind == DecoderKind::kAffineInt8 && width <= kWidestInt8 ? DecoderForm::kInt8 : DecoderForm::kFloat16;
 }
 

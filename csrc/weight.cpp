@@ -28,13 +28,14 @@ Registry& registry() {
 }
 
 DecoderKind decoder_kind_of(const std::string& name) {
-    for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8}) {
+    std::string known;
+    for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8, DecoderKind::kCodebook}) {
         if (name == to_string(kind)) {
             return kind;
         }
+        known += std::string(known.empty() ? "\"" : " or \"") + to_string(kind) + "\"";
     }
-    STD_TORCH_CHECK(false, "decoder_kind: found \"", name, "\", expected \"", to_string(DecoderKind::kAffineFloat16),
-                    "\" or \"", to_string(DecoderKind::kAffineInt8), "\"");
+    STD_TORCH_CHECK(false, "decoder_kind: found \"", name, "\", expected ", known);
 }
 
 int64_t new_weight(int64_t columns, int64_t group_size, const std::string& decoder_kind, const std::string& layout,
@@ -66,7 +67,15 @@ void free_weight(int64_t id) {
 }  // namespace
 
 const char* to_string(DecoderKind kind) {
-    return kind == DecoderKind::kAffineFloat16 ? "affine-float16" : "affine-int8";
+    switch (kind) {
+        case DecoderKind::kAffineFloat16:
+            return "affine-float16";
+        case DecoderKind::kAffineInt8:
+            return "affine-int8";
+        case DecoderKind::kCodebook:
+            return "codebook-4d";
+    }
+    return "";
 }
 
 int64_t Segment::out_features() const {

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "cpu/entries.h"
 #include "cpu/layout.h"
 #include "cpu/linear_by_row.h"
 #include "cpu/prepared_weight.h"
@@ -28,6 +29,7 @@ constexpr int64_t kColumnsOfThread = 1 << 14;  // the fewest that are worth a th
 // A weight of one partition at a width.
 struct Rows {
     const uint8_t* planes;
+    const uint8_t* codebook;  // of the width, if there is one
     const uint8_t* decoders;  // of the width
     int64_t columns, group_size;
     int64_t tiles, tile_rows;
@@ -65,10 +67,46 @@ struct Rows {
             return {halves[0], halves[kTileRows]};
         }
         const BFloat16* steps = reinterpret_cast<const BFloat16*>(row) + lane;
+        if (form == DecoderForm::kCodebook) {
+            return {static_cast<float>(row[(2 + group) * kTileRows + lane]) * steps[0], 0.0f};
+        }
         const uint8_t* codes = row + (2 + group) * 2 * kTileRows + lane;
         const float scale = static_cast<float>(codes[0]) * steps[0];
         const float centre = static_cast<float>(static_cast<int8_t>(codes[kTileRows])) * steps[kTileRows];
         return {scale, std::fma(-0.5f * static_cast<float>((1 << width) - 1), scale, centre)};
+    }
+
+    // What the scale is multiplied with: the codes themselves, or their levels in the codebook.
+    struct Levels {
+        float place[kStepColumns];
+    };
+    // An entry and the increments of a code's bits up to `last`.
+    static float sum_up(const uint8_t* entry, int64_t code, int width, int last) {
+        int64_t sum = *entry;
+        for (int bit = kBaseBits + 1; bit <= last; ++bit) {
+            entry += kEntryPlaneBytes;
+            sum += (code >> (width - bit) & 1) * *entry;
+        }
+        return static_cast<float>(sum);
+    }
+    Levels levels(uint32_t four) const {
+        Levels result;
+        if (form != DecoderForm::kCodebook) {
+            for (int64_t place = 0; place < kStepColumns; ++place) {
+                result.place[place] = static_cast<float>(four >> 8 * place & 0xff);
+            }
+            return result;
+        }
+        const uint32_t index = entry_index(four >> (width - kBaseBits) & 0x03030303);
+        for (int64_t place = 0; place < kPlaces; ++place) {
+            const uint8_t* entry = codebook + index * kPlaces + place;
+            const int64_t code = four >> 8 * place & 0xff;
+            result.place[place] = -128.0f + sum_up(entry, code, width, coarse_bits(width));
+            if (width > kWidestWhole) {
+                result.place[place] += kFineUnit * sum_up(entry + coarse_bytes(width), code, width, width);
+            }
+        }
+        return result;
     }
 
     template <class T>
@@ -76,14 +114,13 @@ struct Rows {
         const int64_t tile_row = row / kTileRows, lane = row % kTileRows;
         Decoder current = {};
         for (int64_t column = 0; column < columns; column += kStepColumns) {
-            const uint32_t four =
-                codes(tile_row, lane, column / kTileColumns, static_cast<int>(column % kTileColumns / kStepColumns));
+            const Levels four = levels(
+                codes(tile_row, lane, column / kTileColumns, static_cast<int>(column % kTileColumns / kStepColumns)));
             for (int64_t index = column; index < std::min(column + kStepColumns, columns); ++index) {
                 if (index % group_size == 0) {
                     current = decoder(tile_row, lane, index / group_size);
                 }
-                const float code = static_cast<float>(four >> 8 * (index - column) & 0xff);
-                target[index] = static_cast<T>(current.scale * code + current.offset);
+                target[index] = static_cast<T>(current.scale * four.place[index - column] + current.offset);
             }
         }
     }
@@ -118,14 +155,17 @@ Rows rows_of(const Weight& weight, int64_t columns) {
     STD_TORCH_CHECK(columns == weight.columns, "columns: found ", columns, ", expected the weight's ", weight.columns);
     const int width = *segment.active_width.const_data_ptr<int32_t>();
     segment.check_active(width);
+    const DecoderForm form = form_of(weight.decoder_kind, width);
+    const uint8_t* decoders = segment.decoders.const_data_ptr<uint8_t>() + prepared.segments().front().decoders[width];
     return {
         .planes = segment.planes.const_data_ptr<uint8_t>(),
-        .decoders = segment.decoders.const_data_ptr<uint8_t>() + prepared.segments().front().decoders[width],
+        .codebook = decoders,
+        .decoders = decoders + shared_decoder_bytes(form, width),
         .columns = columns,
         .group_size = weight.group_size,
         .tiles = segment.planes.size(2),
         .tile_rows = segment.planes.size(1),
-        .form = form_of(weight.decoder_kind, width),
+        .form = form,
         .width = width,
         .pairs = prepared.paired() ? width / 2 : 1,
     };

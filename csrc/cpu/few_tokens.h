@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kFewPrefetchBytes = 8192;
 
 // The sums of a span, which is some whole tiles: of tokens, then of some tokens' second bytes.
-template <class Lanes, int bits, int width, int pairs, int tokens, int seconds>
+template <class Lanes, int bits, bool codebook, int width, int pairs, int tokens, int seconds>
 MATQUANT_INLINE inline void sum_tiles(const TilePlanes<width, pairs>& planes, int64_t first_tile, int64_t last_tile,
                                       const uint8_t* activations, const uint8_t* second_bytes,
                                       typename Lanes::Sums* result) {
@@ -38,7 +38,7 @@ MATQUANT_INLINE inline void sum_tiles(const TilePlanes<width, pairs>& planes, in
     int64_t advance = kTileSteps * kStepBytes;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         planes.template prefetch<kFewPrefetchBytes>(tile);
-        const PackedTile<Lanes, width, pairs> packed(planes, tile);
+        const Tile<Lanes, codebook, width, pairs> packed(planes, tile);
         repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
             const typename Lanes::Operand operand = Lanes::prepare(packed.template codes<step>());
             Sums* chain = &sums[step % kChains * kSums];
@@ -75,12 +75,12 @@ MATQUANT_INLINE inline void with_at_least(int64_t count, Body body) {
 }
 
 // All of a row of tiles with all tokens; spans are whole tiles.
-template <class Lanes, int bits, int width, int pairs, int tokens>
+template <class Lanes, int bits, bool codebook, int width, int pairs, int tokens>
 void multiply_few(const Product& product, const TileRow& row) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
     constexpr int64_t kBytes = tokens * Lanes::template kChunkBytes<bits>;
-    const TilePlanes<width, pairs> planes{row, product.plane_stride};
+    const TilePlanes<width, pairs> planes{row, product.plane_stride, codebook_of<Lanes>(row)};
     const RowDecoders<Lanes> decoders(product, row);
     typename Lanes::Floats results[tokens];
     repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });
@@ -88,7 +88,7 @@ void multiply_few(const Product& product, const TileRow& row) {
         const Decoder<Lanes> decoder = decoders.of_group(span.group());
         const auto add_span = [&](auto seconds) MATQUANT_INLINE {
             Sums sums[tokens * kSums + seconds];
-            sum_tiles<Lanes, bits, width, pairs, tokens, seconds>(
+            sum_tiles<Lanes, bits, codebook, width, pairs, tokens, seconds>(
                 planes, span.begin() / kTileColumns, ceil_div(span.end(), kTileColumns),
                 product.activations + span.chunk() * kBytes, product.second_bytes + span.chunk() * kBytes, sums);
             Sums second_sums[seconds + 1];  // apart, since the factors say which is whose
@@ -112,12 +112,12 @@ void multiply_few(const Product& product, const TileRow& row) {
     repeat<tokens>([&](auto token) MATQUANT_INLINE { writer.write(token, results[token]); });
 }
 
-// multiply_few for each variant, one after the other, and in these for each number of tokens.
-template <class Lanes, int bits, int... indices>
+// multiply_few for some variants, one after the other, and in these for each number of tokens.
+template <class Lanes, int bits, bool codebook, int... indices>
 constexpr auto few_by_variant_and_tokens(std::integer_sequence<int, indices...>) {
     constexpr int kTokens = Lanes::template kFewTokens<bits>;
-    return std::array{
-        &multiply_few<Lanes, bits, width_of(indices / kTokens), pairs_of(indices / kTokens), indices % kTokens + 1>...};
+    return std::array{&multiply_few<Lanes, bits, codebook, width_of(indices / kTokens), pairs_of(indices / kTokens),
+                                    indices % kTokens + 1>...};
 }
 
 }  // namespace

@@ -77,6 +77,8 @@ struct TileRow {
     const uint8_t* pairs;     // [tiles, 2, 64] of the base field, and 2 * plane_stride bytes on of the next pair
     const uint8_t* planes;    // [tiles, 64] of plane 0 if it were not in a pair, and plane_stride bytes on of plane 1
     const uint8_t* decoders;  // for the active width, see decoder_bytes in layout.h
+    const uint8_t* codebook;  // of the partition, [planes, entries, places]; nullptr without one
+    const uint8_t* by_place;  // the same as [planes, places, entries], for kernels that want it
     int width;                // active width: bits that are read
     int64_t first;            // output
     int64_t count;            // outputs, at most 16
@@ -140,6 +142,8 @@ struct Kernel {
     void (*pack)(const Product& product, int64_t begin, int64_t end);
     // Multiplies all tokens with `count` rows of tiles and writes their outputs.
     void (*multiply)(const Product& product, const TileRow* rows, int64_t count);
+    // Whether it looks entries up place by place.
+    bool wants_places;
 };
 
 extern const Kernel kScalarKernel;
@@ -148,6 +152,7 @@ extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx2VnniKernel;
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx512VnniKernel;
+extern const Kernel kAvx512VbmiKernel;
 extern const Kernel kAmxKernel;
 #elif defined(__aarch64__)
 extern const Kernel kNeonKernel;

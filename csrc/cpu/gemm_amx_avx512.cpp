@@ -6,6 +6,7 @@
 
 #include "cpu/gemm_kernel.h"
 #include "cpu/lanes_avx512.h"
+#include "cpu/places_avx512.h"
 #ifdef MATQUANT_TILES  // a stand-in, for tests on machines without AMX
 #include MATQUANT_TILES
 #else
@@ -16,6 +17,7 @@ namespace matquant::cpu {
 namespace {
 
 struct Lanes : Avx512Lanes, ByteSteps {
+    static constexpr bool kByPlace = true;
     static constexpr int kRows = 2;  // of tiles whose sums, with both bytes of the activations, fill four registers
 };
 
@@ -122,25 +124,29 @@ struct TileBlocks {
 };
 
 template <int bits>
-void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
+void multiply_with_tiles(const Product& product, const TileRow* rows, int64_t count) {
     const uint8_t tokens = static_cast<uint8_t>(std::min<int64_t>(product.tokens, kTokens));
     Tiles::configure({tokens, tokens, tokens, tokens, tokens, tokens, kRegisterRows, kRegisterRows});
-    multiply_many<TileBlocks, bits>(product, rows, count);
+    if (product.decoder_kind == DecoderKind::kCodebook) {
+        multiply_many<TileBlocks, bits, true>(product, rows, count);
+    } else {
+        multiply_many<TileBlocks, bits, false>(product, rows, count);
+    }
     Tiles::release();
 }
 
 void multiply(const Product& product, const TileRow* rows, int64_t count) {
     if (product.tokens < fewest_tokens(product.activation_bits) || product.activation_bits == 24 ||
         !has_whole_tiles(product)) {
-        return kAvx512VnniKernel.multiply(product, rows, count);
+        return kAvx512VbmiKernel.multiply(product, rows, count);
     }
-    return product.activation_bits == 8 ? multiply_rows<8>(product, rows, count)
-                                        : multiply_rows<16>(product, rows, count);
+    return product.activation_bits == 8 ? multiply_with_tiles<8>(product, rows, count)
+                                        : multiply_with_tiles<16>(product, rows, count);
 }
 
 }  // namespace
 
-// Packed activations are those of the kernel for AVX-512 with VNNI, which multiplies few tokens.
-const Kernel kAmxKernel = {kAvx512VnniKernel.chunk_bytes, kAvx512VnniKernel.pack, multiply};
+// Packed activations are those of the kernel for AVX-512 with VNNI and VBMI, which multiplies few tokens.
+const Kernel kAmxKernel = {kAvx512VbmiKernel.chunk_bytes, kAvx512VbmiKernel.pack, multiply, true};
 
 }  // namespace matquant::cpu

@@ -38,17 +38,43 @@ inline bool has_whole_tiles(const Product& product) {
     return product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
 }
 
-template <class Lanes, int bits>
+// Whether a kernel can look entries up place by place, four steps at a time: no span may begin between these.
+inline bool takes_places(const Product& product) {
+    return product.decoder_kind == DecoderKind::kCodebook && has_whole_tiles(product);
+}
+
+// The widest slices that multiply_few takes. A look-up by gathers or loads takes longer than its way through the first
+// cache, and so do two look-ups for each weight.
+template <class Lanes, bool codebook>
+constexpr int kMostWidthOfFew = !codebook         ? kMaxWidth
+                                : Lanes::kByPlace ? kWidestWhole
+                                                  : 0;
+
+template <class Lanes, int bits, bool codebook>
 void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
-    constexpr int kTokens = Lanes::template kFewTokens<bits>;
-    static constexpr auto kFew =
-        few_by_variant_and_tokens<Lanes, bits>(std::make_integer_sequence<int, kVariants * kTokens>());
-    if (product.tokens > kTokens || !has_whole_tiles(product)) {
-        return multiply_many<RegisterBlocks<Lanes>, bits>(product, rows, count);
+    constexpr int kMostWidth = kMostWidthOfFew<Lanes, codebook>;
+    if constexpr (kMostWidth > 0) {
+        constexpr int kTokens = Lanes::template kFewTokens<bits>;
+        static constexpr auto kFew = few_by_variant_and_tokens<Lanes, bits, codebook>(
+            std::make_integer_sequence<int, (variant_of(kMostWidth, true) + 1) * kTokens>());
+        if (product.tokens <= kTokens && has_whole_tiles(product)) {
+            for (const TileRow* const end = rows + count; rows < end;) {
+                if (rows->width <= kMostWidth) {
+                    kFew[variant_of(rows->width, product.paired) * kTokens + product.tokens - 1](product, *rows);
+                    ++rows;
+                    continue;
+                }
+                const TileRow* next = rows;
+                while (next < end && next->width > kMostWidth) {
+                    ++next;
+                }
+                multiply_many<RegisterBlocks<Lanes>, bits, codebook>(product, rows, next - rows);
+                rows = next;
+            }
+            return;
+        }
     }
-    for (int64_t index = 0; index < count; ++index) {
-        kFew[variant_of(rows[index].width, product.paired) * kTokens + product.tokens - 1](product, rows[index]);
-    }
+    multiply_many<RegisterBlocks<Lanes>, bits, codebook>(product, rows, count);
 }
 
 template <class Lanes>
@@ -72,10 +98,15 @@ struct KernelOf {
         with_bits(product.activation_bits, [&](auto bits) { pack_tokens<Lanes, bits>(product, begin, end); });
     }
     static void multiply(const Product& product, const TileRow* rows, int64_t count) {
-        with_bits(product.activation_bits, [&](auto bits) { multiply_rows<Lanes, bits>(product, rows, count); });
+        with_bits(product.activation_bits, [&](auto bits) {
+            if (product.decoder_kind == DecoderKind::kCodebook) {
+                return multiply_rows<Lanes, bits, true>(product, rows, count);
+            }
+            multiply_rows<Lanes, bits, false>(product, rows, count);
+        });
     }
 
-    static constexpr Kernel kKernel = {chunk_bytes, pack, multiply};
+    static constexpr Kernel kKernel = {chunk_bytes, pack, multiply, Lanes::kByPlace};
 };
 
 }  // namespace

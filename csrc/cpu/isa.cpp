@@ -74,8 +74,11 @@ std::vector<Isa> available_isas() {
     isas.push_back({"avx512", &kAvx512Kernel});
     if (__builtin_cpu_supports("avx512vnni")) {
         isas.push_back({"avx512_vnni", &kAvx512VnniKernel});
-        if (has_amx()) {
-            isas.push_back({"amx", &kAmxKernel});
+        if (__builtin_cpu_supports("avx512vbmi")) {
+            isas.push_back({"avx512_vbmi", &kAvx512VbmiKernel});
+            if (has_amx()) {  // no processor has it without VBMI
+                isas.push_back({"amx", &kAmxKernel});
+            }
         }
     }
 #elif defined(__aarch64__)

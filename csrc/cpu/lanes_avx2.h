@@ -48,6 +48,25 @@ struct Avx2Lanes {
         return {_mm256_or_si256(codes.low, selected.low), _mm256_or_si256(codes.high, selected.high)};
     }
 
+    // Of fields of two bits in each byte of a lane.
+    static Codes entry_index(const Codes& fields) { return {entry_index(fields.low), entry_index(fields.high)}; }
+    static __m256i entry_index(__m256i fields) {
+        const __m256i pairs = _mm256_or_si256(fields, _mm256_srli_epi32(fields, 6));
+        return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_srli_epi32(pairs, 12)), _mm256_set1_epi32(0xff));
+    }
+    static Codes gather(const uint8_t* codebook, const Codes& index) {
+        const int* entries = reinterpret_cast<const int*>(codebook);
+        return {_mm256_i32gather_epi32(entries, index.low, 4), _mm256_i32gather_epi32(entries, index.high, 4)};
+    }
+    static Codes add_where(const Codes& levels, const Codes& codes, int bit, const Codes& increments) {
+        const __m256i bits = _mm256_set1_epi8(static_cast<char>(bit));
+        const auto add = [&](__m256i level, __m256i code, __m256i increment) {
+            const __m256i where = _mm256_cmpeq_epi8(_mm256_and_si256(code, bits), bits);
+            return _mm256_add_epi8(level, _mm256_and_si256(where, increment));
+        };
+        return {add(levels.low, codes.low, increments.low), add(levels.high, codes.high, increments.high)};
+    }
+
     static Sums zero_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static Sums add(const Sums& a, const Sums& b) {
         return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};

@@ -36,6 +36,17 @@ struct Avx512Lanes {
         return _mm512_ternarylogic_epi32(codes, bytes, _mm512_set1_epi8(static_cast<char>(mask)), kOrOfAnd);
     }
 
+    // Of fields of two bits in each byte of a lane.
+    static Codes entry_index(Codes fields) {
+        const __m512i pairs = _mm512_or_si512(fields, _mm512_srli_epi32(fields, 6));
+        return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_srli_epi32(pairs, 12)), _mm512_set1_epi32(0xff));
+    }
+    static Codes gather(const uint8_t* codebook, Codes index) { return _mm512_i32gather_epi32(index, codebook, 4); }
+    static Codes add_where(Codes levels, Codes codes, int bit, Codes increments) {
+        const __mmask64 where = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(bit)));
+        return _mm512_mask_add_epi8(levels, where, levels, increments);
+    }
+
     static Sums zero_sums() { return _mm512_setzero_si512(); }
     static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     static Sums shift_left_8(Sums a) { return _mm512_slli_epi32(a, 8); }

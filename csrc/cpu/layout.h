@@ -51,9 +51,22 @@ inline std::vector<TileRows> split_into_tiles(const std::vector<int64_t>& output
 
 // Bytes of the decoders of a row of tiles at one width. In float16: [groups, 2 (scale, offset), 16 rows]. In int8:
 // steps in bfloat16 [2 (of scales, of centres), 16], then for each group uint8 [16] codes of scales and int8 [16] of
-// centres.
+// centres. With a codebook: steps in bfloat16 [16], then for each group uint8 [16] codes of scales.
 constexpr int64_t decoder_bytes(DecoderForm form, int64_t groups) {
-    return form == DecoderForm::kFloat16 ? groups * 2 * kTileRows * 2 : (2 + groups) * 2 * kTileRows;
+    switch (form) {
+        case DecoderForm::kFloat16:
+            return groups * 2 * kTileRows * 2;
+        case DecoderForm::kInt8:
+            return (2 + groups) * 2 * kTileRows;
+        case DecoderForm::kCodebook:
+            return (2 + groups) * kTileRows;
+    }
+    return 0;
+}
+
+// Bytes, ahead of those, that all rows of a partition share.
+constexpr int64_t shared_decoder_bytes(DecoderForm form, int width) {
+    return form == DecoderForm::kCodebook ? codebook_planes(width) * kEntryPlaneBytes : 0;
 }
 
 }  // namespace matquant::cpu

@@ -70,37 +70,63 @@ auto decoders_of(const Product& product, const TileRow* row, std::integer_sequen
 
 // Adds the product of a panel, which begins with `span`, and all tokens to their results [tokens, rows, 16]. Returns
 // the first span of the next panel.
-template <class Blocks, int bits, int rows>
+template <class Blocks, int bits, bool codebook, int rows>
 Span multiply_panel(const Product& product, const TileRow* row,
                     const std::array<RowDecoders<typename Blocks::Lanes>, rows>& decoders, Span span, float* results) {
     using Lanes = typename Blocks::Lanes;
     constexpr int64_t kColumns = Blocks::kPanelColumns;
     static_assert(kColumns % kSpanColumns == 0);
-    static constexpr auto kUnpack =
-        unpackers_by_variant<Lanes, rows, Blocks::kPrefetchBytes>(std::make_integer_sequence<int, kVariants>());
+    static constexpr auto kUnpack = unpackers_by_variant<Lanes, codebook, rows, Blocks::kPrefetchBytes>(
+        std::make_integer_sequence<int, kVariants>());
     // Past the last span a kernel may read a chunk's codes, whatever they are: they meet zeros.
-    alignas(64) uint8_t codes[(kColumns + kChunkColumns) / kStepColumns * rows * kPlaneBytes];
+    constexpr int64_t kBytes = (kColumns + kChunkColumns) / kStepColumns * rows * kPlaneBytes;
+    alignas(64) uint8_t codes[codebook ? 2 : 1][kBytes];
     const int64_t first = span.begin(), last = std::min(first + kColumns, product.columns);
-    for (int part = 0; part < rows; ++part) {
-        kUnpack[variant_of(row[part].width, product.paired)](row[part], first / kTileColumns,
-                                                             ceil_div(last - first, kTileColumns), product.plane_stride,
-                                                             codes + part * kPlaneBytes);
+    int parts = 1;
+    for (int each = 0; each < rows; ++each) {
+        const int width = row[each].width;
+        const uint8_t* const book = codebook_of<Lanes>(row[each]);
+        const auto unpack = [&](int part, int part_width, const uint8_t* part_book) {
+            kUnpack[variant_of(part_width, product.paired)](row[each], part_book, first / kTileColumns,
+                                                            ceil_div(last - first, kTileColumns), product.plane_stride,
+                                                            codes[part] + each * kPlaneBytes);
+        };
+        if constexpr (codebook) {
+            if (parts_of<codebook>(width) == 2) {
+                unpack(0, coarse_bits(width), book);
+                unpack(1, width, book + coarse_bytes(width));
+                parts = 2;
+                continue;
+            }
+        }
+        unpack(0, width, book);
     }
     for (; span.begin() < last; span.advance()) {
-        SpanCodes<Lanes, rows> span_codes;
-        span_codes.codes = codes + (span.begin() - first) / kStepColumns * rows * kPlaneBytes;
-        span_codes.steps = ceil_div(span.end() - span.begin(), kStepColumns);
-        for (int part = 0; part < rows; ++part) {
-            span_codes.decoders[part] = decoders[part].of_group(span.group());
+        for (int part = 0; part < parts; ++part) {
+            SpanCodes<Lanes, rows> span_codes;
+            span_codes.codes = codes[part] + (span.begin() - first) / kStepColumns * rows * kPlaneBytes;
+            span_codes.steps = ceil_div(span.end() - span.begin(), kStepColumns);
+            if constexpr (Lanes::kByPlace) {
+                span_codes.steps = ceil_div(span_codes.steps, kPlaces) * kPlaces;
+            }
+            for (int each = 0; each < rows; ++each) {
+                Decoder<Lanes>& decoder = span_codes.decoders[each];
+                decoder = decoders[each].of_group(span.group());
+                if (part == 1) {
+                    // A row without a second part beside one that has it: whatever its codes are, they count nothing.
+                    const bool has_part = parts_of<codebook>(row[each].width) == 2;
+                    decoder = has_part ? decoder.fine() : Decoder<Lanes>{Lanes::zero(), Lanes::zero()};
+                }
+            }
+            Blocks::template multiply<bits, rows>(product, span, span_codes, results);
         }
-        Blocks::template multiply<bits, rows>(product, span, span_codes, results);
     }
     return span;
 }
 
 // `count` times some rows of tiles, panel by panel: so each panel's activations are read from memory once for all these
 // rows.
-template <class Blocks, int bits, int rows>
+template <class Blocks, int bits, bool codebook, int rows>
 void multiply_panels(const Product& product, const TileRow* row, int64_t count) {
     using Lanes = typename Blocks::Lanes;
     thread_local KeptResults kept;
@@ -112,8 +138,8 @@ void multiply_panels(const Product& product, const TileRow* row, int64_t count) 
     }
     for (Span span(product.columns, product.group_size), next = span; !span.past_last(); span = next) {
         for (int64_t each = 0; each < count; ++each) {
-            next = multiply_panel<Blocks, bits, rows>(product, row + each * rows, decoders[each], span,
-                                                      results + each * size);
+            next = multiply_panel<Blocks, bits, codebook, rows>(product, row + each * rows, decoders[each], span,
+                                                                results + each * size);
         }
     }
     for (int64_t each = 0; each < count * rows; ++each) {
@@ -126,7 +152,7 @@ void multiply_panels(const Product& product, const TileRow* row, int64_t count) 
 }
 
 // All rows of tiles, as many at once as the policy's lanes take.
-template <class Blocks, int bits>
+template <class Blocks, int bits, bool codebook>
 void multiply_many(const Product& product, const TileRow* row, int64_t count) {
     using Lanes = typename Blocks::Lanes;
     constexpr int kRows = Lanes::kRows;
@@ -136,12 +162,12 @@ void multiply_many(const Product& product, const TileRow* row, int64_t count) {
     const int64_t most = cached ? 1 : std::max<int64_t>(kCachedBytes / result_bytes, 1);
     while (count >= kRows) {
         const int64_t together = std::min(count / kRows, most);
-        multiply_panels<Blocks, bits, kRows>(product, row, together);
+        multiply_panels<Blocks, bits, codebook, kRows>(product, row, together);
         row += together * kRows;
         count -= together * kRows;
     }
     if (count > 0) {
-        multiply_panels<Blocks, bits, 1>(product, row, count);
+        multiply_panels<Blocks, bits, codebook, 1>(product, row, count);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cpu/isa.h"
 #include "cuda/plan.h"
 
 namespace matquant::cpu {
@@ -23,7 +24,9 @@ void check_layout(const Weight& weight, const Segment& segment) {
                  {segment.resident_width, rows, ceil_div(weight.columns, kTileColumns), kPlaneBytes});
     int64_t bytes = 0;
     for (const int64_t width : segment.decoder_widths) {
-        bytes += rows * decoder_bytes(form_of(weight.decoder_kind, static_cast<int>(width)), weight.groups());
+        const DecoderForm form = form_of(weight.decoder_kind, static_cast<int>(width));
+        bytes += rows * decoder_bytes(form, weight.groups()) + static_cast<int64_t>(segment.output_sizes.size()) *
+                                                                   shared_decoder_bytes(form, static_cast<int>(width));
     }
     check_tensor("decoders", segment.decoders, ScalarType::Byte, {bytes});
 }
@@ -40,6 +43,16 @@ void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const
     check_layout(*weight, weight->segments.back());
     weight->prepared = std::make_shared<PreparedWeight>(*weight);
     publish_weight(id, weight);
+}
+
+// Planes [entries, places] of codebooks as [places, entries].
+std::vector<uint8_t> order_by_place(const uint8_t* codebooks, int64_t bytes) {
+    std::vector<uint8_t> result(bytes);
+    for (int64_t byte = 0; byte < bytes; ++byte) {
+        const int64_t plane = byte / kEntryPlaneBytes, entry = byte % kEntryPlaneBytes / kPlaces;
+        result[plane * kEntryPlaneBytes + byte % kPlaces * kEntries + entry] = codebooks[byte];
+    }
+    return result;
 }
 
 }  // namespace
@@ -60,8 +73,14 @@ PreparedWeight::PreparedWeight(const Weight& weight) : paired_(is_paired(weight.
         rows.plane_stride = count * segment.planes.size(2) * kPlaneBytes;
         int64_t first = 0;
         for (const int64_t width : segment.decoder_widths) {
+            const DecoderForm form = form_of(weight.decoder_kind, static_cast<int>(width));
+            const int64_t shared =
+                static_cast<int64_t>(segment.output_sizes.size()) * shared_decoder_bytes(form, static_cast<int>(width));
             rows.decoders[width] = first;
-            first += count * decoder_bytes(form_of(weight.decoder_kind, width), weight.groups());
+            if (isa_in_use().kernel->wants_places) {
+                rows.by_place[width] = order_by_place(segment.decoders.const_data_ptr<uint8_t>() + first, shared);
+            }
+            first += shared + count * decoder_bytes(form, weight.groups());
         }
         begin += count;
     }
@@ -100,10 +119,20 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
             const TileRows& part = tile_rows[row];
             const int32_t width = widths[part.partition];
             segment.check_active(width);
-            const int64_t decoder_size = decoder_bytes(form_of(weight.decoder_kind, width), weight.groups());
-            plan->rows.push_back({planes + 2 * row * row_bytes, planes + row * row_bytes,
-                                  decoders + segments_[index].decoders[width] + row * decoder_size, width,
-                                  first + part.first, part.count});
+            const DecoderForm form = form_of(weight.decoder_kind, width);
+            const int64_t shared = shared_decoder_bytes(form, width), partitions = segment.output_sizes.size();
+            const uint8_t* own = decoders + segments_[index].decoders[width];
+            const std::vector<uint8_t>& by_place = segments_[index].by_place[width];
+            plan->rows.push_back({
+                .pairs = planes + 2 * row * row_bytes,
+                .planes = planes + row * row_bytes,
+                .decoders = own + partitions * shared + row * decoder_bytes(form, weight.groups()),
+                .codebook = own + part.partition * shared,
+                .by_place = by_place.empty() ? nullptr : by_place.data() + part.partition * shared,
+                .width = width,
+                .first = first + part.first,
+                .count = part.count,
+            });
         }
         plan->widths.insert(plan->widths.end(), widths.begin(), widths.end());
         first += segment.out_features();

@@ -28,6 +28,9 @@ struct Decoder {
         result = Lanes::multiply_add(scale, total, result);
         return Lanes::multiply_add(offset, Lanes::broadcast(factor.sum), result);
     }
+
+    // Of the second part of a codebook's wide slice.
+    Decoder fine() const { return {Lanes::multiply(scale, Lanes::broadcast(kFineUnit)), Lanes::zero()}; }
 };
 
 // The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The form is told apart for each
@@ -40,12 +43,13 @@ class RowDecoders {
         if (form_ == DecoderForm::kFloat16) {
             return;
         }
+        const int64_t count = form_ == DecoderForm::kCodebook ? kTileRows : 2 * kTileRows;
         uint16_t steps[2 * kTileRows];
-        std::memcpy(steps, data_, sizeof(steps));
-        for (int64_t lane = 0; lane < 2 * kTileRows; ++lane) {
+        std::memcpy(steps, data_, count * sizeof(steps[0]));
+        for (int64_t lane = 0; lane < count; ++lane) {
             steps_[lane] = std::bit_cast<float>(static_cast<uint32_t>(steps[lane]) << kBFloat16Shift);
         }
-        data_ += sizeof(steps);
+        data_ += count * static_cast<int64_t>(sizeof(steps[0]));
         negative_middle_ = -0.5f * static_cast<float>((1 << row.width) - 1);
     }
 
@@ -56,6 +60,12 @@ class RowDecoders {
             __builtin_prefetch(decoder + kPrefetchBytes);
             return {Lanes::load_half(reinterpret_cast<const uint16_t*>(decoder)),
                     Lanes::load_half(reinterpret_cast<const uint16_t*>(decoder) + kTileRows)};
+        }
+        if (form_ == DecoderForm::kCodebook) {
+            const uint8_t* decoder = data_ + group * kTileRows;
+            __builtin_prefetch(decoder + kPrefetchBytes);
+            const typename Lanes::Floats scale = Lanes::multiply(Lanes::load_unsigned(decoder), Lanes::load(steps_));
+            return {scale, Lanes::multiply(scale, Lanes::broadcast(-128.0f))};
         }
         constexpr int64_t kBytes = 2 * kTileRows;
         const uint8_t* decoder = data_ + group * kBytes;

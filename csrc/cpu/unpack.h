@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "cpu/entries.h"
 #include "cpu/gemm.h"
 #include "cpu/layout.h"
 #include "cpu/steps.h"
@@ -19,6 +20,7 @@ template <int width, int pairs>
 struct TilePlanes {
     const TileRow& row;
     int64_t plane_stride;
+    const uint8_t* codebook = nullptr;  // what levels are looked up in
 
     template <int plane>
     MATQUANT_INLINE const uint8_t* address(int64_t tile) const {
@@ -69,13 +71,46 @@ struct PackedTile {
     }
 };
 
-// Unpacks tiles to codes [steps, rows, 64], those of one row.
-template <class Lanes, int width, int pairs, int rows, int64_t prefetch_bytes>
-void unpack_tiles(const TileRow& row, int64_t first_tile, int64_t count, int64_t plane_stride, uint8_t* codes) {
-    const TilePlanes<width, pairs> planes{row, plane_stride};
+// The bytes of one tile, and the levels that a codebook gives its codes.
+template <class Lanes, int width, int pairs>
+struct LevelTile {
+    PackedTile<Lanes, width, pairs> packed;
+    const uint8_t* codebook;
+
+    MATQUANT_INLINE LevelTile(const TilePlanes<width, pairs>& source, int64_t tile)
+        : packed(source, tile), codebook(source.codebook) {}
+
+    template <int step>
+    MATQUANT_INLINE typename Lanes::Codes codes() const {
+        return look_up<Lanes, width>(codebook, packed.template codes<step>());
+    }
+};
+
+// The same for kernels that look entries up place by place. What they give for step s is not of its four columns, but
+// of the place s % 4 in each of the four steps that s is one of; activations lie in this order too (by_place).
+template <class Lanes, int width, int pairs>
+struct PlaceTile;
+
+// What is multiplied with activations: codes, or levels from a codebook.
+template <class Lanes, bool codebook, int width, int pairs>
+using Tile = std::conditional_t<
+    codebook, std::conditional_t<Lanes::kByPlace, PlaceTile<Lanes, width, pairs>, LevelTile<Lanes, width, pairs>>,
+    PackedTile<Lanes, width, pairs>>;
+
+// Where a row of tiles has the codebook that the kernel looks entries up in.
+template <class Lanes>
+const uint8_t* codebook_of(const TileRow& row) {
+    return Lanes::kByPlace ? row.by_place : row.codebook;
+}
+
+// Unpacks tiles to codes, or levels from a codebook, [steps, rows, 64], those of one row.
+template <class Lanes, bool has_codebook, int width, int pairs, int rows, int64_t prefetch_bytes>
+void unpack_tiles(const TileRow& row, const uint8_t* codebook, int64_t first_tile, int64_t count, int64_t plane_stride,
+                  uint8_t* codes) {
+    const TilePlanes<width, pairs> planes{row, plane_stride, codebook};
     for (int64_t tile = first_tile; tile < first_tile + count; ++tile) {
         planes.template prefetch<prefetch_bytes>(tile);
-        const PackedTile<Lanes, width, pairs> packed(planes, tile);
+        const Tile<Lanes, has_codebook, width, pairs> packed(planes, tile);
         repeat<kTileSteps>([&](auto step) MATQUANT_INLINE {
             Lanes::store_bytes(codes + step * rows * kPlaneBytes, packed.template codes<step>());
         });
@@ -89,9 +124,16 @@ constexpr int variant_of(int width, bool paired) { return 2 * (width - kMinWidth
 constexpr int width_of(int variant) { return kMinWidth + variant / 2; }
 constexpr int pairs_of(int variant) { return variant % 2 != 0 ? width_of(variant) / 2 : 1; }
 
-template <class Lanes, int rows, int64_t prefetch_bytes, int... variants>
+template <class Lanes, bool codebook, int rows, int64_t prefetch_bytes, int... variants>
 constexpr auto unpackers_by_variant(std::integer_sequence<int, variants...>) {
-    return std::array{&unpack_tiles<Lanes, width_of(variants), pairs_of(variants), rows, prefetch_bytes>...};
+    return std::array{&unpack_tiles<Lanes, codebook, width_of(variants), pairs_of(variants), rows, prefetch_bytes>...};
+}
+
+// What is multiplied at a width, one after the other: of a codebook's wide slices the coarse levels, which follow from
+// the first bits, and what makes them fine.
+template <bool codebook>
+constexpr int parts_of(int width) {
+    return codebook && width > kWidestWhole ? 2 : 1;
 }
 
 }  // namespace

@@ -97,6 +97,8 @@ Layer describe(const Weight& weight, const Segment& segment) {
         STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), "output_sizes: found ",
                         to_string(segment.output_sizes), ", expected a sum below 2^31");
     }
+    STD_TORCH_CHECK(weight.decoder_kind != DecoderKind::kCodebook, "decoder_kind: found \"codebook-4d\", expected \"",
+                    to_string(DecoderKind::kAffineFloat16), "\" or \"", to_string(DecoderKind::kAffineInt8), "\"");
     const int64_t tile_columns = ceil_div(weight.columns, kTileColumns);
     STD_TORCH_CHECK(kBaseBits <= segment.resident_width && segment.resident_width <= kMaxWidth, "planes: found ",
                     segment.resident_width, " planes, expected ", kBaseBits, " to ", kMaxWidth);

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.codebook import Codebook, CodebookForm
 from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderForm, DecoderKind
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 
-PARTS = {"float16": ("scale", "offset"), "int8": ("scale", "centre", "step")}
+PARTS = {"float16": ("scale", "offset"), "int8": ("scale", "centre", "step"), "codebook": ("scale", "step", "codebook")}
 """What the decoders of each form consist of, as docs/reference/format.md has it."""
 
 
@@ -30,9 +31,19 @@ class Sample:
 def random_decoder(
     kind: DecoderKind | DecoderForm, width: int, rows: int, groups: int, generator: torch.Generator
 ) -> Decoder:
-    """Scales in 0..1 and offsets around 0, as a kind or form stores them."""
+    """Scales in 0..1, and offsets or levels around 0, as a kind or form stores them."""
     scale = torch.rand(rows, groups, generator=generator)
+    if (kind.form(width) if isinstance(kind, DecoderKind) else kind).name == "codebook":
+        return kind.encode(random_codebook(width, scale, generator), width)
     return kind.encode(Affine(scale, torch.randn(rows, groups, generator=generator)), width)
+
+
+def random_codebook(width: int, scale: torch.Tensor, generator: torch.Generator) -> Codebook:
+    """Levels around 0, and increments that become smaller from bit to bit."""
+    shape = (width - 2, 256, 4)
+    halves = 0.5 ** torch.arange(width - 2).view(-1, 1, 1)
+    increments = torch.rand(shape, generator=generator) * halves
+    return Codebook(torch.randn(256, 4, generator=generator), increments, scale)
 
 
 def open_slice(folder: Path, which: Any = None, *, values: bool = True) -> Checkpoint:
@@ -61,4 +72,7 @@ def decoder_names(kind: DecoderKind, width: int) -> set[str]:
 
 def decoder_bytes(form: DecoderForm, rows: int, groups: int) -> int:
     """Bytes of one width's decoder of a layer, as docs/reference/format.md has it."""
+    if isinstance(form, CodebookForm):
+        planes = form.width - 1 if form.width <= 4 else form.width + min(form.width, 6) - 2
+        return rows * groups + 2 * rows + 1024 * planes
     return {"float16": 4 * rows * groups, "int8": 2 * rows * groups + 4 * rows}[form.name]

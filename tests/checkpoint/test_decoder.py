@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.checkpoint.samples import PARTS, decoder_bytes, random_decoder, same_decoder
+from vllm_matquant.checkpoint.codebook import CodebookForm
 from vllm_matquant.checkpoint.decoder import (
     AFFINE_FLOAT16,
     AFFINE_INT8,
+    AFFINE_KINDS,
+    CODEBOOK,
     FLOAT16,
     FORMS,
     INT8,
@@ -29,13 +32,14 @@ from vllm_matquant.checkpoint.errors import DecoderValueError
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 SHAPES = [(1, 1), (3, 1), (5, 3), (7, 11)]  # rows and groups
+AFFINE_FORMS = [FLOAT16, INT8]
 BFLOAT16 = st.integers(0, 0x7EFF).map(lambda bits: torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item())
 """Steps from 0 to 1.7e38."""
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: form.name)
+@pytest.fixture(params=AFFINE_FORMS, ids=lambda form: form.name)
 def form(request: pytest.FixtureRequest) -> DecoderForm:
-    """Each form of decoders."""
+    """Each form with scales and offsets."""
     found: DecoderForm = request.param
     return found
 
@@ -310,9 +314,16 @@ def test_stored_tensors(form: DecoderForm, width: int, shape: tuple[int, int]) -
 
 
 def test_kinds_by_name() -> None:
-    assert KINDS == {"affine-float16": AFFINE_FLOAT16, "affine-int8": AFFINE_INT8}
+    assert KINDS == {"affine-float16": AFFINE_FLOAT16, "affine-int8": AFFINE_INT8, "codebook-4d": CODEBOOK}
     assert {name: kind.name for name, kind in KINDS.items()} == dict(zip(KINDS, KINDS, strict=True))
-    assert [kind.format_version for kind in KINDS.values()] == [1, 2]
+    assert [kind.format_version for kind in KINDS.values()] == [1, 2, 3]
+    assert AFFINE_KINDS == (AFFINE_FLOAT16, AFFINE_INT8)
+
+
+def test_forms_of_all_widths_and_kinds() -> None:
+    assert (FLOAT16, INT8, *map(CodebookForm, WIDTHS)) == FORMS
+    assert [CODEBOOK.form(width) for width in WIDTHS] == list(map(CodebookForm, WIDTHS))
+    assert {form.name for form in FORMS} == PARTS.keys()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -320,7 +331,7 @@ def test_wide_decoders_are_in_float16_whatever_their_kind(width: int) -> None:
     assert AFFINE_FLOAT16.form(width) is FLOAT16
     assert AFFINE_INT8.form(width) is (INT8 if width <= 4 else FLOAT16)
     values = random_affine(3, 2, seed=width)
-    for kind in KINDS.values():
+    for kind in AFFINE_KINDS:
         assert same_decoder(kind.encode(values, width), kind.form(width).encode(values, width))
 
 

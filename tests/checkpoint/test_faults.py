@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.samples import open_slice
 from vllm_matquant.checkpoint import errors
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE, RECIPES_FOLDER, recipe_file
 from vllm_matquant.checkpoint.reader import open_checkpoint
 
@@ -69,6 +69,16 @@ def set_value(tensor: str, value: float, column: int = 0) -> Spoil:
         return values
 
     return replace_tensor(tensor, change)
+
+
+def full_place(*planes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change to a codebook: one place of an entry has 255 in some planes."""
+
+    def change(codebook: torch.Tensor) -> torch.Tensor:
+        codebook[list(planes), 17, 2] = 255
+        return codebook
+
+    return change
 
 
 def remove_tensor(tensor: str) -> Spoil:
@@ -170,10 +180,10 @@ FAULTS = {
     "another method": fault(
         in_quantization(quant_method="gptq"), errors.ConfigError, "quant_method: found 'gptq', expected 'matquant'"
     ),
-    "version 3": fault(
-        in_quantization(format_version=3),
+    "version 4": fault(
+        in_quantization(format_version=4),
         errors.VersionError,
-        "format_version: found 3, expected one of [1, 2]",
+        "format_version: found 4, expected one of [1, 2, 3]",
         "newer release",
     ),
     "version as text": fault(in_quantization(format_version="1"), errors.ConfigError, "found '1', expected an integer"),
@@ -496,6 +506,11 @@ DECODER_FAULTS = {
             errors.ConfigError,
             "quantization_config.decoder_kind: found 'codebook', expected one of ['affine-float16', 'affine-int8']",
         ),
+        "kind of a later version": fault(
+            in_quantization(decoder_kind="codebook-4d"),
+            errors.ConfigError,
+            "quantization_config.decoder_kind: found 'codebook-4d', expected one of ['affine-float16', 'affine-int8']",
+        ),
         "no kind": fault(
             in_config(lambda config: config["quantization_config"].pop("decoder_kind")),
             errors.ConfigError,
@@ -563,6 +578,92 @@ DECODER_FAULTS = {
             set_value(f"{LAYER}.weight_scale8", -0.5), errors.DecoderValueError, f"{LAYER}.weight_scale8: found -0.5"
         ),
     },
+    CODEBOOK: {
+        "another kind": fault(
+            in_quantization(decoder_kind="affine-int8"),
+            errors.MissingTensorError,
+            f"{INDEX_FILE}: model.layers.0.self_attn.q_proj.weight_centre2: found nothing, expected a tensor of shape",
+        ),
+        "unknown kind": fault(
+            in_quantization(decoder_kind="codebook-8d"),
+            errors.ConfigError,
+            "decoder_kind: found 'codebook-8d', expected one of ['affine-float16', 'affine-int8', 'codebook-4d']",
+        ),
+        "kind in version 2": fault(
+            in_quantization(format_version=2),
+            errors.ConfigError,
+            "decoder_kind: found 'codebook-4d', expected one of ['affine-float16', 'affine-int8']",
+        ),
+        "rounded slices": fault(
+            in_quantization(slicing="round"),
+            errors.ConfigError,
+            "quantization_config.slicing: found 'round', expected 'truncate', as decoder_kind is 'codebook-4d'",
+        ),
+        "another group size": fault(
+            in_quantization(group_size=32), errors.TensorShapeError, "weight_scale2", "found [96, 1], expected [96, 2]"
+        ),
+        "no codebook": fault(
+            remove_tensor(f"{LAYER}.weight_codebook7"), errors.MissingTensorError, f"{LAYER}.weight_codebook7"
+        ),
+        "no step": fault(remove_tensor(f"{LAYER}.weight_step8"), errors.MissingTensorError, f"{LAYER}.weight_step8"),
+        "scale of float16": fault(
+            replace_tensor(f"{LAYER}.weight_scale6", lambda scale: scale.half()),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_scale6: found torch.float16, expected torch.uint8",
+        ),
+        "codebook with signs": fault(
+            replace_tensor(f"{LAYER}.weight_codebook4", lambda codebook: codebook.view(torch.int8)),
+            errors.TensorDtypeError,
+            f"dtype of {LAYER}.weight_codebook4: found torch.int8, expected torch.uint8",
+        ),
+        "two steps": fault(
+            replace_tensor(f"{LAYER}.weight_step3", lambda step: step.repeat(1, 2)),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_step3: found [96, 2], expected [96, 1] by config.json",
+        ),
+        "codebook of a narrower width": fault(
+            replace_tensor(f"{LAYER}.weight_codebook4", lambda codebook: codebook[:2]),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_codebook4: found [2, 256, 4], expected [3, 256, 4] by config.json",
+        ),
+        "wide codebook without quarters": fault(
+            replace_tensor(f"{LAYER}.weight_codebook5", lambda codebook: codebook[:4]),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_codebook5: found [4, 256, 4], expected [7, 256, 4] by config.json",
+        ),
+        "codebook of half the entries": fault(
+            replace_tensor(f"{LAYER}.weight_codebook2", lambda codebook: codebook[:, :128]),
+            errors.TensorShapeError,
+            f"shape of {LAYER}.weight_codebook2: found [1, 128, 4], expected [1, 256, 4]",
+        ),
+        "step of NaN": fault(
+            set_value(f"{LAYER}.weight_step4", float("nan")),
+            errors.DecoderValueError,
+            "model-width4-",
+            f"{LAYER}.weight_step4: found nan in row 5, column 0",
+            "expected finite values from 0 up",
+        ),
+        "infinite wide step": fault(
+            set_value(f"{LAYER}.weight_step7", float("inf")),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_step7: found inf in row 5, column 0 (as torch.bfloat16)",
+        ),
+        "negative step": fault(
+            set_value(f"{LAYER}.weight_step2", -0.5), errors.DecoderValueError, f"{LAYER}.weight_step2: found -0.5"
+        ),
+        "codebook that adds up to too much": fault(
+            replace_tensor(f"{LAYER}.weight_codebook3", full_place(0, 1)),
+            errors.DecoderValueError,
+            "model-width3-",
+            f"{LAYER}.weight_codebook3: found 255 in plane 0, entry 17, place 2 (as torch.uint8)",
+            "expected levels and increments that add up to at most 255",
+        ),
+        "quarters that add up to too much": fault(
+            replace_tensor(f"{LAYER}.weight_codebook6", full_place(3, 7)),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_codebook6: found 255 in plane 3, entry 17, place 2 (as torch.uint8)",
+        ),
+    },
 }
 
 
@@ -595,7 +696,7 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [2, 3, 5])
 def test_values_of_other_widths_do_not_matter(sample: Any, width: int) -> None:
-    part = {AFFINE_FLOAT16: "scale", AFFINE_INT8: "step"}[sample.format.decoder_kind]
+    part = {AFFINE_FLOAT16: "scale", AFFINE_INT8: "step", CODEBOOK: "step"}[sample.format.decoder_kind]
     set_value(f"{LAYER}.weight_{part}4", float("nan"))(sample.folder)
     assert open_slice(sample.folder, width).layers
     with pytest.raises(errors.DecoderValueError):

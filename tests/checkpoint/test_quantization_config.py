@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, AFFINE_KINDS, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError
 from vllm_matquant.checkpoint.quantization_config import format_from_config, format_to_config
 from vllm_matquant.checkpoint.spec import Format
@@ -17,7 +17,7 @@ from vllm_matquant.checkpoint.spec import Format
     "format",
     [
         Format(),
-        Format((3,), 32, (), "round"),
+        Format((3,), 32),
         Format((2, 8), "channel", ("lm_head", "a.b")),
         Format(group_size=24),
         Format(ignored_layers=(), quantized_embeddings=("model.embed_tokens",)),
@@ -28,6 +28,18 @@ from vllm_matquant.checkpoint.spec import Format
 def test_config_round_trip(format: Format, kind: DecoderKind) -> None:
     format = replace(format, decoder_kind=kind)
     assert format_from_config(format_to_config(format)) == format
+
+
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
+def test_config_round_trip_of_rounded_slices(kind: DecoderKind) -> None:
+    format = Format((3,), 32, (), "round", decoder_kind=kind)
+    assert format_from_config(format_to_config(format)) == format
+
+
+def test_codebooks_have_no_rounded_slices() -> None:
+    config = format_to_config(Format(slicing="round", decoder_kind=CODEBOOK))
+    with pytest.raises(ConfigError, match=r"slicing: found 'round', expected 'truncate', as decoder_kind is 'codebook"):
+        format_from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -98,15 +110,35 @@ def test_a_kind_of_decoders_that_version_1_does_not_have_is_named_in_version_2()
     assert (config["format_version"], config["decoder_kind"]) == (2, "affine-int8")
 
 
+def test_codebooks_are_of_version_3() -> None:
+    config = format_to_config(Format(decoder_kind=CODEBOOK))
+    assert config.keys() == FIRST_FIELDS | {"decoder_kind"}
+    assert (config["format_version"], config["decoder_kind"]) == (3, "codebook-4d")
+    with pytest.raises(
+        ConfigError, match=r"decoder_kind: found 'codebook-4d', expected one of \['affine-float16', 'aff"
+    ):
+        format_from_config(config | {"format_version": 2})
+
+
 def test_version_1_knows_no_kinds_of_decoders() -> None:
     config = format_to_config(Format(decoder_kind=AFFINE_FLOAT16)) | {"decoder_kind": "affine-float16"}
     with pytest.raises(ConfigError, match=r"unknown fields \['decoder_kind'\]"):
         format_from_config(config)
 
 
-def test_version_2_may_name_the_kind_of_version_1() -> None:
-    config = format_to_config(Format()) | {"decoder_kind": "affine-float16"}
-    assert format_from_config(config) == Format(decoder_kind=AFFINE_FLOAT16)
+@pytest.mark.parametrize(
+    ("version", "kind"), [(2, AFFINE_FLOAT16), (3, AFFINE_FLOAT16), (3, AFFINE_INT8)], ids=lambda value: str(value)[:40]
+)
+def test_a_version_may_name_the_kinds_of_earlier_ones(version: int, kind: DecoderKind) -> None:
+    config = format_to_config(Format()) | {"format_version": version, "decoder_kind": kind.name}
+    assert format_from_config(config) == Format(decoder_kind=kind)
+
+
+def test_version_3_names_its_kind() -> None:
+    config = format_to_config(Format(decoder_kind=CODEBOOK))
+    del config["decoder_kind"]
+    with pytest.raises(ConfigError, match=r"decoder_kind: found nothing, expected one of \[.*'codebook-4d'\]"):
+        format_from_config(config)
 
 
 @pytest.mark.parametrize("config", [None, [], "matquant"])
@@ -115,7 +147,7 @@ def test_config_that_is_no_object(config: Any) -> None:
         format_from_config(config)
 
 
-@pytest.mark.parametrize(("version", "hint"), [(3, "A newer release"), (0, r"expected one of \[1, 2\]$")])
+@pytest.mark.parametrize(("version", "hint"), [(4, "A newer release"), (0, r"expected one of \[1, 2, 3\]$")])
 def test_other_version(version: int, hint: str) -> None:
     with pytest.raises(VersionError, match=hint):
         format_from_config(format_to_config(Format()) | {"format_version": version, "a field of that version": 1})

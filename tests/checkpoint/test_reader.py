@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.samples import decoder_bytes, decoder_names, open_slice, same_decoder
 from vllm_matquant.checkpoint import tensor_files
-from vllm_matquant.checkpoint.decoder import DecoderKind
+from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import MissingFileError, ShardError, WidthError
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -52,7 +52,11 @@ def leave_out(folder: Path, from_width: int) -> list[str]:
     return gone
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.widths}-{format.group_size}-{format.slicing}")
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [(each, kind) for kind in KINDS.values() for each in FORMATS if kind.affine or each.slicing == "truncate"],
+    ids=lambda each: f"{each.widths}-{each.group_size}-{each.slicing}" if isinstance(each, Format) else each.name,
+)
 def test_round_trip(write: Callable[..., Any], tmp_path: Path, format: Format, kind: DecoderKind) -> None:
     format = replace(format, decoder_kind=kind)
     sample = write(tmp_path / "out", format)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.samples import decoder_names, open_slice, random_decoder, same_decoder
-from vllm_matquant.checkpoint.decoder import Affine, Decoder
+from vllm_matquant.checkpoint.decoder import CODEBOOK, Decoder
 from vllm_matquant.checkpoint.errors import (
     CheckpointError,
     DecoderValueError,
@@ -198,7 +198,7 @@ def own_decoders(checkpoint: Checkpoint, recipe: Recipe, seed: int = 0) -> dict[
     """Decoders that are not the plain widths'."""
     generator, kind = torch.Generator().manual_seed(1000 + seed), checkpoint.format.decoder_kind
     return {
-        layer: random_decoder(kind, width, *checkpoint.decoder(layer, width).affine.scale.shape, generator)
+        layer: random_decoder(kind, width, *checkpoint.decoder(layer, width).parts["scale"].shape, generator)
         for layer, width in recipe.widths.items()
     }
 
@@ -307,7 +307,7 @@ def test_faulty_decoders_of_a_recipe_are_refused(sample: Any, fault: str) -> Non
     recipe, _ = with_own_decoders(sample.folder)
     path = sample.folder / recipe_decoders_file(recipe.name)
     tensors = load_file(path)
-    # A wide decoder has no steps.
+    # A wide affine decoder has no steps.
     scales = {name for name in tensors if ".weight_scale" in name and name.replace("scale", "offset") in tensors}
     name = min(scales | {name for name in tensors if ".weight_step" in name})
     changes: dict[str, tuple[Any, type[CheckpointError]]] = {
@@ -331,13 +331,30 @@ def test_faulty_decoders_of_a_recipe_are_refused(sample: Any, fault: str) -> Non
     assert not all(result.passed for result in verify(sample.folder))
 
 
+@pytest.mark.parametrize("kind", [CODEBOOK.name], indirect=True)
+def test_a_recipes_codebook_that_adds_up_to_too_much_is_refused(sample: Any) -> None:
+    recipe, _ = with_own_decoders(sample.folder)
+    path = sample.folder / recipe_decoders_file(recipe.name)
+    tensors = load_file(path)
+    name = max(name for name in tensors if ".weight_codebook" in name)
+    tensors[name][:, 200, 3] = 255
+    save_file(tensors, path)
+    for open_it in (lambda: opened(sample.folder), lambda: open_slice(sample.folder, recipe.name)):
+        with pytest.raises(
+            DecoderValueError, match=rf"{name}: found 255 in plane 0, entry 200, place 3 .* at most 255"
+        ):
+            open_it()
+    assert open_slice(sample.folder, 3)  # which reads none of it
+
+
 def test_decoders_that_give_no_weights_are_not_written(sample: Any) -> None:
     checkpoint = opened(sample.folder)
     recipe = random_recipe(checkpoint, 1, own_decoders=True)
     decoders = own_decoders(checkpoint, recipe)
     layer = next(iter(decoders))
     decoder = decoders[layer]
-    spoilt = Affine(torch.full_like(decoder.affine.scale, math.inf), decoder.affine.offset)
+    values: Any = decoder.values
+    spoilt = replace(values, scale=torch.full_like(values.scale, math.inf))
     decoders[layer] = decoder.form.encode(spoilt, decoder.width)
     with pytest.raises(DecoderValueError, match="finite values"):
         add_recipes(checkpoint, [recipe], {recipe.name: decoders})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -19,8 +20,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.checkpoint.samples import same_decoder
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, Affine, Decoder, DecoderKind
+from tests.checkpoint.samples import random_codebook, random_decoder, same_decoder
+from vllm_matquant.checkpoint.decoder import (
+    AFFINE_FLOAT16,
+    AFFINE_INT8,
+    AFFINE_KINDS,
+    CODEBOOK,
+    Affine,
+    Decoder,
+    DecoderKind,
+)
 from vllm_matquant.checkpoint.errors import (
     CheckpointError,
     ConfigError,
@@ -56,6 +65,7 @@ COPIED = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "gen
 FORMAT = Format(widths=(2, 4), group_size=32)
 CODES = torch.zeros(3, 64, dtype=torch.uint8)
 FLOAT16 = dataclasses.replace(FORMAT, decoder_kind=AFFINE_FLOAT16)
+CODEBOOKS = dataclasses.replace(FORMAT, widths=(2, 5), decoder_kind=CODEBOOK)
 
 
 def decoders(*widths: int, kind: DecoderKind = AFFINE_INT8, rows: int = 3) -> dict[int, Decoder]:
@@ -79,6 +89,22 @@ def values_with(name: str, value: float, kind: DecoderKind) -> dict[int, Decoder
     values = {"scale": torch.ones(3, 2), "offset": torch.zeros(3, 2)}
     values[name][1, 0] = value
     return decoders(2, kind=kind) | {4: kind.encode(Affine(**values), 4)}
+
+
+def codebooks(**parts: Any) -> dict[int, Decoder]:
+    """Codebooks of widths 2 and 5, of which the latter has other parts, or its own as functions change them."""
+    generator = torch.Generator().manual_seed(0)
+    of_two, of_five = (random_decoder(CODEBOOK, width, 3, 2, generator) for width in (2, 5))
+    changed = {part: value(of_five.parts[part].clone()) if callable(value) else value for part, value in parts.items()}
+    return {2: of_two, 5: Decoder(of_five.form, 5, {**of_five.parts, **changed})}
+
+
+def codebook_with_scale(value: float) -> dict[int, Decoder]:
+    """Codebooks of widths 2 and 5, of which the latter encodes a scale that no decoder may have."""
+    scale = torch.ones(3, 2)
+    scale[1, 0] = value
+    values = random_codebook(5, scale, torch.Generator().manual_seed(0))
+    return codebooks() | {5: CODEBOOK.encode(values, 5)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -233,6 +259,63 @@ def test_bad_layer_in_float16(
         writer.add_layer("layer", CODES, layer_decoders)
 
 
+@pytest.mark.parametrize(
+    ("layer_decoders", "error", "message"),
+    [
+        (
+            codebooks(codebook=lambda codebook: codebook.view(torch.int8)),
+            TensorDtypeError,
+            "layer.weight_codebook5: found torch.int8, expected torch.uint8",
+        ),
+        (
+            codebooks(codebook=lambda codebook: codebook[:3]),
+            TensorShapeError,
+            r"layer.weight_codebook5: found \[3, 256, 4\], expected \[7, 256, 4\]",
+        ),
+        (
+            codebooks(step=torch.ones(3, 2, dtype=torch.bfloat16)),
+            TensorShapeError,
+            r"layer.weight_step5: found \[3, 2\], expected \[3, 1\]",
+        ),
+        (
+            codebooks(step=torch.tensor([[1.0], [math.nan], [1.0]], dtype=torch.bfloat16)),
+            DecoderValueError,
+            "layer.weight_step5: found nan in row 1, column 0",
+        ),
+        (
+            codebooks(codebook=lambda codebook: codebook.fill_(37)),  # 7 times 37 is more than 255, 4 times is not
+            None,
+            "",
+        ),
+        (
+            codebooks(codebook=lambda codebook: codebook.fill_(64)),
+            DecoderValueError,
+            "layer.weight_codebook5: found 64 in plane 3, entry 0, place 0 .* at most 255",
+        ),
+        (codebook_with_scale(math.nan), DecoderValueError, "layer.weight_step5: found .* in row 1, column 0"),
+        (codebook_with_scale(math.inf), DecoderValueError, "layer.weight_step5: found inf in row 1, column 0"),
+        (codebook_with_scale(-1e-3), DecoderValueError, "layer.weight_step5: found -1.0 in row 1.* from 0 up to 2"),
+        (codebooks() | {5: decoders(5)[5]}, ValueError, "found float16 of width 5, expected codebook of width 5"),
+        (codebooks() | {2: codebooks()[5]}, ValueError, "found codebook of width 5, expected codebook of width 2"),
+    ],
+)
+def test_bad_layer_of_codebooks(
+    tmp_path: Path, layer_decoders: dict[int, Decoder], error: type[ValueError] | None, message: str
+) -> None:
+    with (
+        CheckpointWriter(tmp_path / "out", CODEBOOKS) as writer,
+        pytest.raises(error, match=message) if error else contextlib.nullcontext(),
+    ):
+        writer.add_layer("layer", CODES, layer_decoders)
+
+
+def test_rounded_slices_of_codebooks_are_not_published(write: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="slicing: found 'round', expected 'truncate'"):
+        write(tmp_path / "out", dataclasses.replace(CODEBOOKS, slicing="round"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
 def test_negative_offsets_are_sound(tmp_path: Path, kind: DecoderKind) -> None:
     with CheckpointWriter(tmp_path / "out", dataclasses.replace(FORMAT, decoder_kind=kind)) as writer:
         writer.add_layer("layer", CODES, values_with("offset", -3.0, kind))
@@ -288,7 +371,7 @@ def test_error_leaves_nothing_behind(tmp_path: Path, there_before: bool) -> None
 
 
 def test_caller_may_reuse_its_memory(tmp_path: Path, kind: DecoderKind) -> None:
-    norm, decoder = torch.ones(3), decoders(2, kind=kind)[2]
+    norm, decoder = torch.ones(3), random_decoder(kind, 2, 3, 2, torch.Generator().manual_seed(0))
     expected = decoder.map(torch.clone)
     with CheckpointWriter(tmp_path / "out", Format(widths=(2,), group_size=32, decoder_kind=kind)) as writer:
         writer.add_tensor("norm", norm)

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.quantize.tiny_sources import write_source
+from tests.serve.tiny_models import requantize
+from vllm_matquant.checkpoint.decoder import CODEBOOK
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.cli import main
 
 
@@ -22,3 +25,9 @@ def nested(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tools") / "nested"
     main(["quantize", str(source), "--output", str(folder), "--bits", "2,4,8", "--method", "rtn", "--no-report"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def codebooks(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a checkpoint of the same model and widths, with codebooks; not to be changed."""
+    return requantize(open_checkpoint(nested), CODEBOOK, tmp_path_factory.mktemp("tools") / "codebooks")

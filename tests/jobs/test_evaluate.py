@@ -25,9 +25,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_table(nested: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows_file = tmp_path / "rows.json"
-    arguments = [str(nested), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
+@pytest.mark.parametrize("decoders", ["nested", "codebooks"])
+def test_table(
+    decoders: str,
+    source: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    rows_file, folder = tmp_path / "rows.json", request.getfixturevalue(decoders)
+    arguments = [str(folder), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
     assert run_evaluate(arguments) == 0
     titles, *lines = capsys.readouterr().out.splitlines()
     assert titles.split() == list(COLUMNS)

@@ -104,6 +104,20 @@ def test_the_same_search_gives_the_same_bytes_also_after_a_crash(
     assert (other / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+def test_codebooks(codebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(codebooks, tmp_path / "codebooks"))
+    checkpoint = open_checkpoint(folder)
+    memory = checkpoint.slice(2).resident_bytes + checkpoint.unquantized_bytes() + 20_000  # a codebook has 2 to 8 KiB
+    assert run(folder, "--budget", f"3.0,{memory}B") == 0
+    checkpoint = open_checkpoint(folder)
+    of_bits, of_bytes = checkpoint.slice("3.0-bits"), checkpoint.slice(f"{memory}B")
+    assert of_bits.average_bits <= 3.0
+    assert of_bytes.resident_bytes + checkpoint.unquantized_bytes() <= memory
+    assert of_bytes.resident_bytes > checkpoint.slice(2).resident_bytes
+    assert len(set(of_bits.widths.values())) > 1
+    assert all(result.passed for result in verify(folder))
+
+
 def test_decoders_of_a_recipe_are_those_that_were_measured(
     folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

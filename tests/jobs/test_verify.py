@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vllm_matquant.cli import main
 
@@ -25,11 +26,26 @@ def run(capsys: pytest.CaptureFixture[str]):
     return run_command
 
 
-def test_sound(nested: Path, run) -> None:
-    status, said = run(nested)
+@pytest.mark.parametrize("decoders", ["nested", "codebooks"])
+def test_sound(decoders: str, run, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(decoders)
+    status, said = run(folder)
     assert status == 0
     assert "FAILED" not in said
-    assert f"{nested}: sound" in said
+    assert f"{folder}: sound" in said
+
+
+def test_a_codebook_that_adds_up_to_too_much(codebooks: Path, tmp_path: Path, run) -> None:
+    shutil.copytree(codebooks, tmp_path / "spoiled")
+    path = tmp_path / "spoiled" / "model-width4-00001-of-00001.safetensors"
+    tensors = load_file(path)
+    name = min(name for name in tensors if ".weight_codebook4" in name)
+    tensors[name][:2, 5, 1] = 200
+    save_file(tensors, path)
+    status, said = run(tmp_path / "spoiled")
+    assert status == 1
+    assert f"{path}: {name}: found 200 in plane 0, entry 5, place 1" in said
+    assert "expected levels and increments that add up to at most 255" in said
 
 
 def test_folder_without_its_last_shards(nested: Path, tmp_path: Path, run) -> None:

@@ -38,6 +38,9 @@ std::vector<Named> other_kernels() {
     }
     if (__builtin_cpu_supports("avx512vnni")) {
         kernels.push_back({"avx512_vnni", kAvx512VnniKernel});
+    }
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
+        kernels.push_back({"avx512_vbmi", kAvx512VbmiKernel});
         kernels.push_back({"amx", kAmxKernel});
     }
 #elif defined(__aarch64__)
@@ -68,6 +71,9 @@ class Layer {
         }
         decoders_.resize(rows_ * decoder_bytes(form_, groups_));
         fill_decoders();
+        if (form_ == DecoderForm::kCodebook) {
+            fill_codebook();
+        }
         input_ = elements(shape.tokens * shape.columns);
         bias_ = elements(shape.outputs);
     }
@@ -102,9 +108,14 @@ class Layer {
         std::vector<TileRow> tile_rows;
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t first = row * kTileRows;
-            tile_rows.push_back({planes_.data() + 2 * row * row_bytes_, planes_.data() + row * row_bytes_,
-                                 decoders_.data() + row * decoder_bytes(form_, groups_), case_.width, first,
-                                 std::min(kTileRows, case_.outputs - first)});
+            tile_rows.push_back({.pairs = planes_.data() + 2 * row * row_bytes_,
+                                 .planes = planes_.data() + row * row_bytes_,
+                                 .decoders = decoders_.data() + row * decoder_bytes(form_, groups_),
+                                 .codebook = codebook_.data(),
+                                 .by_place = by_place_.data(),
+                                 .width = case_.width,
+                                 .first = first,
+                                 .count = std::min(kTileRows, case_.outputs - first)});
         }
         kernel.multiply(product, tile_rows.data(), rows_);
         return output;
@@ -120,12 +131,35 @@ class Layer {
         const int64_t row_bytes = decoder_bytes(form_, groups_);
         for (size_t byte = 0; byte < decoders_.size(); byte += 2) {
             // Codes of 8 bits are any bytes, their steps are the upper halves of floats around 1.
-            const bool step = form_ == DecoderForm::kInt8 && byte % row_bytes < 4 * kTileRows;
+            const int64_t steps = form_ == DecoderForm::kInt8       ? 4 * kTileRows
+                                  : form_ == DecoderForm::kCodebook ? 2 * kTileRows
+                                                                    : 0;
+            const bool step = static_cast<int64_t>(byte) % row_bytes < steps;
             const float value = std::exp2(std::normal_distribution<float>()(random_));
             const uint16_t bits = step                             ? bfloat16(value)
                                   : form_ == DecoderForm::kFloat16 ? half()
                                                                    : static_cast<uint16_t>(random_());
             std::memcpy(decoders_.data() + byte, &bits, 2);
+        }
+    }
+
+    // Levels and increments that add up to no more than a byte holds, entry by entry and place by place.
+    void fill_codebook() {
+        codebook_.resize(codebook_planes(case_.width) * kEntryPlaneBytes);
+        const int whole = coarse_bits(case_.width) - 1, planes = codebook_planes(case_.width);
+        for (int64_t at = 0; at < kEntryPlaneBytes; ++at) {
+            int left = 0;
+            for (int plane = 0; plane < planes; ++plane) {
+                left = plane == 0 || plane == whole ? 255 : left;
+                const int byte = static_cast<int>(random_() % (left + 1));
+                codebook_[plane * kEntryPlaneBytes + at] = static_cast<uint8_t>(byte);
+                left -= byte;
+            }
+        }
+        by_place_.resize(codebook_.size());
+        for (int64_t byte = 0; byte < static_cast<int64_t>(codebook_.size()); ++byte) {
+            const int64_t plane = byte / kEntryPlaneBytes, entry = byte % kEntryPlaneBytes / kPlaces;
+            by_place_[(plane * kPlaces + byte % kPlaces) * kEntries + entry] = codebook_[byte];
         }
     }
 
@@ -164,6 +198,7 @@ class Layer {
     int64_t rows_, groups_, row_bytes_;
     std::vector<uint8_t> planes_;
     std::vector<uint8_t> decoders_;
+    std::vector<uint8_t> codebook_, by_place_;
     std::vector<uint8_t> input_, bias_;
 };
 
@@ -216,7 +251,8 @@ int main() {
                 for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31, 33}) {
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
-                    for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8}) {
+                    for (const DecoderKind kind :
+                         {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8, DecoderKind::kCodebook}) {
                         comparison.compare(
                             {outputs, columns, group_size, tokens, width, bits, outlier, paired, kind, element});
                     }
@@ -230,5 +266,7 @@ int main() {
         {300, 1160, 32, kBlockTokens, 3, 16, kNever, true, DecoderKind::kAffineInt8, Element::kBFloat16});
     comparison.compare({70, 2120, 32, kBlockTokens, 3, 8, 1.0f, true, DecoderKind::kAffineInt8, Element::kBFloat16});
     comparison.compare({70, 1100, 1100, 300, 6, 8, kNever, false, DecoderKind::kAffineInt8, Element::kHalf});
+    comparison.compare({70, 1160, 32, kBlockTokens, 6, 16, kNever, true, DecoderKind::kCodebook, Element::kBFloat16});
+    comparison.compare({70, 1100, 1100, 300, 3, 8, 1.0f, false, DecoderKind::kCodebook, Element::kHalf});
     return comparison.report() ? 0 : 1;
 }

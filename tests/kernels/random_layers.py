@@ -74,6 +74,8 @@ class Layer:
 
     def weights(self, widths: Sequence[int], absolute: bool = False) -> np.ndarray:
         """float64 [N, K]; ``absolute`` for |scale| * code + |offset|, what rounding errors are relative to."""
+        if not self.weight.decoder_kind.affine:
+            return self._levels(widths, absolute)
         width_of_row = np.repeat(widths, self.output_sizes)
         group = np.arange(self.codes.shape[1]) // self.group_size
         scale, offset = np.empty((2, *self.codes.shape))
@@ -84,6 +86,21 @@ class Layer:
         if absolute:
             scale, offset = np.abs(scale), np.abs(offset)
         return scale * (self.codes.numpy().astype(np.int64) >> (8 - width_of_row)[:, None]) + offset
+
+    def _levels(self, widths: Sequence[int], absolute: bool) -> np.ndarray:
+        """float64 [N, K] by codebooks, one for each partition: scale times level; ``absolute`` for the scale times 128
+        and what is added to that."""
+        rows = np.cumsum([0, *self.output_sizes])
+        group = np.arange(self.codes.shape[1]) // self.group_size
+        parts = []
+        for partition, width in enumerate(widths):
+            own = slice(rows[partition], rows[partition + 1])
+            stored = {name: part.numpy() for name, part in self.decoders[width].map(torch.Tensor.float).parts.items()}
+            scale = (stored["scale"] * stored["step"])[own][:, group].astype(np.float64)
+            planes = stored["codebook"].reshape(len(widths), -1, 256, 4)[partition].astype(np.float64)
+            levels = look_up(self.codes.numpy()[own] >> (8 - width), planes, width)
+            parts.append(scale * (levels + 256 if absolute else levels))
+        return np.concatenate(parts)
 
     def check(
         self,
@@ -121,6 +138,26 @@ class Layer:
         tolerance += lost @ np.abs(weights).T * 1.001
         error = np.abs(result.double().numpy() - (x.double().numpy() @ weights.T + added))
         assert (error <= tolerance).all(), f"error up to {(error / tolerance).max():.3g} times what rounding may change"
+
+
+def look_up(codes: np.ndarray, planes: np.ndarray, width: int) -> np.ndarray:
+    """Levels of codes of ``width`` bits by the definition of the format, weight by weight."""
+    padded = np.pad(codes.astype(np.int64), ((0, 0), (0, -codes.shape[1] % 4)))
+    levels = np.empty(codes.shape)
+    for column in range(codes.shape[1]):
+        first, place = column // 4 * 4, column % 4
+        top = padded[:, first : first + 4] >> (width - 2)
+        entry = top[:, 0] + 4 * top[:, 1] + 16 * top[:, 2] + 64 * top[:, 3]
+        bits = [padded[:, column] >> (width - 3 - bit) & 1 for bit in range(width - 2)]
+        levels[:, column] = planes[0, entry, place] - 128
+        for bit, is_set in enumerate(bits[:4]):
+            levels[:, column] += planes[1 + bit, entry, place] * is_set
+        if width > 4:
+            first = min(width, 6) - 1
+            levels[:, column] += planes[first, entry, place] / 16
+            for bit, is_set in enumerate(bits):
+                levels[:, column] += planes[first + 1 + bit, entry, place] / 16 * is_set
+    return levels
 
 
 def affine_of(stored: Decoder) -> tuple[np.ndarray, np.ndarray]:
@@ -165,11 +202,25 @@ def round_activations(
     return rounded, lost
 
 
+def make_codebook(planes: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 [planes, 256, 4] whose sums are up to 255, some of them just that."""
+    ends = torch.randint(0, 256, (planes, 256, 4), generator=generator).sort(0).values
+    steps = torch.diff(ends, dim=0, prepend=torch.zeros(1, 256, 4, dtype=ends.dtype))
+    steps[planes - 1, ::7] += 255 - ends[-1, ::7]
+    return steps.to(torch.uint8)
+
+
 def make_decoder(
-    kind: DecoderKind | DecoderForm, width: int, rows: int, groups: int, generator: torch.Generator
+    kind: DecoderKind | DecoderForm, width: int, rows: int, groups: int, generator: torch.Generator, layers: int = 1
 ) -> Decoder:
-    """Every value that a decoder of the kind or form can store, within reason."""
+    """Every value that a decoder of the kind or form can store, within reason; of ``layers`` partitions."""
     form = kind.form(width) if isinstance(kind, DecoderKind) else kind
+    if form.name == "codebook":
+        planes = [width - 1] if width <= 4 else [min(width, 6) - 1, width - 1]
+        codebooks = [make_codebook(each, generator) for _ in range(layers) for each in planes]
+        scale = torch.randint(0, 256, (rows, groups), dtype=torch.uint8, generator=generator)
+        step = torch.rand(rows, 1, generator=generator).bfloat16() / 2**14
+        return Decoder(form, width, {"scale": scale, "step": step, "codebook": torch.cat(codebooks)})
     if form.name == "float16":
         scale = torch.rand(rows, groups, generator=generator) / 2**width
         return Decoder(
@@ -200,7 +251,7 @@ def make_layer(
     generator = torch.Generator().manual_seed(seed)
     rows, groups = sum(output_sizes), -(-columns // group_size)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
-    decoders = {width: make_decoder(kind, width, rows, groups, generator) for width in WIDTHS}
+    decoders = {width: make_decoder(kind, width, rows, groups, generator, len(output_sizes)) for width in WIDTHS}
     segment = stored_segment(codes, decoders, output_sizes, decoder_widths)
     weight = (kernel or CPU).pack([segment], columns, group_size, "cpu")
     return Layer(codes, decoders, list(output_sizes), group_size, weight)

@@ -30,8 +30,14 @@ FLAGS = {
         "gemm_vnni_avx2": AVX2,
         "gemm_avx512": AVX512,
         "gemm_vnni_avx512": AVX512,
+        "gemm_vbmi_avx512": [*AVX512, "-mavx512vbmi"],
         # With tile registers in plain C++: few machines have them, and sanitizers do not see what they read.
-        "gemm_amx_avx512": [*AVX512, '-DMATQUANT_TILES="tiles_stand_in.h"', f"-I{Path(__file__).parent}"],
+        "gemm_amx_avx512": [
+            *AVX512,
+            "-mavx512vbmi",
+            '-DMATQUANT_TILES="tiles_stand_in.h"',
+            f"-I{Path(__file__).parent}",
+        ],
     },
     "aarch64": {"gemm_scalar": [], "gemm_neon": []},
 }

@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.checkpoint.samples import decoder_bytes
 from tests.quantize.tiny_sources import VOCABULARY, write_source
+from tests.serve.tiny_models import requantize
+from vllm_matquant.checkpoint.decoder import CODEBOOK, Affine
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.kernels.reference import Rounding, default_rounding
 from vllm_matquant.measure import model as model_module
@@ -30,6 +33,11 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
     source, method = SourceModel(llama), RoundToNearest((2, 3, 8))
     quantize(source, folder, method, plan_format(source, method, 32, []), CalibrationSettings())
     return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def codebooks(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(requantize(checkpoint, CODEBOOK, tmp_path_factory.mktemp("codebooks") / "llama"))
 
 
 def test_activations_are_rounded_for_the_slices_alone(llama: Path, checkpoint: Checkpoint) -> None:
@@ -51,7 +59,9 @@ def test_activations_are_rounded_as_the_width_of_each_slice_asks_for(llama: Path
 
 
 @torch.no_grad()
-def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decoders", ["checkpoint", "codebooks"])
+def test_rows(llama: Path, decoders: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    checkpoint: Checkpoint = request.getfixturevalue(decoders)
     monkeypatch.setattr(model_module, "_BATCH_TOKENS", 50)  # two windows at a time
     rows = list(evaluate(checkpoint, llama, TOKENS, [checkpoint.slice(width) for width in (8, 2)]))
     assert [row["bits"] for row in rows] == [8, 2]
@@ -60,10 +70,12 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
     for row in rows:
         changed = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
         for layer in checkpoint.layers:
-            values = checkpoint.decoder(layer, row["bits"]).affine
-            scale, offset = values.scale.double(), values.offset.double()
-            codes = checkpoint.codes(layer, row["bits"]).double().unflatten(1, (-1, 32))
-            weight = (scale[..., None] * codes + offset[..., None]).flatten(1)
+            values, codes = checkpoint.decoder(layer, row["bits"]).values, checkpoint.codes(layer, row["bits"])
+            if isinstance(values, Affine):
+                scale, offset = values.scale.double(), values.offset.double()
+                weight = (scale[..., None] * codes.double().unflatten(1, (-1, 32)) + offset[..., None]).flatten(1)
+            else:
+                weight = values.decode(codes, 32).double()
             changed.get_parameter(f"{layer}.weight").copy_(weight)
         logs = changed(TOKENS).logits[:, :-1].log_softmax(-1)
         divergence, loss, reference_loss = 0.0, 0.0, 0.0
@@ -76,10 +88,10 @@ def test_rows(llama: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPat
         assert row["kl"] == pytest.approx(divergence / (5 * 23), rel=1e-3, abs=1e-6)
         assert row["perplexity"] == pytest.approx(math.exp(loss / (5 * 23)), rel=1e-4)
         assert row["reference_perplexity"] == pytest.approx(math.exp(reference_loss / (5 * 23)), rel=1e-4)
-        # Two multiples of 8 bits for each group of 32 columns and two steps of 16 bits for each row, or two float16.
-        shapes, bits = checkpoint.layers.values(), row["bits"]
-        group, steps = (2 * 8, 2 * 16) if bits <= 4 else (2 * 16, 0)
-        bits = sum(rows * (columns * (bits + group / 32) + steps) for rows, columns in shapes)
+        shapes, form = checkpoint.layers.values(), checkpoint.format.decoder_kind.form(row["bits"])
+        bits = sum(
+            rows * columns * row["bits"] + 8 * decoder_bytes(form, rows, columns // 32) for rows, columns in shapes
+        )
         assert row["bits_per_weight"] == pytest.approx(bits / sum(rows * columns for rows, columns in shapes))
     assert rows[0]["kl"] < rows[1]["kl"]
 

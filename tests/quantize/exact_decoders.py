@@ -14,7 +14,7 @@ class ExactForm(DecoderForm):
 
     name = "exact"
 
-    def parts(self, out_features: int, groups: int) -> dict[str, TensorSpec]:
+    def parts(self, out_features: int, groups: int, layers: int = 1) -> dict[str, TensorSpec]:
         return dict.fromkeys(("scale", "offset"), TensorSpec(torch.float32, (out_features, groups)))
 
     def encode(self, values: Affine, width: int, offsets_for: OffsetsFor | None = None) -> Decoder:
@@ -22,14 +22,14 @@ class ExactForm(DecoderForm):
         offset = offsets_for(scale) if offsets_for else values.offset.float()
         return Decoder(self, width, {"scale": scale, "offset": offset})
 
-    def affine(self, parts: Mapping[str, torch.Tensor], width: int) -> Affine:
+    def values(self, parts: Mapping[str, torch.Tensor], width: int) -> Affine:
         return Affine(parts["scale"], parts["offset"])
 
     def faults(self, parts: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, str]]:
         return []
 
 
-EXACT = DecoderKind("exact", 2, ExactForm(), ExactForm())
+EXACT = DecoderKind("exact", 2, 7 * (ExactForm(),))
 
 
 def exact(scale: torch.Tensor, offset: torch.Tensor, width: int) -> Decoder:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.research.evolution import evolve, fill, mutate
 from vllm_matquant.research.shapes import SHAPES, shape_widths
@@ -40,8 +41,8 @@ def test_what_is_no_budget_is_refused(text: str) -> None:
 LAYERS = {"a": (64, 96), "model.layers.0.q": (32, 64), "model.layers.1.q": (96, 64)}
 
 
-def checkpoint() -> Any:
-    format = Format(group_size=32, layer_widths={"a": (3, 6)})
+def checkpoint(kind: DecoderKind = AFFINE_INT8) -> Any:
+    format = Format(group_size=32, layer_widths={"a": (3, 6)}, decoder_kind=kind)
     return SimpleNamespace(format=format, layers=LAYERS, unquantized_bytes=lambda: 1000)
 
 
@@ -52,6 +53,9 @@ def test_costs_by_hand() -> None:
     costs, limit = Budget("1MB", "bytes", 1e6).costs(checkpoint())
     assert limit == 1e6 - 1000
     assert costs["model.layers.0.q"][5] == 5 * 32 * 64 // 8 + 4 * 32 * 2
+    costs, _ = Budget("1MB", "bytes", 1e6).costs(checkpoint(CODEBOOK))
+    assert costs["model.layers.0.q"][5] == 5 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 7 * 1024
+    assert costs["model.layers.0.q"][2] == 2 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 1024
     times = {layer: {2: 1.0} for layer in LAYERS}
     assert Budget("6ms", "ms", 6.0).costs(checkpoint(), times) == (times, 6.0)
 

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.serve.tiny_models import served_at, write_checkpoint
 from vllm_matquant.checkpoint import tensor_files, validate
+from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -116,7 +117,9 @@ def test_mixtures_of_experts_are_refused() -> None:
 
 def test_config_json_is_checked() -> None:
     with pytest.raises(VersionError):
-        MatquantConfig.from_config(format_to_config(Format()) | {"format_version": 3})
+        MatquantConfig.from_config(format_to_config(Format()) | {"format_version": 4})
+    with pytest.raises(ConfigError, match="slicing: found 'round', expected 'truncate'"):
+        MatquantConfig.from_config(format_to_config(Format(decoder_kind=CODEBOOK)) | {"slicing": "round"})
     with pytest.raises(ConfigError, match="group_size"):
         MatquantConfig.from_config(format_to_config(Format()) | {"group_size": 12})
 

@@ -10,7 +10,9 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from tests.checkpoint.samples import decoder_bytes, decoder_names
 from tests.serve.tiny_models import EMBEDDINGS, quantize, served_at
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
@@ -20,6 +22,7 @@ from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.linear import predicted_bytes, resident_bytes
 
 COLUMNS = 96
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 # Tokens and ranks; vLLM pads the tokens to a multiple of 64, and the last of four ranks has padding only.
 CUTS = [(128, 1), (100, 1), (100, 2), (40, 4)]
 
@@ -78,10 +81,14 @@ def _single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: 1)
 
 
-@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@pytest.mark.parametrize(
+    ("kind", "slicing"),
+    [(AFFINE_INT8, "truncate"), (AFFINE_INT8, "round"), (CODEBOOK, "truncate")],
+    ids=lambda value: getattr(value, "name", value),
+)
 @pytest.mark.parametrize("width", range(2, 9))
-def test_lookup_and_logits_at_every_width(width: int, slicing: Any) -> None:
-    source = Source(100, Format(slicing=slicing, **EMBEDDINGS), seed=width)
+def test_lookup_and_logits_at_every_width(width: int, slicing: Any, kind: DecoderKind) -> None:
+    source = Source(100, Format(slicing=slicing, decoder_kind=kind, **EMBEDDINGS), seed=width)
     ids, x = torch.tensor([[0, 99], [16, 15]]), torch.randn(3, COLUMNS)
     embedding, head = (source.load(source.new_layer(width, head=head)) for head in (False, True))
     torch.testing.assert_close(embedding(ids), source.weight(width)[ids])
@@ -94,8 +101,9 @@ def test_lookup_and_logits_at_every_width(width: int, slicing: Any) -> None:
 
 @pytest.mark.parametrize(("tokens", "ranks"), CUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ranks_make_the_whole_together(tokens: int, ranks: int, dtype: torch.dtype) -> None:
-    source = Source(tokens, Format(group_size=32, **EMBEDDINGS))
+@EVERY_KIND
+def test_ranks_make_the_whole_together(tokens: int, ranks: int, dtype: torch.dtype, kind: DecoderKind) -> None:
+    source = Source(tokens, Format(group_size=32, decoder_kind=kind, **EMBEDDINGS))
     layers = [source.load(source.new_layer(3, rank=rank, ranks=ranks, dtype=dtype)) for rank in range(ranks)]
     ids, x = torch.arange(tokens), torch.randn(2, COLUMNS)
     looked_up = torch.stack([layer(ids) for layer in layers]).sum(0)
@@ -107,12 +115,13 @@ def test_ranks_make_the_whole_together(tokens: int, ranks: int, dtype: torch.dty
 
 @pytest.mark.parametrize(("tokens", "ranks"), CUTS)
 @pytest.mark.parametrize("width", [2, 5, 8])
-def test_resident_bytes_are_those_of_the_padded_tokens(width: int, tokens: int, ranks: int) -> None:
-    source = Source(tokens, Format(group_size=32, **EMBEDDINGS))
+@EVERY_KIND
+def test_resident_bytes_are_those_of_the_padded_tokens(width: int, tokens: int, ranks: int, kind: DecoderKind) -> None:
+    source = Source(tokens, Format(group_size=32, decoder_kind=kind, **EMBEDDINGS))
     layer = source.load(source.new_layer(width, ranks=ranks))
     rows = -(-tokens // 64) * 64 // ranks
-    decoder = 2 * 3 + 2 * 2 if width <= 4 else 4 * 3
-    assert resident_bytes(layer) == predicted_bytes(layer) == rows * (96 * width // 8 + decoder)
+    by_hand = rows * 96 * width // 8 + decoder_bytes(kind.form(width), rows, 3)
+    assert resident_bytes(layer) == predicted_bytes(layer) == by_hand
     assert not list(layer.named_parameters())
 
 
@@ -127,9 +136,17 @@ def test_a_tied_head_is_the_embedding_itself() -> None:
 
 
 @pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("name", ["weight_base", "weight_plane3", "weight_scale3", "weight_centre3", "weight_step3"])
-def test_a_tensor_that_did_not_come_is_named(name: str, head: bool) -> None:
-    source = Source(100, Format(**EMBEDDINGS))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for kind in KINDS.values()
+        for name in ("weight_base", "weight_plane3", *sorted(decoder_names(kind, 3)))
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_tensor_that_did_not_come_is_named(name: str, head: bool, kind: DecoderKind) -> None:
+    source = Source(100, Format(decoder_kind=kind, **EMBEDDINGS))
     with pytest.raises(MissingTensorError, match=f"{'lm_head' if head else 'model.embed_tokens'}: {name}: found"):
         source.load(source.new_layer(3, head=head), without=name)
 

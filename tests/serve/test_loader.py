@@ -16,7 +16,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from tests.checkpoint.samples import decoder_names
 from tests.serve.tiny_models import EMBEDDINGS, own_decoder, write_checkpoint
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -32,9 +34,16 @@ from vllm_matquant.serve.request import Request
 register()
 
 
+@pytest.fixture(scope="module", params=[AFFINE_INT8, CODEBOOK], ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest) -> DecoderKind:
+    found: DecoderKind = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", "llama", Format(group_size=64))
+def folder(tmp_path_factory: pytest.TempPathFactory, kind: DecoderKind) -> Path:
+    checkpoint_format = Format(group_size=64, decoder_kind=kind)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", "llama", checkpoint_format)
 
 
 class Hub:
@@ -139,38 +148,37 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
 
 @pytest.mark.parametrize("bits", [2, 3, 7, 8])
 def test_only_files_of_the_width_are_fetched_from_a_hub(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, kind: DecoderKind
 ) -> None:
     hub = Hub(folder, tmp_path)
     monkeypatch.setattr(files, "hf_api", lambda: hub)
-    tensors = load(monkeypatch, "someone/model", Format(group_size=64), bits)
+    tensors = load(monkeypatch, "someone/model", Format(group_size=64, decoder_kind=kind), bits)
     shards = {width for name in hub.fetched if (width := shard_width(name)) is not None}
     assert shards == set(range(2, bits + 1))
     assert {"config.json", "model.safetensors.index.json"} <= set(hub.fetched)
     down = {name for name in tensors if name.startswith("model.layers.1.mlp.down_proj.")}
-    suffixes = [
-        "base",
-        *(f"plane{width}" for width in range(3, bits + 1)),
-        *(f"{part}{bits}" for part in (("scale", "centre", "step") if bits <= 4 else ("scale", "offset"))),
-    ]
-    assert down == {f"model.layers.1.mlp.down_proj.weight_{suffix}" for suffix in suffixes}
+    suffixes = {"weight_base", *decoder_names(kind, bits), *(f"weight_plane{width}" for width in range(3, bits + 1))}
+    assert down == {f"model.layers.1.mlp.down_proj.{suffix}" for suffix in suffixes}
     assert "model.embed_tokens.weight" in tensors
 
 
-def test_files_of_other_widths_are_not_opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_widths_are_not_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DecoderKind
+) -> None:
+    checkpoint_format = Format(group_size=64, decoder_kind=kind)
     for file in folder.iterdir():
         width = shard_width(file.name)
         if width is not None and width > 3:
             (tmp_path / file.name).write_bytes(b"not a safetensors file")
         else:
             (tmp_path / file.name).symlink_to(file)
-    assert load(monkeypatch, str(tmp_path), Format(group_size=64), 3)
+    assert load(monkeypatch, str(tmp_path), checkpoint_format, 3)
     with pytest.raises(CheckpointError, match="model-width4"):
-        load(monkeypatch, str(tmp_path), Format(group_size=64), 4)
+        load(monkeypatch, str(tmp_path), checkpoint_format, 4)
 
 
 def test_a_faulty_download_is_refused_before_the_model_is_made(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DecoderKind
 ) -> None:
     faulty, cache = tmp_path / "faulty", tmp_path / "cache"
     faulty.mkdir()
@@ -181,7 +189,7 @@ def test_a_faulty_download_is_refused_before_the_model_is_made(
     monkeypatch.setattr(files, "hf_api", lambda: hub)
     made: list[Any] = []
     monkeypatch.setattr(DefaultModelLoader, "load_model", lambda *args: made.append(args))
-    quant_config = MatquantConfig(Format(group_size=64))
+    quant_config = MatquantConfig(Format(group_size=64, decoder_kind=kind))
     quant_config.maybe_update_config("someone/model")
     config = SimpleNamespace(
         quant_config=quant_config,

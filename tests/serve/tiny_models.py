@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.random_models import randomized
-from vllm_matquant.checkpoint.decoder import Affine, Decoder
-from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.codebook import Codebook
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
@@ -44,6 +46,8 @@ def quantize(
 ) -> tuple[torch.Tensor, dict[int, Decoder]]:
     """Min-max codes [N, K], and for each width the decoder that decodes a slice to the middle of its interval."""
     groups = weight.unflatten(1, (-1, group_size))
+    if not checkpoint_format.decoder_kind.affine:
+        return _quantize_by_codebooks(groups, checkpoint_format, layer)
     low, high = groups.amin(-1), groups.amax(-1)
     step = (high - low) / (2**PARENT_BITS - 1)
     codes = ((groups - low[..., None]) / step[..., None]).round().to(torch.uint8).flatten(1)
@@ -52,6 +56,25 @@ def quantize(
         merged = 2 ** (PARENT_BITS - width)
         middle = (merged - 1) / 2 if checkpoint_format.slicing == "truncate" else 0.0
         decoders[width] = checkpoint_format.decoder_kind.encode(Affine(step * merged, low + step * middle), width)
+    return codes, decoders
+
+
+def _quantize_by_codebooks(
+    groups: torch.Tensor, checkpoint_format: Format, layer: str
+) -> tuple[torch.Tensor, dict[int, Decoder]]:
+    """As :func:`quantize`, of weights [N, groups, columns]: levels are near those of uniform codes, each with some
+    noise, so that layers, widths, entries and places differ."""
+    scale = groups.abs().amax(-1)
+    codes = ((groups / scale[..., None] + 1) * 127.5).round().to(torch.uint8).flatten(1)
+    generator = torch.Generator().manual_seed(int(codes.sum()))
+    digits = torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6]) & 3
+    decoders = {}
+    for width in checkpoint_format.widths_of(layer):
+        noise = torch.rand(width - 1, 256, 4, generator=generator) - 0.5
+        levels = digits / 2 - 1 + 0.5**width + noise[0] / 8
+        increments = 0.5 ** torch.arange(2, width).view(-1, 1, 1) * (1 + noise[1:])
+        values = Codebook(levels, increments, scale)
+        decoders[width] = checkpoint_format.decoder_kind.encode(values, width)
     return codes, decoders
 
 
@@ -76,6 +99,19 @@ def write_checkpoint(
             else:
                 writer.add_tensor(name, tensor)
         writer.finish(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    return folder
+
+
+def requantize(checkpoint: Checkpoint, kind: DecoderKind, folder: Path) -> Path:
+    """A checkpoint of the same model, of the weights of the widest slice, with another kind of decoders."""
+    of_kind = dataclasses.replace(checkpoint.format, decoder_kind=kind)
+    with CheckpointWriter(folder, of_kind) as writer:
+        for layer, weight in checkpoint.weights(checkpoint.slice()):
+            group_size = of_kind.group_size_of(weight.shape[1], layer)
+            writer.add_layer(layer, *quantize(weight, group_size, of_kind, layer))
+        for name, tensor in checkpoint.unquantized():
+            writer.add_tensor(name, tensor)
+        writer.finish(checkpoint.config, copy_from=checkpoint.folder)
     return folder
 
 
@@ -106,6 +142,10 @@ def served_widths(widths: dict[str, int]) -> Served:
 
 def own_decoder(plain: Decoder) -> Decoder:
     """What a recipe has in the place of a plain decoder."""
+    values = plain.values
+    if isinstance(values, Codebook):
+        changed = Codebook(values.levels * 0.75, values.increments, values.scale * 1.25)
+        return plain.form.encode(changed, plain.width)
     return plain.form.encode(Affine(plain.affine.scale * 1.25, plain.affine.offset * 0.75), plain.width)
 
 

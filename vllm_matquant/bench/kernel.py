@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
+from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS, WIDTHS
 from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.cpu_layout import PAIRS
@@ -73,15 +74,15 @@ class Layer:
                 for bits in (BASE_BITS, *[1] * (WIDTHS[-1] - BASE_BITS))
             ]
             planes = PAIRS.pack_planes(packed[0], packed[1:], [rows])
-            values = Affine(*torch.rand(2, rows, groups, generator=generator))
+            decoders = {width: random_decoder(settings.decoder_kind, width, rows, groups) for width in settings.widths}
             self.planes.append(planes)
-            self.weights.append({width: self._weight(planes[:width], values) for width in settings.widths})
+            self.weights.append({width: self._weight(planes[:width], decoders[width]) for width in settings.widths})
         self.uses = 0
 
-    def _weight(self, planes: torch.Tensor, values: Affine) -> PackedWeight:
+    def _weight(self, planes: torch.Tensor, decoder: Decoder) -> PackedWeight:
         # As if the layer had been loaded for this width: with its planes alone, in pairs. Codes are random anyway.
         width = len(planes)
-        decoders = PAIRS.pack_decoders([self.settings.decoder_kind.encode(values, width)], [self.rows])
+        decoders = PAIRS.pack_decoders([decoder], [self.rows])
         resident = ResidentSegment(planes, decoders, (width,), (self.rows,), width)
         segment = PackedSegment(resident, torch.tensor([width], dtype=torch.int32))
         settings = self.settings
@@ -103,6 +104,17 @@ class Layer:
     def _next(self) -> int:
         self.uses += 1
         return self.uses % len(self.planes)
+
+
+def random_decoder(kind: DecoderKind, width: int, rows: int, groups: int) -> Decoder:
+    """A decoder of random values, always the same."""
+    generator = torch.Generator().manual_seed(width)
+    scale = torch.rand(rows, groups, generator=generator)
+    if kind.affine:
+        return kind.encode(Affine(scale, torch.rand(rows, groups, generator=generator)), width)
+    levels = torch.randn(ENTRIES, PLACES, generator=generator)
+    halves = 0.5 ** torch.arange(width - BASE_BITS).view(-1, 1, 1)
+    return kind.encode(Codebook(levels, halves.expand(-1, ENTRIES, PLACES), scale), width)
 
 
 def copies_of(size: int) -> int:

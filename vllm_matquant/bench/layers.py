@@ -18,6 +18,7 @@ def layer_milliseconds(checkpoint: Checkpoint) -> dict[str, dict[int, float]]:
     widths = sorted({width for layer in shapes for width in format.widths_of(layer)})
     seconds: dict[Any, dict[int, float]] = {}
     for shape, group_size in tqdm(sorted(set(shapes.values())), desc="milliseconds", unit="shape"):
-        settings = kernel.Settings([shape], [1], widths, [torch.get_num_threads()], group_size)
+        threads = [torch.get_num_threads()]
+        settings = kernel.Settings([shape], [1], widths, threads, group_size, decoder_kind=format.decoder_kind)
         seconds[shape, group_size] = {row["bits"]: 1e3 * row["seconds"] for row in kernel.bench_kernel(settings)}
     return {layer: {width: seconds[key][width] for width in format.widths_of(layer)} for layer, key in shapes.items()}

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, KINDS
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, is_recipe_file, recipe_file
-from vllm_matquant.checkpoint.slicing import SLICE_RULES
+from vllm_matquant.checkpoint.slicing import SLICE_RULES, Truncate
 from vllm_matquant.checkpoint.spec import PARENT_BITS, QUANT_METHOD, WIDTHS, Format, GroupSize, served_width
 
 FORMAT_VERSIONS = tuple(sorted({kind.format_version for kind in KINDS.values()}))
@@ -124,6 +124,8 @@ def format_from_config(config: Any, where: Path | str = CONFIG_FILE) -> Format:
     kind = AFFINE_FLOAT16.name if version == 1 else config.get(_KIND_FIELD)
     if kind not in kinds:
         raise fail(_KIND_FIELD, f"one of {kinds}")
+    if not KINDS[kind].affine and config["slicing"] != Truncate.name:
+        raise fail("slicing", f"{Truncate.name!r}, as decoder_kind is {kind!r}")
     return Format(
         tuple(widths),
         group_size,

@@ -24,7 +24,8 @@ A layer may have widths of its own. Where the model is served at a width that th
 served at its next wider one, or else at its widest; what that needs then lies in the shards that the model's width
 reads.
 
-The format has two versions: in version 1 all decoders are of the kind ``affine-float16``; version 2 names their kind.
+The format has three versions: in version 1 all decoders are of the kind ``affine-float16``; later ones name their kind,
+which in version 3 may be ``codebook-4d``.
 A checkpoint is written in the lowest version that can say what it is, and every version is read for ever.
 """
 
@@ -147,11 +148,17 @@ class Format:
         )
 
     def tensors_of_layer(
-        self, out_features: int, in_features: int, layer: str = ""
+        self, out_features: int, in_features: int, layer: str = "", layers: int = 1
     ) -> dict[int, dict[str, TensorSpec]]:
         """The tensors of one layer by the shards they lie in: ``{shard width: {tensor suffix: spec}}``.
 
         The decoder of width r lies with the plane of width r, or with what the first width that reads it adds.
+
+        Args:
+            out_features: its rows.
+            in_features: its columns.
+            layer: its full name.
+            layers: of so many layers with ``out_features`` rows in all, the tensors of each after those of the other.
         """
         groups = in_features // self.group_size_of(in_features, layer)
         plane = TensorSpec(CODE_DTYPE, (out_features, in_features // 8))
@@ -165,13 +172,18 @@ class Format:
                 stored[min(planes, self.stored_width(width))][plane_name(planes)] = plane
             if decoders < own:
                 decoders = own
-                decoder = self.decoder_kind.form(own).parts(out_features, groups)
+                decoder = self.decoder_kind.form(own).parts(out_features, groups, layers)
                 stored[min(own, width)] |= {part_name(part, own): spec for part, spec in decoder.items()}
         return dict(stored)
 
-    def resident_bytes(self, out_features: int, in_features: int, width: int, layer: str = "") -> int:
-        """Bytes of one layer where the model is at ``width``: the codes of its slice, and that slice's decoder."""
+    def resident_bytes(self, out_features: int, in_features: int, width: int, layer: str = "", layers: int = 1) -> int:
+        """Bytes of one layer where the model is at ``width``: the codes of its slice, and that slice's decoder.
+
+        Args:
+            out_features, in_features, layer, layers: see :meth:`tensors_of_layer`.
+            width: of the model.
+        """
         groups = in_features // self.group_size_of(in_features, layer)
         own = self.width_of(layer, width)
         codes = out_features * (in_features // 4 + (own - BASE_BITS) * in_features // 8)
-        return codes + self.decoder_kind.form(own).nbytes(out_features, groups)
+        return codes + self.decoder_kind.form(own).nbytes(out_features, groups, layers)

@@ -21,7 +21,10 @@ decoders  uint8 [bytes]                          those of each width, one after 
                                                  of the 16 rows of a tile; in int8 of each row of
                                                  tiles bfloat16 [2, 16], the steps of scales and of
                                                  centres, then for each group uint8 [16], the scales'
-                                                 multiples, and int8 [16], the centres'
+                                                 multiples, and int8 [16], the centres'; codebooks:
+                                                 that of each partition, then of each row of tiles
+                                                 bfloat16 [16], the steps, and for each group uint8
+                                                 [16], the scales' multiples
 ========  =====================================  =====================================================
 """
 
@@ -33,6 +36,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_matquant.checkpoint.codebook import CodebookForm
 from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, Decoder, DecoderForm
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels import ops
@@ -93,7 +97,7 @@ class CpuLayout:
         Returns:
             uint8 [bytes], as this module's table says.
         """
-        packed = [pack_decoder(decoder, output_sizes) for decoder in decoders]
+        packed = [part for each in decoders for part in (pack_shared(each), pack_decoder(each, output_sizes))]
         return _memory.copy(torch.cat([part.flatten() for part in packed]))
 
 
@@ -122,8 +126,14 @@ def strip_padding(tiles: torch.Tensor, output_sizes: Sequence[int]) -> torch.Ten
     return torch.cat([part.flatten(0, 1)[:size] for part, size in zip(parts, output_sizes, strict=True)])
 
 
+def pack_shared(decoder: Decoder) -> torch.Tensor:
+    """What all rows of a partition share of the decoders of one width: uint8 [partitions, bytes], maybe none."""
+    shared = [decoder.parts[name].flatten() for name in sorted(decoder.form.shared)]
+    return torch.cat(shared) if shared else torch.empty(0, dtype=torch.uint8)
+
+
 def pack_decoder(decoder: Decoder, output_sizes: Sequence[int]) -> torch.Tensor:
-    """The decoders of one width: uint8 [tile rows, bytes of a row of tiles].
+    """What each row has of the decoders of one width: uint8 [tile rows, bytes of a row of tiles].
 
     Raises:
         ValueError: the layout has nothing for the form of the decoder.
@@ -137,7 +147,11 @@ def pack_decoder(decoder: Decoder, output_sizes: Sequence[int]) -> torch.Tensor:
         codes = pad_to_tiles(codes, output_sizes, TILE_ROWS).permute(0, 2, 3, 1).flatten(1)
         steps = pad_to_tiles(decoder.parts["step"], output_sizes, TILE_ROWS).transpose(1, 2).flatten(1)
         return torch.cat([steps.contiguous().view(torch.uint8), codes], 1)
-    raise ValueError(f"decoder: found the form {decoder.form.name}, expected {FLOAT16.name} or {INT8.name}")
+    if isinstance(decoder.form, CodebookForm):
+        codes = pad_to_tiles(decoder.parts["scale"], output_sizes, TILE_ROWS).transpose(1, 2).flatten(1)
+        steps = pad_to_tiles(decoder.parts["step"], output_sizes, TILE_ROWS).flatten(1)
+        return torch.cat([steps.contiguous().view(torch.uint8), codes], 1)
+    raise ValueError(f"decoder: found the form {decoder.form.name}, expected float16, int8 or codebook")
 
 
 def unpack_decoder(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -148,14 +162,29 @@ def unpack_decoder(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.T
         packed: uint8 [tile rows, bytes of a row of tiles], of one width.
 
     Returns:
-        Parts [tile rows, 16, groups] or, for steps, [tile rows, 16, 2].
+        Parts [tile rows, 16, groups] or, for steps, [tile rows, 16, 2 or 1]; those that rows share are not among them.
     """
+    if isinstance(form, CodebookForm):
+        steps = packed[:, : 2 * TILE_ROWS].contiguous().view(torch.bfloat16).unsqueeze(2)
+        return {"scale": packed[:, 2 * TILE_ROWS :].unflatten(1, (-1, TILE_ROWS)).transpose(1, 2), "step": steps}
     if form == FLOAT16:
         scale, offset = packed.view(torch.float16).unflatten(1, (-1, 2, TILE_ROWS)).permute(2, 0, 3, 1)
         return {"scale": scale, "offset": offset}
     steps = packed[:, :STEP_BYTES].contiguous().view(torch.bfloat16).unflatten(1, (2, TILE_ROWS))
     scale, centre = packed[:, STEP_BYTES:].unflatten(1, (-1, 2, TILE_ROWS)).permute(2, 0, 3, 1)
     return {"scale": scale, "centre": centre.contiguous().view(torch.int8), "step": steps.transpose(1, 2)}
+
+
+def unpack_shared(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a decoder that all rows of a partition share, as their form names them.
+
+    Args:
+        form: of the decoders.
+        packed: uint8 [bytes], of one partition and width.
+    """
+    parts = {name: spec for name, spec in form.parts(0, 0).items() if name in form.shared}
+    split = packed.split([spec.nbytes for spec in parts.values()]) if parts else ()
+    return {name: each.view(spec.shape) for (name, spec), each in zip(parts.items(), split, strict=True)}
 
 
 def split_planes(planes: torch.Tensor, paired: bool) -> list[torch.Tensor]:

@@ -150,11 +150,11 @@ def _decoder_of_rows(packed: torch.Tensor, form: DecoderForm, rows: torch.Tensor
     tile, g, place = rows // TILE_ROWS, rows % 8, rows % TILE_ROWS // 8
     if form == FLOAT16:
         scale, offset = packed.view(torch.float16).unflatten(-1, (-1, 8, 2, 8))[tile, :, g, :, place].unbind(-1)
-        return form.affine({"scale": scale, "offset": offset}, width)
+        return FLOAT16.values({"scale": scale, "offset": offset}, width)
     steps = packed[:, :STEP_BYTES].unflatten(-1, (8, 8, 4))[tile, g, place]
     scale, centre = packed[:, STEP_BYTES:].unflatten(-1, (-1, 8, 2, 8))[tile, :, g, :, place].unbind(-1)
     step = steps.view(torch.bfloat16)
-    return form.affine({"scale": scale, "centre": (centre ^ CENTRE_BIAS).view(torch.int8), "step": step}, width)
+    return INT8.values({"scale": scale, "centre": (centre ^ CENTRE_BIAS).view(torch.int8), "step": step}, width)
 
 
 def partition_starts(output_sizes: Sequence[int]) -> tuple[list[int], list[int]]:

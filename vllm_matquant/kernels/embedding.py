@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import dequantize
 from vllm_matquant.kernels.cpu_layout import (
     STEP_COLUMNS,
     TILE_ROWS,
     CpuLayout,
     split_planes,
     unpack_decoder,
+    unpack_shared,
     unpack_steps,
 )
 from vllm_matquant.kernels.operators import define_embedding
@@ -47,8 +47,9 @@ def look_up(rows: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> tor
 
     form, every = weight.decoder_kind.form(width), torch.arange(len(lane), device=lane.device)
     decoders = weight.decoders_of(segment, TILE_ROWS)[width][tile]
-    affine = form.affine({name: part[every, lane] for name, part in unpack_decoder(form, decoders).items()}, width)
-    result = dequantize(codes, affine.scale, affine.offset, weight.group_size).to(dtype)
+    parts = {name: part[every, lane] for name, part in unpack_decoder(form, decoders).items()}
+    shared = unpack_shared(form, weight.shared_of(segment, TILE_ROWS)[width][0])
+    result = form.values(parts | shared, width).decode(codes, weight.group_size).to(dtype)
     return result.view(*rows.shape, weight.in_features)
 
 

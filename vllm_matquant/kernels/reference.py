@@ -18,6 +18,7 @@ from vllm_matquant.kernels.cpu_layout import (
     split_planes,
     strip_padding,
     unpack_decoder,
+    unpack_shared,
     unpack_tiles,
 )
 from vllm_matquant.kernels.layout import ceil_div
@@ -104,16 +105,17 @@ def dequantize_weight(weight: PackedWeight) -> torch.Tensor:
     rows = []
     for segment in weight.segments:
         resident = segment.resident
-        decoders = weight.decoders_of(segment, TILE_ROWS)
+        decoders, shared = weight.decoders_of(segment, TILE_ROWS), weight.shared_of(segment, TILE_ROWS)
         tile = 0  # the first row of tiles of the partition
-        for size, width in zip(resident.output_sizes, segment.active_width.tolist(), strict=True):
+        for index, (size, width) in enumerate(zip(resident.output_sizes, segment.active_width.tolist(), strict=True)):
             tiles = slice(tile, tile + ceil_div(size, TILE_ROWS))
             fields = [field[tiles] for field in split_planes(resident.planes[:width], layout.paired)]
             form = weight.decoder_kind.form(width)
             parts = unpack_decoder(form, decoders[width][tiles])
-            affine = form.affine({name: strip_padding(part, [size]) for name, part in parts.items()}, width)
+            parts = {name: strip_padding(part, [size]) for name, part in parts.items()}
+            values = form.values(parts | unpack_shared(form, shared[width][index]), width)
             codes = strip_padding(unpack_tiles(fields, weight.in_features), [size])
-            rows.append(dequantize(codes, affine.scale, affine.offset, weight.group_size))
+            rows.append(values.decode(codes, weight.group_size))
             tile = tiles.stop
     return torch.cat(rows)
 

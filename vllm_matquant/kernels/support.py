@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_KINDS, KINDS, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
@@ -227,7 +227,7 @@ CUDA = TableKernel(
     device_type="cuda",
     widths=WIDTHS,
     dtypes=(torch.bfloat16, torch.float16),
-    decoder_kinds=_KINDS,
+    decoder_kinds=AFFINE_KINDS,
     group_multiple=32,
     choose_layout=lambda resident: cuda_layout.CUDA_LAYOUT,
     multiply=ops.linear,

@@ -205,11 +205,36 @@ class PackedWeight:
         Returns:
             For each width uint8 [rows of tiles, bytes of a row of tiles].
         """
+        count = tile_count(segment.resident.output_sizes, tile_rows)
+        return {width: rows.view(count, -1) for width, (_, rows) in self._split_decoders(segment, tile_rows).items()}
+
+    def shared_of(self, segment: PackedSegment, tile_rows: int) -> dict[int, torch.Tensor]:
+        """What all rows of a partition share of their decoders, for each resident width of a segment.
+
+        Args:
+            segment: one of this weight's.
+            tile_rows: rows of a tile of the layout.
+
+        Returns:
+            For each width uint8 [partitions, bytes], none where rows share nothing; views in the weight's layout.
+        """
+        count = len(segment.resident.output_sizes)
+        return {
+            width: shared.view(count, shared.numel() // count)
+            for width, (shared, _) in self._split_decoders(segment, tile_rows).items()
+        }
+
+    def _split_decoders(self, segment: PackedSegment, tile_rows: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The bytes of each resident width's decoders: what rows share, which is first, and what each row has."""
         resident, groups = segment.resident, ceil_div(self.in_features, self.group_size)
         count = tile_count(resident.output_sizes, tile_rows)
-        sizes = [self.decoder_kind.form(width).nbytes(tile_rows, groups) for width in resident.decoder_widths]
-        parts = resident.decoders.split([count * size for size in sizes])
-        return {width: part.view(count, -1) for width, part in zip(resident.decoder_widths, parts, strict=True)}
+        forms = [self.decoder_kind.form(width) for width in resident.decoder_widths]
+        sizes = [
+            (form.nbytes(0, groups, len(resident.output_sizes)), count * form.nbytes(tile_rows, groups, 0))
+            for form in forms
+        ]
+        parts = iter(resident.decoders.split([size for pair in sizes for size in pair]))
+        return {width: (next(parts), next(parts)) for width in resident.decoder_widths}
 
     @property
     def output_sizes(self) -> list[int]:

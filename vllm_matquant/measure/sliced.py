@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from vllm_matquant.checkpoint.decoder import Affine, Decoder
+from vllm_matquant.checkpoint.affine import Affine
+from vllm_matquant.checkpoint.decoder_form import Decoder, Values
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import PARENT_BITS
@@ -45,14 +46,14 @@ class SlicedModel(LayerModel):
         self._device = torch.device(device)
         self.passes = 0
         self._codes: dict[str, torch.Tensor] = {}
-        self._decoders: dict[tuple[str, int], Affine] = {}
+        self._decoders: dict[tuple[str, int], Values] = {}
         for layer in self.layers:
             widths = self.widths_of(layer)
             stored = self._format.stored_width(widths[-1])
             codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
             self._codes[layer] = codes.to(self._device)
             for width in widths:
-                self._decoders[layer, width] = checkpoint.decoder(layer, width).affine.to(self._device)
+                self._decoders[layer, width] = checkpoint.decoder(layer, width).values.to(self._device)
         self._reference = None
         if source is not None:
             self._reference = {layer: weight.detach().clone() for layer, weight in self._weights.items()}
@@ -70,10 +71,12 @@ class SlicedModel(LayerModel):
                 return self._reference[layer]
             width = self.widths_of(layer)[-1]
         codes = slice_codes(self._codes[layer], PARENT_BITS, width, self._format.slicing)
+        values = self._decoders[layer, width]
+        if not isinstance(values, Affine):
+            return values.decode(codes)
         # As the decoder does it, in place: half of a search's time that is not the model's is spent here.
-        affine = self._decoders[layer, width]
-        groups = codes.unflatten(1, (affine.scale.shape[1], -1)).float()
-        return groups.mul_(affine.scale.unsqueeze(-1)).add_(affine.offset.unsqueeze(-1)).flatten(1)
+        groups = codes.unflatten(1, (values.groups, -1)).float()
+        return groups.mul_(values.scale.unsqueeze(-1)).add_(values.offset.unsqueeze(-1)).flatten(1)
 
     def set(self, widths: Mapping[str, int]) -> None:
         """Give layers their widths, each one that the layer has or ``REFERENCE``; those not named keep theirs."""
@@ -87,7 +90,7 @@ class SlicedModel(LayerModel):
         """Within, layers have other decoders, each at the width that the decoder is of."""
         before = {(layer, each.width): self._decoders[layer, each.width] for layer, each in decoders.items()}
         for layer, each in decoders.items():
-            self._decoders[layer, each.width] = each.affine.to(self._device)
+            self._decoders[layer, each.width] = each.values.to(self._device)
             self._current[layer] = REFERENCE  # whatever it has is decoded anew
         try:
             yield

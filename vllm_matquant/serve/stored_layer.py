@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
 
 from vllm_matquant.checkpoint.decoder import Decoder, part_name
 from vllm_matquant.checkpoint.errors import MissingTensorError
@@ -77,6 +82,24 @@ class _GroupScaleOfParts(_OfParts, GroupQuantScaleParameter): ...
 class _ChannelScaleOfParts(_OfParts, ChannelQuantScaleParameter): ...
 
 
+class _SharedOfParts(BasevLLMParameter):
+    """What all rows of a partition share: every rank has all of it.
+
+    vLLM's loaders do not see it, for they would cut it as rows where a layer is already fused in the checkpoint.
+
+    Attributes:
+        partitions: those that have some of it here, all as much, one after the other.
+    """
+
+    partitions: Sequence[int]
+
+    def load_partitions(self, loaded_weight: torch.Tensor, partitions: Iterable[int]) -> None:
+        """Copy what the checkpoint has to each of some partitions."""
+        parts = self.data.unflatten(0, (len(self.partitions), -1))
+        for partition in partitions:
+            parts[self.partitions.index(partition)].copy_(loaded_weight)
+
+
 class StoredLayer:
     """The tensors of a layer on their way from disk: those planes and decoders of each partition that are resident.
 
@@ -106,10 +129,17 @@ class StoredLayer:
             checkpoint_format, widths=checkpoint_format.widths_of(cut.names[0]), group_size=cut.group_size,
             layer_group_sizes={}, layer_widths={},
         )  # fmt: skip
+        # Of tensors that all rows of a partition share, their lengths for each partition.
+        self._shared = {
+            part_name(part, width): len(cut.sizes) * spec.shape[:1]
+            for width in self.format.widths
+            for part, spec in self.format.decoder_kind.form(width).parts(1, 1).items()
+            if part in self.format.decoder_kind.form(width).shared
+        }
         self.owners = self._find_owners()
         self._arrived: dict[str, set[int]] = {name: set() for name in self.owners}
         for name, partitions in self.owners.items():
-            stored = self.format.tensors_of_layer(cut.rows(partitions), cut.in_features)
+            stored = self.format.tensors_of_layer(cut.rows(partitions), cut.in_features, layers=len(partitions))
             plain = _SUFFIX.sub("", name)
             [spec] = [tensors[plain] for tensors in stored.values() if plain in tensors]
             data = torch.empty(spec.shape, dtype=spec.dtype)
@@ -125,11 +155,11 @@ class StoredLayer:
         total = 0
         for partitions, widths in self.segments if widths_alone is None else widths_alone.segments():
             rows, resident = cut.rows(partitions), widths.resident_widths
-            total += self.format.resident_bytes(rows, cut.in_features, resident[-1])
-            groups = cut.in_features // cut.group_size
-            total += sum(kind.form(width).nbytes(rows, groups) for width in resident[:-1])
+            total += self.format.resident_bytes(rows, cut.in_features, resident[-1], layers=len(partitions))
+            size = rows, cut.in_features // cut.group_size, len(partitions)
+            total += sum(kind.form(width).nbytes(*size) for width in resident[:-1])
             for own in self.own_decoders.values() if widths_alone is None else ():
-                total += sum(kind.form(width).nbytes(rows, groups) for width in {own[each] for each in partitions})
+                total += sum(kind.form(width).nbytes(*size) for width in {own[each] for each in partitions})
         return total
 
     def take(self, layer: Module) -> tuple[list[StoredSegment], dict[str, list[list[Decoder]]]]:
@@ -168,7 +198,7 @@ class StoredLayer:
                 rows = [
                     self._rows_of(range(each, each + 1), tensor, name)
                     if widths[each] == width
-                    else tensor.new_zeros(self.cut.sizes[each], *tensor.shape[1:])
+                    else tensor.new_zeros(self._lengths(name)[each], *tensor.shape[1:])
                     for each in partitions
                 ]
                 parts[part] = torch.cat(rows)
@@ -204,13 +234,21 @@ class StoredLayer:
 
     def _rows_of(self, partitions: range, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The rows of some partitions in a tensor that holds those of its owners; none if these are not among them."""
-        owners = self.owners[name]
-        start = self.cut.rows(partition for partition in owners if partition < partitions.start)
-        return tensor.narrow(0, start, self.cut.rows(set(owners) & set(partitions)))
+        owners, lengths = self.owners[name], self._lengths(name)
+        start = sum(lengths[partition] for partition in owners if partition < partitions.start)
+        return tensor.narrow(0, start, sum(lengths[partition] for partition in set(owners) & set(partitions)))
+
+    def _lengths(self, name: str) -> Sequence[int]:
+        """How long the tensor ``name`` is along its first dimension, for each partition."""
+        return self._shared.get(_SUFFIX.sub("", name)) or self.cut.sizes
 
     def _parameter(self, name: str, data: torch.Tensor, weight_loader: Callable[..., None]) -> Parameter:
         """A parameter of vLLM's that tensor parallelism cuts as the tensor ``name`` must be cut."""
-        partitions, cut = self.owners[name], self.cut
+        partitions, cut, lengths = self.owners[name], self.cut, self._lengths(name)
+        if lengths is not cut.sizes:
+            parameter = _SharedOfParts(data=data, weight_loader=weight_loader)
+            parameter.partitions = partitions
+            return parameter
         if name == WEIGHT_BASE or name.startswith("weight_plane"):
             parameter = _WeightOfParts(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
         elif cut.per_channel or name.startswith("weight_step"):
@@ -228,14 +266,16 @@ class StoredLayer:
 
         def load(param: Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             if shard_id is None:  # the layer is not fused, or was already fused in the checkpoint
-                weight_loader(param, loaded_weight)
-                arrived.update(every)
-                return
-            weight_loader(param, loaded_weight, shard_id)
-            if isinstance(shard_id, str):
-                arrived.add("qkv".index(shard_id))
+                came: Sequence[int] = every
+            elif isinstance(shard_id, str):
+                came = ["qkv".index(shard_id)]
             else:
-                arrived.update(shard_id if isinstance(shard_id, tuple) else (shard_id,))
+                came = shard_id if isinstance(shard_id, tuple) else [shard_id]
+            if isinstance(param, _SharedOfParts):
+                param.load_partitions(loaded_weight, came)
+            else:
+                weight_loader(param, loaded_weight, *([] if shard_id is None else [shard_id]))
+            arrived.update(came)
 
         return load
 

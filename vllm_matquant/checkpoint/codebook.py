@@ -1,0 +1,203 @@
+"""Codebooks: the two top bits of four adjacent columns name one of 256 fours of weights.
+
+Each further bit of a weight's code adds an increment to it, which depends on the four and on the weight's place in it.
+So the code of a width is a prefix of that of every wider one, as it is where each weight has a scale and an offset, and
+the planes hold the same bits. A layer has one codebook for each width; a row and group of columns has a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import embedding
+
+from vllm_matquant.checkpoint.decoder_form import Decoder, DecoderForm, TensorSpec
+from vllm_matquant.checkpoint.multiples import least_steps, multiples
+
+PLACES = 4  # columns whose two top bits are one index
+ENTRIES = 4**PLACES
+WIDEST_WHOLE = 4  # widths up to this one have levels of 8 bits; csrc/decoder.h has it too
+COARSE_BITS = 6  # of wider ones so many bits count in whole units too; csrc/decoder.h has it too
+FINE = 16  # so many units of what is added to the levels of wider ones are one of the others
+
+
+def entry_index(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Which entry of the codebook each four adjacent columns have.
+
+    Args:
+        codes: uint8 [..., in_features] of ``width`` bits; columns past the last of a four count as codes of 0.
+        width: of the codes.
+
+    Returns:
+        int32 [..., fours], below 256: the two top bits of the first column in the lowest bits.
+    """
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % PLACES)).contiguous()
+    fours = padded.view(torch.int32) >> (width - 2)  # the first column is the lowest byte
+    fours = fours & 0x03030303
+    return (fours | fours >> 6 | fours >> 12 | fours >> 18) & 0xFF
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The decoder of a layer at one width, as numbers: what solvers and trainers work with.
+
+    Attributes:
+        levels: floating point [256, 4], the weights of each entry where all further bits are 0, before scaling.
+        increments: floating point [width - 2, 256, 4], what each further bit of a place adds, the most significant
+            first; none is negative.
+        scale: floating point [out_features, groups].
+    """
+
+    levels: torch.Tensor
+    increments: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Bits of the codes."""
+        return 2 + len(self.increments)
+
+    @property
+    def groups(self) -> int:
+        """Groups of columns."""
+        return self.scale.shape[1]
+
+    def to(self, device: torch.device | str) -> Codebook:
+        """Copies on another device."""
+        return Codebook(self.levels.to(device), self.increments.to(device), self.scale.to(device))
+
+    def unscaled(self, codes: torch.Tensor) -> torch.Tensor:
+        """Levels of codes, increments included.
+
+        Args:
+            codes: uint8 [out_features, in_features].
+
+        Returns:
+            float32 [out_features, in_features].
+        """
+        index, columns = entry_index(codes, self.width), codes.shape[-1]
+        levels = embedding(index, self.levels.float()).flatten(-2)[..., :columns]
+        for bit, increments in enumerate(self.increments.float(), start=1):
+            is_set = codes >> (len(self.increments) - bit) & 1
+            levels += embedding(index, increments).flatten(-2)[..., :columns].mul_(is_set)
+        return levels
+
+    def decode(self, codes: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
+        """The level of each code times the scale of its row and group, in float32.
+
+        Args:
+            codes: uint8 [out_features, in_features], each of ``width`` bits.
+            group_size: columns that share a scale, the last group may have fewer; by default in_features / groups.
+
+        Returns:
+            float32 [out_features, in_features].
+
+        Raises:
+            ValueError: the groups do not cover the columns.
+        """
+        columns = codes.shape[-1]
+        size = columns // self.groups if group_size is None else group_size
+        if -(-columns // max(1, size)) != self.groups:
+            raise ValueError(f"groups: found {self.groups}, expected {columns} columns / {size}, rounded up")
+        scale = self.scale.float().repeat_interleave(size, dim=-1)[..., :columns]
+        return self.unscaled(codes).mul_(scale)
+
+
+@dataclass(frozen=True)
+class CodebookForm(DecoderForm):
+    """Levels as whole numbers, and scales as multiples, of 8 bits, of a step that a row has.
+
+    The tensor ``codebook`` is uint8 [planes, 256, 4]. At widths up to 4, the first plane has the levels plus 128, each
+    of the others the increments of one further bit. Wider ones have levels that are finer than that: their first planes
+    are such a level and the increments of the bits up to the sixth, and a level and increments of all bits follow,
+    which count sixteenths. What is added up for a weight of the former, and of the latter, is at most 255, so that a
+    byte holds it.
+
+    Attributes:
+        width: bits of the codes.
+    """
+
+    width: int
+
+    name = "codebook"
+    shared = frozenset({"codebook"})
+    LARGEST_STEP: ClassVar[float] = 2.0**111  # 255 times 255 such steps are less than 2^127: finite in float32
+    LARGEST: ClassVar[int] = 255
+
+    @property
+    def whole_planes(self) -> int:
+        """Planes whose bytes count whole units."""
+        return min(self.width, COARSE_BITS) - 1
+
+    @property
+    def planes(self) -> int:
+        """Bytes that an entry has for each of its places."""
+        return self.whole_planes + (self.width - 1 if self.width > WIDEST_WHOLE else 0)
+
+    def parts(self, out_features: int, groups: int, layers: int = 1) -> dict[str, TensorSpec]:
+        return {
+            "scale": TensorSpec(torch.uint8, (out_features, groups)),
+            "step": TensorSpec(torch.bfloat16, (out_features, 1)),
+            "codebook": TensorSpec(torch.uint8, (layers * self.planes, ENTRIES, PLACES)),
+        }
+
+    def axes(self, part: str) -> tuple[str, ...]:
+        return ("plane", "entry", "place") if part == "codebook" else super().axes(part)
+
+    def encode(self, values: Codebook, width: int, offsets_for: None = None) -> Decoder:
+        # One unit reaches the largest level.
+        ends = torch.cat([values.levels[None], values.increments]).double().cumsum(0)
+        unit = ends.abs().amax() / 127
+        codebook = self.whole_levels(ends / torch.where(unit > 0, unit, 1.0))
+        scale = values.scale.double() * unit
+        step = least_steps(scale.amax(1, keepdim=True) / self.LARGEST)
+        step = torch.where((scale >= 0).all(1, keepdim=True), step, -1.0)
+        codes = multiples(scale, step).clamp_(0, self.LARGEST).to(torch.uint8)
+        return Decoder(self, width, {"scale": codes, "step": step, "codebook": codebook})
+
+    def whole_levels(self, ends: torch.Tensor) -> torch.Tensor:
+        """The tensor that is nearest to levels.
+
+        Args:
+            ends: floating point [width - 1, 256, 4], in units: the levels, and what they become with each further bit,
+                the most significant first; from -127 to 127 and none less than the one before.
+
+        Returns:
+            uint8 [planes, 256, 4].
+        """
+        count = self.whole_planes
+        if self.planes == count:
+            return _differences((ends.nan_to_num() + 128).round().clamp_(0, self.LARGEST)).to(torch.uint8)
+        steps = _differences(((ends.nan_to_num() + 128) * FINE).round().clamp_(0, FINE * self.LARGEST))
+        whole = (steps[:count] / FINE).floor()
+        rest = torch.cat([steps[:count] - FINE * whole, steps[count:]])
+        return torch.cat([whole, _differences(rest.cumsum(0).clamp_(0, self.LARGEST))]).to(torch.uint8)
+
+    def values(self, parts: Mapping[str, torch.Tensor], width: int) -> Codebook:
+        planes, fine = parts["codebook"].float().split([self.whole_planes, self.planes - self.whole_planes])
+        if len(fine):
+            fine = fine / FINE
+            fine[: len(planes)] += planes
+            planes = fine
+        return Codebook(planes[0] - 128, planes[1:], parts["scale"].float() * parts["step"].float())
+
+    def faults(self, parts: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, str]]:
+        step, split = parts["step"], [self.whole_planes, self.planes - self.whole_planes]
+        added = [planes.sum(0, keepdim=True).expand_as(planes) for planes in parts["codebook"].split(split)]
+        return [
+            ("step", ~((step >= 0) & (step <= self.LARGEST_STEP)), "finite values from 0 up to 2^111"),
+            (
+                "codebook",
+                torch.cat(added) > self.LARGEST,
+                f"levels and increments that add up to at most {self.LARGEST}",
+            ),
+        ]
+
+
+def _differences(ends: torch.Tensor) -> torch.Tensor:
+    """The first, and what each is more than the one before; 0 where it is less."""
+    ends = ends.cummax(0).values
+    return torch.cat([ends[:1], torch.diff(ends, dim=0)])
