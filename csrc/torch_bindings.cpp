@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(matquant, m) {
         "solve_columns(Tensor copies, Tensor scales, Tensor offsets, Tensor group_of_column, Tensor coupling, "
         "Tensor? current, int fixed_bits, Tensor slices, Tensor lambdas, bool mean_error, int begin, int end) -> "
         "(Tensor, Tensor)");
+    m.def(
+        "solve_fours(Tensor copies, Tensor scales, Tensor group_of_column, Tensor factors, Tensor coupling, "
+        "Tensor? current, Tensor books, int[] widths, Tensor lambdas, int begin, int end) -> (Tensor, Tensor)");
     m.def("read_memory(Tensor data) -> int");
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str[]");

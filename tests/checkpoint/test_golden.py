@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_matquant.checkpoint.codebook import Codebook
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import CONFIG_FILE, MANIFEST_FILE
 from vllm_matquant.checkpoint.packing import pack_codes
@@ -18,12 +19,11 @@ from vllm_matquant.checkpoint.quantization_config import format_from_config, for
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.verify import verify
-from vllm_matquant.kernels import reference
-from vllm_matquant.kernels.support import Request, select_kernel
+from vllm_matquant.kernels.support import REFERENCE, Request, select_kernel
 from vllm_matquant.kernels.weight import StoredSegment
 
 GOLDEN = Path(__file__).parent / "golden"
-CHECKPOINTS = ["version-1/truncated", "version-1/rounded", "version-2/truncated"]
+CHECKPOINTS = ["version-1/truncated", "version-1/rounded", "version-2/truncated", "version-3/codebooks"]
 
 
 def digests_of(name: str) -> dict[str, dict[str, str]]:
@@ -43,6 +43,13 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         sha256.update(layer.encode())
         sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
+
+
+def stack(values: Any) -> torch.Tensor:
+    """What a decoder consists of, in the order of golden/README.md."""
+    if isinstance(values, Codebook):
+        return torch.cat([each.flatten() for each in (values.levels, values.increments, values.scale)])
+    return torch.stack([values.scale, values.offset])
 
 
 def open_slice(name: str, which: str) -> tuple[Checkpoint, Slice]:
@@ -99,8 +106,7 @@ def test_codes_decoders_and_weights(name: str, which: str) -> None:
     layers = list(checkpoint.coded_layers(served))
     expected = digests_of(name)[which]
     assert digest((layer, codes) for layer, codes, _ in layers) == expected["codes"]
-    affine = [(layer, decoder.affine) for layer, _, decoder in layers]
-    stacked = ((layer, torch.stack([values.scale, values.offset])) for layer, values in affine)
+    stacked = ((layer, stack(decoder.values)) for layer, _, decoder in layers)
     assert digest(stacked) == expected["decoders"]
     assert digest(checkpoint.weights(served)) == expected["weights"]
 
@@ -112,11 +118,11 @@ def test_products(name: str, which: str) -> None:
     for layer, codes, decoder in checkpoint.coded_layers(served):
         rows, columns = codes.shape
         group_size = checkpoint.format.group_size_of(columns, layer)
-        values: Any = decoder.affine
-        product = reference.linear(sparse_input(columns), codes, values.scale, values.offset, None, group_size)
-        products["reference"].append((layer, product))
         base, planes = pack_codes(codes << (8 - decoder.width), decoder.width)
         segment = StoredSegment(base, planes, [decoder], [rows], [decoder.width])
+        packed = REFERENCE.pack([segment], columns, group_size, "cpu")
+        product = REFERENCE.linear(sparse_input(columns), packed.handle, rows)
+        products["reference"].append((layer, product))
         for dtype in (torch.bfloat16, torch.float32):
             kind = checkpoint.format.decoder_kind
             kernel = select_kernel(Request("cpu", dtype, (decoder.width,), columns, group_size, kind))

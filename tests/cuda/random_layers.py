@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.kernels.random_layers import KINDS, ROUNDING, affine_of, make_decoder, make_input, stored_segment
+from tests.kernels.random_layers import ROUNDING, affine_of, make_decoder, make_input, stored_segment
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.kernel import Kernel
@@ -16,6 +16,7 @@ from vllm_matquant.kernels.weight import PackedWeight
 
 __all__ = ["CUDA", "KINDS", "ROUNDING", "TRITON", "Layer", "make_input", "make_layer", "make_segments"]
 
+KINDS = CUDA.decoder_kinds
 [TRITON] = [kernel for kernel in KERNELS if kernel.name == "triton"]
 
 

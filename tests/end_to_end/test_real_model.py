@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.serve.engine_jobs import run_jobs
 from tests.serve.rank_bytes import bytes_of_rank
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.names import shard_width
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -153,7 +153,10 @@ def test_quality(nested: Path, real_model: Path, real_text: Path, tmp_path: Path
 
 @torch.no_grad()
 def test_nested_is_better_on_real_layers(real_model: Path) -> None:
-    """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one."""
+    """Than MatGPTQ at every width of three layers, and than GPTQ run for 2, 3 or 4 bits alone on one.
+
+    With codebooks it is better still at 2 and 3 bits, with a parent for other widths too and for 2 bits alone.
+    """
     source = SourceModel(real_model)
     calibration = draw_windows(None, load_tokenizer(real_model), samples=8, sequence_length=256, seed=0)
     activations = Activations(source.runner, calibration.tokens)
@@ -164,9 +167,11 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
     with hessians.collecting():
         activations.outputs(block)
 
-    def errors(name: str, method_name: str, widths: tuple[int, ...] = WIDTHS) -> dict[int, float]:
+    def errors(
+        name: str, method_name: str, widths: tuple[int, ...] = WIDTHS, kind: DecoderKind = AFFINE_INT8
+    ) -> dict[int, float]:
         method, weight, hessian = METHODS[method_name](widths), layers[name].weight, hessians.hessian(name)
-        quantized = method.quantize(weight, hessian, 64, AFFINE_INT8)
+        quantized = method.quantize(weight, hessian, 64, kind)
         return relative_error(
             [weight] * len(widths), quantized, method.slices(quantized.codes), [hessian] * len(widths)
         )
@@ -177,3 +182,8 @@ def test_nested_is_better_on_real_layers(real_model: Path) -> None:
             assert nested[name][width] < error, (name, width)
     for width in (2, 3, 4):
         assert nested["self_attn.q_proj"][width] < errors("self_attn.q_proj", "gptq", (width,))[width], width
+    codebooks = errors("self_attn.q_proj", "nested-vq", (2, 3, 4, 8), CODEBOOK)
+    for width in (2, 3):
+        assert codebooks[width] < 0.95 * nested["self_attn.q_proj"][width], width
+    alone = errors("self_attn.q_proj", "nested-vq", (2,), CODEBOOK)[2]
+    assert alone < 0.95 * errors("self_attn.q_proj", "nested", (2,))[2]

@@ -165,6 +165,9 @@ def main(folder: Path, text: Path) -> None:
     for method in ("rtn", "matgptq"):
         run(f"{method}_one", 1, "--no-report", "--method", method)
         run(f"{method}_three", 3, "--no-report", "--method", method)
+    run("codebooks_one", 1, *measured, *solved, "--method", "nested-vq")
+    run("codebooks_two", 2, *measured, *solved, "--method", "nested-vq")
+    run("codebooks_again", 2, "--no-report", *solved, "--method", "nested-vq")
     for count, name in ((1, "embeddings_one"), (3, "embeddings_three")):
         run(name, count, *measured, *solved, "--quantize-embeddings")
     run("killed", 2, "--no-report", *solved, hook=die_in_second_block)

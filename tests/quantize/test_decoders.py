@@ -10,7 +10,7 @@ import torch
 
 from tests.quantize.conftest import Layer
 from tests.quantize.exact_decoders import EXACT
-from vllm_matquant.checkpoint.decoder import KINDS, Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_KINDS, Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.quantize import decoders
 from vllm_matquant.quantize.decoders import (
@@ -96,7 +96,7 @@ def test_refit_is_least_squares(random_layer: Callable[..., Layer], width: int, 
     np.testing.assert_allclose(exact.offset, expected[:, groups:], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("width", range(2, 9))
 def test_refit_is_no_worse_than_what_it_starts_from(
@@ -113,7 +113,7 @@ def test_refit_is_no_worse_than_what_it_starts_from(
     assert (fitted.affine.scale >= 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("width", range(2, 9))
 @pytest.mark.parametrize("seed", range(3))
 def test_offsets_make_up_for_the_rounding_of_scales(
@@ -127,7 +127,7 @@ def test_offsets_make_up_for_the_rounding_of_scales(
     assert after < before * 1.02
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("width", [2, 8])
 def test_groups_that_hold_one_value(random_layer: Callable[..., Layer], width: int, kind: DecoderKind) -> None:
     weight, hessian = random_layer(5, 64, seed=0)

@@ -200,6 +200,12 @@ def test_a_method_of_blocks_only(sources: dict[bool, Path]) -> None:
         plan_format(SourceModel(sources[False]), Whole((2,)), 32, [], quantize_embeddings=True)
 
 
+def test_a_method_of_whole_layers_only(sources: dict[bool, Path]) -> None:
+    message = "found method nested-vq, which needs all rows of a layer at once, expected one that takes them in parts"
+    with pytest.raises(ValueError, match=message):
+        plan_format(SourceModel(sources[False]), METHODS["nested-vq"]((2, 8)), 32, [], quantize_embeddings=True)
+
+
 @pytest.mark.parametrize("saved", [1, 2, 3])
 @pytest.mark.parametrize("tied", [False, True])
 def test_resume(

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.exact_decoders import assert_same_decoders
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Decoder
+from vllm_matquant.checkpoint.codebook import Codebook
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, Decoder, DecoderKind
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize import device, end_to_end, run
 from vllm_matquant.quantize.baselines import RoundToNearest
@@ -23,11 +24,12 @@ from vllm_matquant.quantize.end_to_end import EndToEnd, EndToEndSettings
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.methods import with_settings
 from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.nested_vq import NestedVQ
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.recipe_decoders import train_recipe
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel, read_matrix
-from vllm_matquant.quantize.training import TrainedDecoder
+from vllm_matquant.quantize.training import TrainedAffine, TrainedCodebook
 
 WIDTHS = (2, 3, 5, 8)
 GROUP = 32
@@ -44,18 +46,18 @@ def tokens_of(seed: int, windows: int = 4, length: int = 24) -> torch.Tensor:
 
 
 class Model:
-    """A source rounded to nearest at once, and the same in transformers."""
+    """A source quantized at once without calibration, and the same in transformers."""
 
-    def __init__(self, folder: Path, tokens: torch.Tensor, **plan: Any) -> None:
+    def __init__(self, folder: Path, tokens: torch.Tensor, kind: DecoderKind = AFFINE_INT8, **plan: Any) -> None:
         self.source, self.tokens = SourceModel(folder), tokens
-        method = RoundToNearest(WIDTHS)
-        self.format = plan_format(self.source, method, GROUP, plan.pop("ignore", []), **plan)
+        method = RoundToNearest(WIDTHS) if kind.affine else NestedVQ(WIDTHS, sweeps=0)
+        self.format = plan_format(self.source, method, GROUP, plan.pop("ignore", []), decoder_kind=kind, **plan)
         shapes = self.source.skeleton.quantized_layers(self.format)
         self.layers = {
             name: method.with_widths(self.format.widths_of(name)).quantize(
-                read_matrix(self.source, name).float(), torch.empty(0), GROUP, AFFINE_INT8
+                read_matrix(self.source, name).float(), torch.eye(shape[1]), GROUP, kind
             )
-            for name in shapes
+            for name, shape in shapes.items()
         }
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         states: list[torch.Tensor] = []
@@ -104,7 +106,8 @@ def recorded_slopes(
 ) -> dict[str, torch.Tensor]:
     """The derivatives of the first step, taken on all windows."""
     found: list[torch.Tensor] = []
-    monkeypatch.setattr(TrainedDecoder, "step", lambda self, slopes, rate, step: found.append(slopes))
+    for trained in (TrainedAffine, TrainedCodebook):
+        monkeypatch.setattr(trained, "step", lambda self, slopes, rate, step: found.append(slopes))
     all_windows = EndToEndSettings(epochs=1, sequences=len(model.tokens), **settings)
     training = model.training(widths, all_windows)
     training.train()
@@ -112,20 +115,42 @@ def recorded_slopes(
     return dict(zip(names, found, strict=True))
 
 
+def changed_affine(start: Any, codes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights with relative changes of scales and centres, which are zero, and these changes."""
+    middle = (2**width - 1) / 2
+    change = torch.zeros(2, *start.scale.shape, requires_grad=True)
+    scale = start.scale * (1 + change[0])
+    centre = start.offset + middle * start.scale + change[1] * start.scale
+    expanded = scale.repeat_interleave(GROUP, 1), centre.repeat_interleave(GROUP, 1)
+    return (codes.float() - middle) * expanded[0] + expanded[1], change
+
+
+def changed_codebook(start: Any, codes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with relative changes of scales, and of a codebook relative to its levels' size."""
+    scales = start.scale.numel()
+    change = torch.zeros(scales + (width - 1) * 1024, requires_grad=True)
+    size = start.levels.square().mean().sqrt()
+    moved = torch.cat([start.levels[None], start.increments]) + size * change[scales:].view(width - 1, 256, 4)
+    top = (codes >> (width - 2)).long().unflatten(1, (-1, 4))
+    columns = torch.arange(codes.shape[1])
+    index = (top * torch.tensor([1, 4, 16, 64])).sum(-1)[:, columns // 4]
+    level = moved[0][index, columns % 4]
+    for bit in range(width - 2):
+        level = level + moved[bit + 1][index, columns % 4] * (codes >> (width - 3 - bit) & 1)
+    scale = start.scale * (1 + change[:scales].view_as(start.scale))
+    return level * scale.repeat_interleave(GROUP, 1), change
+
+
 def expected_slopes(model: Model, widths: int | dict[str, int]) -> dict[str, torch.Tensor]:
     """The same by torch alone."""
     weights, changes = model.decoded(widths), {}
     for name, layer in model.layers.items():
         width = widths if isinstance(widths, int) else widths[name]
-        middle = (2**width - 1) / 2
         if width not in layer.decoders or ".layers." not in name:
             continue
-        decoder, sliced = layer.decoders[width].affine, (layer.codes >> (8 - width)).float()
-        change = torch.zeros(2, *decoder.scale.shape, requires_grad=True)
-        scale = decoder.scale * (1 + change[0])
-        centre = decoder.offset + middle * decoder.scale + change[1] * decoder.scale
-        weights[name] = (sliced - middle) * scale.repeat_interleave(GROUP, 1) + centre.repeat_interleave(GROUP, 1)
-        changes[name] = change
+        values, sliced = layer.decoders[width].values, layer.codes >> (8 - width)
+        changed = changed_codebook if isinstance(values, Codebook) else changed_affine
+        weights[name], changes[name] = changed(values, sliced, width)
     gradients = torch.autograd.grad(model.divergence(weights), list(changes.values()))
     return dict(zip(changes, gradients, strict=True))
 
@@ -154,6 +179,16 @@ def test_gradients_at_every_width(width: int, seed: int, llama: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gradients_of_codebooks(width: int, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"ignore": ["o_proj"], "bits_for": [("v_proj", (3,))]}
+    model = Model(llama, tokens_of(width, 3, 17), CODEBOOK, **rules)
+    found = recorded_slopes(model, width, monkeypatch)
+    assert_same_slopes(found, expected_slopes(model, width))
+    assert any("v_proj" in name for name in found) == (width == 3)
+
+
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_where_embeddings_are_quantized(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slice begins with its own embedding and ends with its own head."""
@@ -178,11 +213,13 @@ def random_widths(model: Model, seed: int) -> dict[str, int]:
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("embeddings", [False, True])
-def test_gradients_of_a_recipe(seed: int, embeddings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("embeddings", "kind"), [(False, AFFINE_INT8), (True, AFFINE_INT8), (False, CODEBOOK)])
+def test_gradients_of_a_recipe(
+    seed: int, embeddings: bool, kind: DecoderKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every layer is trained at its own width, among neighbours at theirs."""
     plan = {"quantize_embeddings": embeddings, "bits_for": [("v_proj", (3,))]}
-    model = Model(write_source(tmp_path), tokens_of(seed), **plan)
+    model = Model(write_source(tmp_path), tokens_of(seed), kind, **plan)
     widths = random_widths(model, seed)
     assert len(set(widths.values())) > 1
     assert_same_slopes(recorded_slopes(model, widths, monkeypatch), expected_slopes(model, widths))
@@ -191,10 +228,10 @@ def test_gradients_of_a_recipe(seed: int, embeddings: bool, tmp_path: Path, monk
 def test_rates_of_a_recipe_are_those_of_the_widths(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: dict[int, set[float]] = {}
 
-    def step(self: TrainedDecoder, slopes: torch.Tensor, rate: float, step: int) -> None:
+    def step(self: TrainedAffine, slopes: torch.Tensor, rate: float, step: int) -> None:
         rates.setdefault(self.width, set()).add(rate)
 
-    monkeypatch.setattr(TrainedDecoder, "step", step)
+    monkeypatch.setattr(TrainedAffine, "step", step)
     model, settings = Model(llama, tokens_of(0)), EndToEndSettings(epochs=1)
     model.training(random_widths(model, 0), settings).train()
     mixed, rates = rates, {}
@@ -204,8 +241,11 @@ def test_rates_of_a_recipe_are_those_of_the_widths(llama: Path, monkeypatch: pyt
     assert rates == mixed
 
 
-def test_decoders_of_a_recipe_of_a_checkpoint(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    quantized(llama, tmp_path / "out", text_file, EndToEndSettings(up_to=0))
+@pytest.mark.parametrize("method", [Nested, NestedVQ])
+def test_decoders_of_a_recipe_of_a_checkpoint(
+    method: type[Nested | NestedVQ], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    quantized(llama, tmp_path / "out", text_file, EndToEndSettings(up_to=0), method)
     checkpoint, model = open_checkpoint(tmp_path / "out"), Model(llama, tokens_of(3, 8))
     widths = {layer: width for layer, width in zip(checkpoint.layers, (2, 3, 2, 5) * 9, strict=False)}
 
@@ -217,6 +257,8 @@ def test_decoders_of_a_recipe_of_a_checkpoint(llama: Path, text_file: Path, tmp_
     settings = EndToEndSettings(epochs=10, sequences=2, rate=0.01)
     trained = train_recipe(model.source, checkpoint, widths, model.tokens, settings)
     assert list(trained) == list(widths)
+    for layer, decoder in trained.items():
+        assert decoder.form is checkpoint.format.decoder_kind.form(widths[layer])
     assert lost(trained) < 0.8 * lost(plain)
     again = train_recipe(model.source, checkpoint, widths, model.tokens, settings, tmp_path)
     for layer, decoder in trained.items():
@@ -226,42 +268,58 @@ def test_decoders_of_a_recipe_of_a_checkpoint(llama: Path, text_file: Path, tmp_
 @torch.no_grad()
 @pytest.mark.parametrize("width", [2, 3])
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_the_model_gets_better(width: int, on_disk: bool, llama: Path, tmp_path: Path) -> None:
-    model = Model(llama, tokens_of(3, 8))
+@pytest.mark.parametrize("kind", [AFFINE_INT8, CODEBOOK], ids=lambda kind: kind.name)
+def test_the_model_gets_better(kind: DecoderKind, width: int, on_disk: bool, llama: Path, tmp_path: Path) -> None:
+    model = Model(llama, tokens_of(3, 8), kind)
     before = float(model.divergence(model.decoded(width)))
     settings = EndToEndSettings(epochs=10, sequences=2, rate=0.01)
     trained = model.training(width, settings, tmp_path if on_disk else None).train()
     decoders = {name: decoder for block in trained.values() for name, decoder in block.items()}
     assert float(model.divergence(model.decoded(width, decoders))) < 0.8 * before
     for decoder in decoders.values():
-        assert decoder.form is AFFINE_INT8.form(decoder.width)
+        assert decoder.form is kind.form(decoder.width)
     assert list(tmp_path.iterdir()) == []
 
 
-def quantized(source: Path, output: Path, text: Path, settings: EndToEndSettings, **options: Any) -> None:
-    model, method = SourceModel(source), Nested(WIDTHS, end_to_end=settings)
+def quantized(
+    source: Path,
+    output: Path,
+    text: Path,
+    settings: EndToEndSettings,
+    kind: type[Nested | NestedVQ] = Nested,
+    **options: Any,
+) -> None:
+    model, method = SourceModel(source), kind(WIDTHS, end_to_end=settings)
     chosen = CalibrationSettings(str(text), samples=4, sequence_length=32)
     quantize(model, output, method, plan_format(model, method, GROUP, []), chosen, **options)
 
 
-def test_only_decoders_of_trained_widths_change(llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [Nested, NestedVQ])
+def test_only_decoders_of_trained_widths_change(
+    method: type[Nested | NestedVQ], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
     for name, up_to in (("none", 0), ("some", 3)):
-        quantized(llama, tmp_path / name, text_file, EndToEndSettings(up_to=up_to, epochs=2))
+        quantized(llama, tmp_path / name, text_file, EndToEndSettings(up_to=up_to, epochs=2, rate=0.01), method)
     none, some = open_checkpoint(tmp_path / "none"), open_checkpoint(tmp_path / "some")
     for layer in none.layers:
         assert torch.equal(none.codes(layer, 8), some.codes(layer, 8))
         for width in WIDTHS:
-            before, after = none.decoder(layer, width).affine, some.decoder(layer, width).affine
-            same = torch.equal(before.scale, after.scale), torch.equal(before.offset, after.offset)
-            assert same == (width > 3, width > 3), (layer, width)
+            before, after = none.decoder(layer, width).parts, some.decoder(layer, width).parts
+            same = {name: torch.equal(part, after[name]) for name, part in before.items() if name != "step"}
+            assert same == dict.fromkeys(same, width > 3), (layer, width)
 
 
+@pytest.mark.parametrize("method", [Nested, NestedVQ])
 def test_what_was_trained_is_not_trained_again(
-    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: type[Nested | NestedVQ],
+    llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cut off while the second width is trained, and taken up again: the same bytes."""
     settings = EndToEndSettings(up_to=5)
-    quantized(llama, tmp_path / "whole", text_file, settings)
+    quantized(llama, tmp_path / "whole", text_file, settings, method)
     train, widths = EndToEnd.train, list[int]()
 
     def recorded(self: EndToEnd, fail_at: int | None = None) -> Any:
@@ -273,9 +331,9 @@ def test_what_was_trained_is_not_trained_again(
 
     monkeypatch.setattr(run.EndToEnd, "train", lambda self: recorded(self, 3))
     with pytest.raises(KeyboardInterrupt):
-        quantized(llama, tmp_path / "out", text_file, settings)
+        quantized(llama, tmp_path / "out", text_file, settings, method)
     monkeypatch.setattr(run.EndToEnd, "train", recorded)
-    quantized(llama, tmp_path / "out", text_file, settings, resume=True)
+    quantized(llama, tmp_path / "out", text_file, settings, method, resume=True)
     assert widths == [2, 3, 3, 5]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name

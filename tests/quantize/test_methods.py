@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from tests.quantize.conftest import Layer
 from tests.quantize.exact_decoders import assert_same_decoders, exact
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, AFFINE_KINDS, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize.columns import LayerInputs
@@ -19,12 +20,18 @@ from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.methods import METHODS, check_devices, settings_of, with_settings
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
+from vllm_matquant.quantize.nested_vq import NestedVQ
+
+
+def kind_of(name: str) -> DecoderKind:
+    """What a method's decoders are stored as where nothing else is asked for."""
+    return AFFINE_INT8 if AFFINE_INT8 in METHODS[name].decoder_kinds else CODEBOOK
 
 
 def errors(name: str, layer: Layer, widths: Sequence[int] = WIDTHS, group_size: int = 32) -> dict[int, float]:
     weight, hessian = layer
     method = METHODS[name](tuple(widths))
-    quantized = method.quantize(weight, hessian, group_size, AFFINE_INT8)
+    quantized = method.quantize(weight, hessian, group_size, kind_of(name))
     return relative_error([weight] * len(widths), quantized, method.slices(quantized.codes), [hessian] * len(widths))
 
 
@@ -34,15 +41,17 @@ def test_form(random_layer: Callable[..., Layer], name: str, group_size: int) ->
     weight, hessian = random_layer(19, 96, seed=group_size)
     widths = (4,) if name == "gptq" else (2, 3, 6)
     method = METHODS[name](widths)
-    layer = method.quantize(weight, hessian, group_size, AFFINE_INT8)
+    layer = method.quantize(weight, hessian, group_size, kind_of(name))
     assert (layer.codes.shape, layer.codes.dtype) == (weight.shape, torch.uint8)
     assert tuple(layer.decoders) == widths
     for decoder in layer.decoders.values():
-        assert decoder.form is AFFINE_INT8.form(decoder.width)
+        assert decoder.form is kind_of(name).form(decoder.width)
         expected = decoder.form.parts(19, 96 // group_size)
         found = {name: (part.dtype, tuple(part.shape)) for name, part in decoder.parts.items()}
         assert found == {name: (spec.dtype, spec.shape) for name, spec in expected.items()}
-        assert (decoder.affine.scale >= 0).all()
+        assert not any(bad.any() for _, bad, _ in decoder.form.faults(decoder.parts))
+        decoded = decoder.decode(slice_codes(layer.codes, 8, decoder.width, method.slicing))
+        assert decoded.std() > 0.5 * weight.std()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -50,7 +59,7 @@ def test_slices_nest(random_layer: Callable[..., Layer], name: str) -> None:
     weight, hessian = random_layer(5, 64, seed=1)
     widths = (8,) if name == "gptq" else WIDTHS
     method = METHODS[name](widths)
-    codes = method.quantize(weight, hessian, 32, AFFINE_INT8).codes
+    codes = method.quantize(weight, hessian, 32, kind_of(name)).codes
     slicing = "round" if name == "matgptq" else "truncate"
     assert method.slicing == slicing
     for width, sliced in zip(widths, method.slices(codes), strict=True):
@@ -92,6 +101,44 @@ def test_nested_for_one_width_is_better_than_gptq(random_layer: Callable[..., La
     assert errors("nested", layer, (width,))[width] < errors("gptq", layer, (width,))[width]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_codebooks_are_better_at_two_bits(random_layer: Callable[..., Layer], seed: int) -> None:
+    layer = random_layer(64, 256, seed)
+    assert errors("nested-vq", layer, (2,))[2] < errors("nested", layer, (2,))[2]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_codebooks_of_all_widths(random_layer: Callable[..., Layer], seed: int) -> None:
+    """Each further bit tells, and a parent of all widths is better than one of nested codes."""
+    layer = random_layer(64, 256, seed)
+    found = errors("nested-vq", layer)
+    assert list(found) == list(WIDTHS)
+    for narrow, wide in itertools.pairwise(found.values()):
+        assert wide < 0.7 * narrow
+    nested = errors("nested", layer)
+    for width in range(2, 6):
+        assert found[width] < 0.9 * nested[width]
+    assert errors("nested-vq", layer, (2,))[2] < found[2]
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_sweeps_and_refits_of_codebooks_help(random_layer: Callable[..., Layer], width: int) -> None:
+    weight, hessian = random_layer(64, 128, seed=0)
+    found = []
+    for sweeps in range(3):
+        layer = NestedVQ((width,), sweeps=sweeps).quantize(weight, hessian, 32, CODEBOOK)
+        found.append(relative_error([weight], layer, [layer.codes >> (8 - width)], [hessian])[width])
+    assert found[0] > found[1] > found[2]
+
+
+def test_codebooks_are_the_same_twice(random_layer: Callable[..., Layer]) -> None:
+    layer = random_layer(24, 96, seed=4)
+    first, second = (NestedVQ((2, 5)).quantize(*layer, 32, CODEBOOK) for _ in range(2))
+    assert torch.equal(first.codes, second.codes)
+    for width in (2, 5):
+        assert_same_decoders(first.decoders[width], second.decoders[width])
+
+
 def test_gptq_is_better_than_rounding(random_layer: Callable[..., Layer]) -> None:
     layer = random_layer(48, 128, seed=0)
     for width in WIDTHS:
@@ -106,13 +153,15 @@ def test_layers_out_of_the_ordinary(random_layer: Callable[..., Layer], name: st
     hessian[5], hessian[:, 5] = 0, 0
     for moments in (hessian, torch.zeros(64, 64)):
         for widths in [(8,)] if name == "gptq" else [(2,), (8,), (2, 8)]:
-            layer = METHODS[name](widths).quantize(weight, moments, 32, AFFINE_FLOAT16)
+            kind = METHODS[name].decoder_kinds[0]  # float16, where the method has it
+            layer = METHODS[name](widths).quantize(weight, moments, 32, kind)
             for width, decoder in layer.decoders.items():
                 sliced = slice_codes(layer.codes, 8, width, METHODS[name].slicing)
                 decoded = decoder.decode(sliced)
                 assert torch.isfinite(decoded).all()
                 torch.testing.assert_close(decoded[0], weight[0], rtol=0, atol=1e-4)
-                torch.testing.assert_close(decoded[1], weight[1], rtol=2e-3, atol=0)
+                # A codebook's levels and scales have 8 bits.
+                torch.testing.assert_close(decoded[1], weight[1], rtol=2e-3 if kind.affine else 0.02, atol=0)
 
 
 def test_rounding_to_nearest(random_layer: Callable[..., Layer]) -> None:
@@ -186,7 +235,7 @@ def test_settings_that_are_none(setting: str, message: str) -> None:
 def test_decoders_without_refit_are_the_grid(seed: int, random_layer: Callable[..., Layer]) -> None:
     weight, hessian = random_layer(8, 64, seed)
     grid = parent_grid(weight, 32)
-    for kind in KINDS.values():
+    for kind in AFFINE_KINDS:
         layer = Nested((2, 3, 8), refit=False).quantize(weight, hessian, 32, kind)
         for width, decoder in layer.decoders.items():
             assert_same_decoders(decoder, kind.encode(cell_centres(grid, width), width))

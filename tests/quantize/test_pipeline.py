@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.test_plan import NO_TIME
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, FLOAT16, KINDS, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, AFFINE_KINDS, CODEBOOK, FLOAT16, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
@@ -113,7 +114,15 @@ def test_manifest(llama: Path, text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "widths"), [("nested", (2, 3, 8)), ("matgptq", (2, 3, 8)), ("rtn", (2, 3, 8)), ("gptq", (3,))]
+    ("method", "widths"),
+    [
+        ("nested", (2, 3, 8)),
+        ("nested-vq", (2, 3, 8)),
+        ("nested-vq", WIDTHS),
+        ("matgptq", (2, 3, 8)),
+        ("rtn", (2, 3, 8)),
+        ("gptq", (3,)),
+    ],
 )
 def test_methods(method: str, widths: tuple[int, ...], llama: Path, text_file: Path, tmp_path: Path) -> None:
     errors = run(llama, tmp_path / "output", text_file, method=method, widths=widths)
@@ -121,6 +130,14 @@ def test_methods(method: str, widths: tuple[int, ...], llama: Path, text_file: P
     assert checkpoint.format.widths == widths
     assert checkpoint.format.slicing == ("round" if method == "matgptq" else "truncate")
     assert all(result.passed for result in verify(tmp_path / "output"))
+    for layer in checkpoint.layers:
+        for width in widths if method != "matgptq" else ():
+            assert torch.equal(
+                checkpoint.codes(layer, width), checkpoint.codes(layer, widths[-1]) >> (widths[-1] - width)
+            )
+    # Over all layers: one with hardly more fours than a codebook has entries may be as good at a narrow width.
+    sums = [sum(each[width] for each in errors.values()) for width in widths] if errors else []
+    assert all(wide < narrow for narrow, wide in itertools.pairwise(sums))
     expected = logits(llama)
     distances = [distance(logits(llama, checkpoint, width), expected) for width in reversed(widths)]
     assert distances == sorted(distances)
@@ -157,12 +174,18 @@ def test_group_sizes(
     assert distance(logits(llama, checkpoint), logits(llama)) < LIMITS[8]
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("method", ["nested", "nested-tuned", "matgptq", "gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *itertools.product(["nested", "nested-tuned", "matgptq", "gptq", "rtn"], AFFINE_KINDS),
+        ("nested-vq", CODEBOOK),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_decoder_kinds(method: str, kind: DecoderKind, llama: Path, text_file: Path, tmp_path: Path) -> None:
     source, output = SourceModel(llama), tmp_path / "output"
     chosen = METHODS[method]((3,) if method == "gptq" else (2, 8))
-    if isinstance(chosen, Nested):
+    if chosen.training:
         chosen = with_settings(chosen, ["end_to_end.up_to=0"])
     format_ = plan_format(source, chosen, 32, [], decoder_kind=kind)
     errors = quantize(source, output, chosen, format_, CalibrationSettings(str(text_file), 4, 32)).errors
@@ -180,6 +203,28 @@ def test_decoders_of_whole_rows_are_float16(llama: Path) -> None:
     assert plan_format(source, method, "channel", []).decoder_kind is AFFINE_FLOAT16
     assert plan_format(source, method, "auto", []).decoder_kind is AFFINE_INT8
     assert plan_format(source, method, "channel", [], decoder_kind=AFFINE_INT8).decoder_kind is AFFINE_INT8
+
+
+@pytest.mark.parametrize("group_size", ["channel", "auto", 32])
+def test_codebooks_are_stored_where_nothing_is_asked_for(llama: Path, group_size: GroupSize) -> None:
+    format_ = plan_format(SourceModel(llama), METHODS["nested-vq"](WIDTHS), group_size, [])
+    assert format_.decoder_kind is CODEBOOK
+    assert format_.slicing == "truncate"
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "expected"),
+    [
+        *((method, CODEBOOK, "affine-float16 or affine-int8") for method in METHODS if method != "nested-vq"),
+        *(("nested-vq", kind, "codebook-4d") for kind in AFFINE_KINDS),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_decoders_that_a_method_cannot_fill(llama: Path, method: str, kind: DecoderKind, expected: str) -> None:
+    message = f"decoder: found {kind.name}, expected {expected} for method {method}"
+    chosen = METHODS[method]((4,))
+    with pytest.raises(ValueError, match=message):
+        plan_format(SourceModel(llama), chosen, 32, [], decoder_kind=kind)
 
 
 def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
@@ -232,8 +277,9 @@ def test_bad_group_size_for(llama: Path, rule: tuple[str, GroupSize], message: s
         plan_format(SourceModel(llama), Nested(WIDTHS), "auto", [], [rule])
 
 
-def test_widths_of_single_layers(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    source, method, output = SourceModel(llama), Nested((2, 3, 8)), tmp_path / "output"
+@pytest.mark.parametrize("name", ["nested", "nested-vq"])
+def test_widths_of_single_layers(name: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, method, output = SourceModel(llama), METHODS[name]((2, 3, 8)), tmp_path / "output"
     rules: list[tuple[str, tuple[int, ...]]] = [("down_proj", (8,)), (r"1\.mlp\.down", (4, 8)), ("k_proj", (2, 3, 8))]
     format_ = plan_format(source, method, 32, [], bits_for=rules)
     own = {"model.layers.0.mlp.down_proj": (8,), "model.layers.1.mlp.down_proj": (4, 8)}
@@ -305,9 +351,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_two_runs_give_the_same_bytes(llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["nested", "nested-vq"])
+def test_two_runs_give_the_same_bytes(method: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        run(llama, tmp_path / name, text_file)
+        run(llama, tmp_path / name, text_file, method=method, widths=(2, 3, 8))
     assert content(tmp_path / "first") == content(tmp_path / "second")
 
 
@@ -346,7 +393,7 @@ def test_nothing_is_written_of_a_source_with_nan(llama: Path, text_file: Path, t
         (lambda weight: weight / 10_000, r"weights of up to \S+e-05, expected some of 0\.001 or more"),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS.values())
+@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
 def test_weights_that_decoders_cannot_hold(
     llama: Path, tmp_path: Path, kind: DecoderKind, change: Callable[[torch.Tensor], torch.Tensor], message: str
 ) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.checkpoint.samples import decoder_bytes, random_decoder
 from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.tiny_sources import byte_tokenizer, write_source
+from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.names import shard_pattern
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -23,13 +25,14 @@ from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import probe
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, dry_run, plan_format, quantize
 from vllm_matquant.quantize.plan import Plan, make_plan, shard_bytes
 from vllm_matquant.quantize.probe import Speed, measure_speed
 from vllm_matquant.quantize.resume import WorkFolder
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import SourceModel
+from vllm_matquant.quantize.training import begin_training
 
 NO_TIME = Speed([0.0] * 5, 0.0, 0.0)
 
@@ -49,6 +52,8 @@ def tensor_bytes(folder: Path, width: int) -> int:
         ("rtn", (4,), "channel", [], "gemma2"),
         ("matgptq", (2, 3, 5), 8, ["down_proj"], "llama"),
         ("nested", (2, 3, 8), 32, ["down_proj"], "llama"),
+        ("nested-vq", (2, 3, 5), 32, ["down_proj"], "llama"),
+        ("nested-vq", (2, 4), "channel", [r"layers\.0\."], "qwen3"),
     ],
 )
 def test_bytes_of_the_files(
@@ -94,6 +99,37 @@ def test_activations_in_memory_or_on_disk(llama: Path, tmp_path: Path) -> None:
     assert in_memory.memory["activations"] == training  # the step with the largest batch in the model
     assert "activations" not in on_disk.memory
     assert on_disk.disk == in_memory.disk + max(calibrating, training)
+
+
+@pytest.mark.parametrize("up_to", [2, 3, 8])
+def test_codebooks_in_training(up_to: int, llama: Path, tmp_path: Path) -> None:
+    source = SourceModel(llama)
+    method = with_settings(METHODS["nested-vq"]((2, 3, 8)), [f"end_to_end.up_to={up_to}"])
+    format_ = plan_format(source, method, 32, [])
+    tokens = 10**6
+    plan = make_plan(Selection(source, format_), method, NO_TIME, tmp_path, (1, tokens))
+    kept = 0
+    for rows, columns in Selection(source, format_).linears.values():
+        decoder = random_decoder(CODEBOOK, up_to, rows, columns // 32, torch.Generator().manual_seed(0))
+        trained = begin_training(decoder, torch.empty)
+        storages = [each.untyped_storage() for each in vars(trained).values() if isinstance(each, torch.Tensor)]
+        kept += sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    decoders = plan.memory["activations"] - 2 * tokens * 64 * 4
+    assert kept <= decoders < 1.5 * kept
+
+
+@pytest.mark.slow
+def test_dry_run_of_codebooks(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    source, method = SourceModel(llama), METHODS["nested-vq"]((2, 3, 8))
+    format_ = plan_format(source, method, 32, [])
+    plan = dry_run(source, tmp_path / "out", method, format_, CalibrationSettings(str(text_file), 4, 32))
+    assert list(tmp_path.iterdir()) == []
+    assert plan.seconds > 0
+    shapes = 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    for narrow, wide in ((2, 3), (3, 8)):
+        codes = sum((wide - narrow) * rows * columns // 8 for rows, columns in shapes)
+        decoders = sum(decoder_bytes(CODEBOOK.form(wide), rows, columns // 32) for rows, columns in shapes)
+        assert plan.files[wide] - plan.files[narrow] == codes + decoders
 
 
 def test_held_out_text(llama: Path, tmp_path: Path) -> None:
@@ -228,7 +264,7 @@ def test_fit_to_few_values_is_never_negative(count: int) -> None:
     assert max(found) > 0
 
 
-@pytest.mark.parametrize("method", ["nested", "nested-tuned", "gptq", "rtn"])
+@pytest.mark.parametrize("method", ["nested", "nested-tuned", "nested-vq", "gptq", "rtn"])
 def test_time_grows_with_the_work(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_TRIALS", ((16, 64, 1), (64, 64, 1), (16, 256, 1)))
     speed = measure_speed(METHODS[method]((4,) if method == "gptq" else (2, 8)), 32, 32)
@@ -271,7 +307,8 @@ def test_memory_of_a_block_is_foreseen(name: str, rows: int, columns: int, layer
     if method.needs_calibration:
         noise = probe._Noise(columns)
         activations = Activations(noise, torch.zeros(4, 64, dtype=torch.int64), method.followed_widths)
-    task = BlockTask("block", block, {f"block.{index}": 64 for index in range(layers)}, activations)
+    groups = {f"block.{index}": 64 for index in range(layers)}
+    task = BlockTask("block", block, groups, activations, decoder_kind=method.decoder_kinds[-1])
     with PeakBytes() as memory:
         dict(method.quantize_block(task))
     assert 0.8 * memory.peak < method.work_bytes([(rows, columns)] * layers) < 2 * memory.peak

@@ -27,6 +27,8 @@ WIDTHS = (2, 3, 8)
 # Of the distance between the weights of several processes and of one, relative to their norm: three of a layer's codes
 # moved made 0.03 at 2 bits. Hessians of a part of the text move weights further.
 LIMIT = 0.05
+# Another entry of a codebook moves all the fours that have it; at 2 bits 0.06, of an error of 0.4.
+CODEBOOK_LIMIT = 0.12
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def assert_same_files(runs: Runs, left: str, right: str) -> None:
         ("rtn_three", "rtn_one"),
         ("matgptq_three", "matgptq_one"),
         ("embeddings_three", "embeddings_one"),
+        ("codebooks_two", "codebooks_one"),
     ],
 )
 def test_close_to_one_process(runs: Runs, name: str, alone: str) -> None:
@@ -91,17 +94,21 @@ def test_close_to_one_process(runs: Runs, name: str, alone: str) -> None:
         assert list(together) == list(expected)
         for layer, weight in expected.items():
             distance = (together[layer].float() - weight.float()).norm() / weight.float().norm()
-            assert distance < LIMIT, (layer, width, float(distance))
+            assert distance < (CODEBOOK_LIMIT if "codebooks" in name else LIMIT), (layer, width, float(distance))
 
 
-@pytest.mark.parametrize(("name", "alone"), [("two", "one"), ("three", "one"), ("embeddings_three", "embeddings_one")])
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("two", "one"), ("three", "one"), ("embeddings_three", "embeddings_one"), ("codebooks_two", "codebooks_one")],
+)
 def test_measured_as_in_one_process(runs: Runs, name: str, alone: str) -> None:
     """Perplexity and divergence come from all held-out windows, layers' errors from all rows."""
     one, other = runs.report(alone), runs.report(name)
+    slack, floor = (10, 2e-6) if "codebooks" in name else (1, 1e-12)
     for row, expected in zip(other["quality"], one["quality"], strict=True):
-        assert row == pytest.approx(expected, rel=0.01)
+        assert row == pytest.approx(expected, rel=0.01 * slack)
     for layer, expected in zip(other["layers"], one["layers"], strict=True):
-        assert layer["errors"] == pytest.approx(expected["errors"], rel=0.02)
+        assert layer["errors"] == pytest.approx(expected["errors"], rel=0.02 * slack, abs=floor)
 
 
 def test_ranks_train_the_same_weights(runs: Runs) -> None:
@@ -119,7 +126,9 @@ def test_training_is_about_as_good_as_in_one_process(runs: Runs) -> None:
         assert row["kl"] < 1.5 * expected["kl"], row["bits"]
 
 
-@pytest.mark.parametrize(("name", "again"), [("two", "again"), ("tuned_two", "tuned_again")])
+@pytest.mark.parametrize(
+    ("name", "again"), [("two", "again"), ("tuned_two", "tuned_again"), ("codebooks_two", "codebooks_again")]
+)
 def test_same_bytes_twice(runs: Runs, name: str, again: str) -> None:
     assert_same_files(runs, name, again)
 

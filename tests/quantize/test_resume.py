@@ -22,6 +22,7 @@ from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.quantize import origin
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.nested import Nested
+from vllm_matquant.quantize.nested_vq import NestedVQ
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.resume import WORK_FOLDER, ResumeError, WorkFolder
 from vllm_matquant.quantize.run import Run
@@ -191,6 +192,19 @@ def test_resumed_run_writes_the_same_bytes(
     if blocks < BLOCKS:
         cut_off(tmp_path / "out", blocks)
     assert run(deep, tmp_path / "out", text_file, resume=True, activations_on_disk=on_disk) == whole
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_codebooks_are_resumed(
+    deep: Path, text_file: Path, tmp_path: Path, cut_off: Callable[..., None], blocks: int
+) -> None:
+    own = {"method": NestedVQ(WIDTHS), "bits_for": [("down_proj", (4, 8))]}
+    whole = run(deep, tmp_path / "whole", text_file, **own)
+    cut_off(tmp_path / "out", blocks, **own)
+    with pytest.raises(ResumeError, match=r"settings\.json: "):
+        run(deep, tmp_path / "out", text_file, resume=True, bits_for=own["bits_for"])
+    assert run(deep, tmp_path / "out", text_file, resume=True, **own) == whole
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 

@@ -149,7 +149,7 @@ def test_each_window_has_random_numbers_of_its_own(tmp_path: Path) -> None:
     assert not torch.allclose(first, second, rtol=0.01)
 
 
-@pytest.mark.parametrize("name", ["nested", "nested-tuned"])
+@pytest.mark.parametrize("name", ["nested", "nested-tuned", "nested-vq"])
 def test_a_method_counts_tokens_by_their_weights(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -97,7 +97,7 @@ class Quantize(PlannedJob[Outcome]):
         metadata=argument(
             "how scales and offsets are stored: affine-int8, up to 4 bits one byte each and two steps a row, or "
             "affine-float16, all in float16 (default: affine-int8; with --group-size channel affine-float16, for one "
-            "group a row gains nothing)",
+            "group a row gains nothing); codebook-4d, what method nested-vq has in their place",
             choices=tuple(KINDS),
         ),
     )

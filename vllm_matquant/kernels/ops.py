@@ -313,6 +313,50 @@ def solve_columns(
     return result
 
 
+def solve_fours(
+    copies: torch.Tensor,
+    scales: torch.Tensor,
+    group_of_column: torch.Tensor,
+    factors: torch.Tensor,
+    coupling: torch.Tensor,
+    current: torch.Tensor | None,
+    books: torch.Tensor,
+    widths: Sequence[int],
+    lambdas: torch.Tensor,
+    begin: int,
+    end: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the parent codes of the columns ``begin..end`` for codebooks, four after four (on the CPU).
+
+    The inner loop of :mod:`vllm_matquant.quantize.fours`. The errors of a four, times its rows of ``coupling``, are
+    subtracted from each width's later columns. With F the four's factor, x its copies and v what its codes decode to,
+    they are ``(x - v) F`` or, with ``current``, v less what the current codes decode to.
+
+    Args:
+        copies: float32 [columns, widths, rows], the value wanted for each weight at each width; rows is a multiple
+            of 16.
+        scales: float32 [widths, groups, rows].
+        group_of_column: int32 [columns], the same for all of a four.
+        factors: float32 [fours, 4, 4], upper triangles: an error e of a four weighs ``|e F|^2``.
+        coupling: float32 [end - begin, end - begin].
+        current: uint8 [columns, rows], parent codes.
+        books: float32 [planes, 256, 4], of each width its levels and increments.
+        widths: ascending.
+        lambdas: float32 [widths].
+
+    Returns:
+        Codes, uint8 [end - begin, rows], and errors, float32 [end - begin, widths, rows].
+
+    Raises:
+        RuntimeError: an argument contradicts another.
+    """
+    load_library()
+    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.matquant.solve_fours(
+        copies, scales, group_of_column, factors, coupling, current, books, widths, lambdas, begin, end
+    )
+    return result
+
+
 def read_memory(data: torch.Tensor) -> int:
     """Read memory with all threads and do nothing else (on the CPU): what benchmarks measure kernels against.
 

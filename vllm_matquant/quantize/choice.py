@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS, DecoderKind
 from vllm_matquant.checkpoint.quantization_config import check_layer_widths
 from vllm_matquant.checkpoint.spec import Format, GroupSize
 from vllm_matquant.quantize.embeddings import layer_method
@@ -40,14 +40,18 @@ def plan_format(
         bits_for: regular expressions with the widths, ascending, of the layers they match; the last match counts.
         quantize_embeddings: quantize the input embedding and the output head too, but for those that are ignored. Where
             they are tied, one cannot be without the other.
-        decoder_kind: how decoders are stored; by default in 8 bits, but where a whole row is one group: that gains
-            nothing from 8 bits and has float16.
+        decoder_kind: how decoders are stored; by default the one kind that the method can fill, or scales and offsets
+            in 8 bits, but where a whole row is one group: that gains nothing from 8 bits and has float16.
 
     Raises:
         ConfigError: the group size does not divide a layer's input features, or a layer's width would never be served.
         ValueError: an expression is none, or matches no layer, or no layer is left; or embeddings shall be quantized
-            and none is left; or the method can do no embeddings, or not the widths asked for.
+            and none is left; or the method can do no embeddings, or not the widths or decoders asked for.
     """
+    kind = decoder_kind or _default_kind(method, group_size)
+    if kind not in method.decoder_kinds:
+        expected = " or ".join(name for name, each in KINDS.items() if each in method.decoder_kinds)
+        raise ValueError(f"decoder: found {kind.name}, expected {expected} for method {method.name}")
     embeddings = list(source.skeleton.embeddings) if quantize_embeddings else []
     layers = [name for name in source.matrices if name in embeddings or name in source.skeleton.linears]
     choice = _Choice(layers, "linear layers and embeddings" if embeddings else "linear layers")
@@ -65,7 +69,7 @@ def plan_format(
         tuple(dict.fromkeys(ignored)),
         method.slicing,
         quantized_embeddings=tuple(name for name in embeddings if name in outer),
-        decoder_kind=decoder_kind or (AFFINE_FLOAT16 if group_size == "channel" else AFFINE_INT8),
+        decoder_kind=kind,
     )
     shapes = Selection(source, format_).shapes
 
@@ -82,6 +86,12 @@ def plan_format(
     )
     _check(source, method, format_)
     return format_
+
+
+def _default_kind(method: Method, group_size: GroupSize) -> DecoderKind:
+    if len(method.decoder_kinds) == 1:
+        return method.decoder_kinds[0]
+    return AFFINE_FLOAT16 if group_size == "channel" else AFFINE_INT8
 
 
 def _check(source: Source, method: Method, format_: Format) -> None:

@@ -193,10 +193,10 @@ class ColumnSolver:
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             # [columns, widths, rows]: where all widths share a coupling, one product updates them all.
-            copies = torch.stack([_rows_last(wanted(i, part)[:, order]) for i in range(len(self.widths))], dim=1)
-            scales = _rows_last(torch.stack([decoder.scale[part] for decoder in decoders]))
-            offsets = _rows_last(torch.stack([decoder.offset[part] for decoder in decoders]))
-            old = None if current is None else _rows_last(current[part][:, order])
+            copies = torch.stack([rows_last(wanted(i, part)[:, order]) for i in range(len(self.widths))], dim=1)
+            scales = rows_last(torch.stack([decoder.scale[part] for decoder in decoders]))
+            offsets = rows_last(torch.stack([decoder.offset[part] for decoder in decoders]))
+            old = None if current is None else rows_last(current[part][:, order])
             for begin in range(0, columns, _BLOCK):
                 block = slice(begin, min(begin + _BLOCK, columns))
                 coupling = torch.stack([each[block, block] for each in couplings[: 1 if one_for_all else None]])
@@ -224,6 +224,6 @@ class ColumnSolver:
         return codes
 
 
-def _rows_last(values: torch.Tensor) -> torch.Tensor:
+def rows_last(values: torch.Tensor) -> torch.Tensor:
     """[..., rows, columns] to [..., columns, rows], with rows padded to whole lanes."""
     return torch.nn.functional.pad(values.transpose(-1, -2), (0, -values.shape[-2] % _LANES)).contiguous()

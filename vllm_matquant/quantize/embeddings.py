@@ -30,6 +30,11 @@ def layer_method(method: Method) -> LayerMethod:
     """
     if not isinstance(method, LayerMethod):
         raise ValueError(f"quantize-embeddings: found method {method.name}, expected one that quantizes single layers")
+    if not method.rows_apart:
+        raise ValueError(
+            f"quantize-embeddings: found method {method.name}, which needs all rows of a layer at once, expected one "
+            "that takes them in parts"
+        )
     return method
 
 

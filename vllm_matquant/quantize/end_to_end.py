@@ -32,7 +32,7 @@ from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.runner import call_block
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import head_weight
-from vllm_matquant.quantize.training import TrainedDecoder, batches
+from vllm_matquant.quantize.training import TrainedDecoder, batches, begin_training
 
 HEAD_TOKENS = 128  # for which logits are computed at a time
 
@@ -156,8 +156,8 @@ class EndToEnd:
         for name, layer in self._layers(block).items():
             [(width, decoder)] = layer.decoders.items()
             if not isinstance(self._widths, int) or width == self._widths:
-                trained[name] = TrainedDecoder(
-                    decoder.affine.to(self._device), width, lambda shape: allocate(shape, folder).to(self._device)
+                trained[name] = begin_training(
+                    decoder, lambda shape: allocate(shape, folder).to(self._device), self._device
                 )
         return trained
 
@@ -198,7 +198,7 @@ class EndToEnd:
                 [width] = layer.decoders
                 sliced = slice_codes(layer.codes, PARENT_BITS, width, self._selection.format.slicing)
                 codes[layer_name] = sliced.to(self._device)
-                weight = trained[layer_name].decode(codes[layer_name].float())
+                weight = trained[layer_name].decode(codes[layer_name])
             else:
                 weight = self._decode(layer)
             parameters[weight_name(layer_name, name)] = self._for_products(weight)
@@ -228,7 +228,7 @@ class EndToEnd:
         with torch.enable_grad():
             output = self._run(index, parameters, hidden.requires_grad_())
             first, *others = torch.autograd.grad(output, [hidden, *leaves], slope)
-        found = [trained[name].slopes(each, codes[name].float()) for name, each in zip(codes, others, strict=True)]
+        found = [trained[name].slopes(each, codes[name]) for name, each in zip(codes, others, strict=True)]
         for name, slopes in zip(codes, ranks.means(found), strict=True):
             trained[name].step(slopes, self._rate(trained[name].width, step), step)
         return first

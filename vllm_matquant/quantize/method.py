@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
-from vllm_matquant.checkpoint.decoder import DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_KINDS, DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
@@ -35,6 +35,7 @@ class Method(ABC):
     slicing: ClassVar[Slicing] = "truncate"
     needs_calibration: ClassVar[bool] = True
     takes_layer_widths: ClassVar[bool] = True  # whether a layer may have other widths than the model
+    decoder_kinds: ClassVar[tuple[DecoderKind, ...]] = AFFINE_KINDS  # that it can fill
 
     def with_widths(self, widths: tuple[int, ...]) -> Self:
         """The same method for other widths."""
@@ -66,19 +67,19 @@ class Method(ABC):
         Args:
             shapes: (out_features, in_features) of the block's layers.
         """
-        widths, followed = len(self.widths), len(self.followed_widths)
-
-        def layer(rows: int, columns: int) -> int:
-            if not self.needs_calibration:
-                return 4 * columns**2 + 22 * rows * columns
-            # A Hessian of each followed width is taken apart in float64, or the solver has copies of the weights.
-            solving = (12 + 16 * followed) * columns**2 + (14 + 8 * widths + 8 * followed) * rows * columns
-            return max((36 + 20 * followed) * columns**2, solving)
-
         # Of the others in the meantime: the Hessian, if there is one, and what is finished.
         hessian = 4 if self.needs_calibration else 0
         others = sum(hessian * columns**2 + 2 * rows * columns for rows, columns in shapes)
-        return others + max(layer(*shape) for shape in shapes)
+        return others + max(self.layer_bytes(*shape) for shape in shapes)
+
+    def layer_bytes(self, rows: int, columns: int) -> int:
+        """About how much memory it takes at the worst to quantize a layer of this shape, its own weight included."""
+        widths, followed = len(self.widths), len(self.followed_widths)
+        if not self.needs_calibration:
+            return 4 * columns**2 + 22 * rows * columns
+        # A Hessian of each followed width is taken apart in float64, or the solver has copies of the weights.
+        solving = (12 + 16 * followed) * columns**2 + (14 + 8 * widths + 8 * followed) * rows * columns
+        return max((36 + 20 * followed) * columns**2, solving)
 
     @abstractmethod
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -95,11 +96,13 @@ class LayerMethod(Method):
 
     damping: float = 0.01
 
+    rows_apart: ClassVar[bool] = True  # whether what a row becomes does not depend on other rows of its layer
+
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         hessians = self.collect(task) if task.activations else None
         for name, linear in task.linears.items():
             rows = len(linear.weight)
-            weight = linear.weight[ranks.own_rows(rows)]
+            weight = linear.weight[ranks.own_rows(rows)] if self.rows_apart else linear.weight
             hessian = hessians.hessian(name) if hessians else torch.eye(weight.shape[1])
             method = self.with_widths(task.widths.get(name, self.widths))
             layer = method.quantize(weight, hessian, task.group_sizes[name], task.decoder_kind)
@@ -107,7 +110,7 @@ class LayerMethod(Method):
                 count = len(method.widths)
                 errors = relative_error([weight] * count, layer, method.slices(layer.codes), [hessian] * count)
                 layer = replace(layer, errors=errors)
-            yield name, layer.gathered(rows)
+            yield name, layer.gathered(rows) if self.rows_apart else layer
 
     def collect(self, task: BlockTask) -> HessianCollector:
         """Run the source's block and collect its layers' Hessians."""

@@ -11,9 +11,10 @@ from vllm_matquant.quantize.device import check_device
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
+from vllm_matquant.quantize.nested_vq import NestedVQ
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Nested, NestedTuned, MatGPTQ, GPTQ, RoundToNearest)
+    method.name: method for method in (Nested, NestedTuned, NestedVQ, MatGPTQ, GPTQ, RoundToNearest)
 }
 
 

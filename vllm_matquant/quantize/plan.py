@@ -27,7 +27,7 @@ from vllm_matquant.quantize.report.wording import duration, size
 from vllm_matquant.quantize.resume import WORK_FOLDER
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import Source
-from vllm_matquant.quantize.training import TrainedDecoder
+from vllm_matquant.quantize.training import kept_bytes
 
 _FLOAT = torch.float32.itemsize
 _SHARD_BYTES = (2**27, 2**31)  # the least and the most that the writer may hold in memory
@@ -254,11 +254,13 @@ def _activations(
         found["weighing tokens"] = math.prod(calibration) * state + weights
         found["calibrating"] += weights
     if method.trained_widths:
-        groups = sum(
-            rows * columns // selection.format.group_size_of(columns, name)
+        sizes = [
+            (rows, columns // selection.format.group_size_of(columns, name))
             for name, (rows, columns) in selection.linears.items()
-        )
-        found["training"] = 2 * math.prod(calibration) * state + TrainedDecoder.VALUES * groups * _FLOAT
+        ]
+        forms = map(selection.format.decoder_kind.form, method.trained_widths)
+        decoders = max(sum(kept_bytes(form, *size) for size in sizes) for form in forms)
+        found["training"] = 2 * math.prod(calibration) * state + decoders
     if any(held_out):
         found["measuring"] = math.prod(held_out) * state * (2 + len(selection.format.widths))
     return found

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from scipy.optimize import nnls
 
-from vllm_matquant.checkpoint.decoder import Affine
+from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook
+from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, GroupSize
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.quantize.method import Method
-from vllm_matquant.quantize.training import TrainedDecoder
+from vllm_matquant.quantize.training import begin_training
 
 # (rows, columns, windows of text) of the trials: far apart in each, so that the terms can be told apart.
 _TRIALS = ((32, 256, 4), (256, 256, 4), (32, 1024, 4), (32, 512, 32), (256, 1024, 4), (32, 1536, 4), (128, 1536, 4))
@@ -67,7 +68,9 @@ def measure_speed(method: Method, group_size: GroupSize, sequence_length: int) -
             terms.append(_terms(rows, columns, windows * sequence_length))
             # The machine may have been busy once.
             taken.append(min(seconds(rows, columns, windows) for _ in range(2)))
-    product, decoding = (min(part) for part in zip(*(_train(sequence_length) for _ in range(3)), strict=True))
+    product, decoding = (
+        min(part) for part in zip(*(_train(_kind(method), sequence_length) for _ in range(3)), strict=True)
+    )
     return Speed(_fit(terms, taken), product, decoding)
 
 
@@ -84,12 +87,17 @@ def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
     return (torch.from_numpy(found) / scale).tolist()
 
 
-def _train(tokens: int) -> tuple[float, float]:
+def _kind(method: Method) -> DecoderKind:
+    """What the trials store decoders as."""
+    return method.decoder_kinds[-1]
+
+
+def _train(kind: DecoderKind, tokens: int) -> tuple[float, float]:
     """Seconds for each weight and token of a product, and for each weight of what a step of training does besides."""
     size, group = 1024, 64
-    scale = torch.ones(size, size // group)
-    trained = TrainedDecoder(Affine(scale, torch.zeros_like(scale)), 2)
-    inputs, codes = torch.zeros(tokens, size, dtype=products_dtype()), torch.zeros(size, size)
+    trained = begin_training(_random_decoder(kind, size, size // group), torch.empty)
+    inputs = torch.zeros(tokens, size, dtype=products_dtype())
+    codes = torch.randint(4, (size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
     for _ in range(2):  # forwards, and once more before it goes backwards
         weight = trained.decode(codes).to(inputs.dtype)
@@ -99,13 +107,22 @@ def _train(tokens: int) -> tuple[float, float]:
     return (time.perf_counter() - decoded) / (size * size * tokens), (decoded - start) / (size * size)
 
 
+def _random_decoder(kind: DecoderKind, rows: int, groups: int) -> Decoder:
+    """A decoder of 2 bits."""
+    scale = torch.ones(rows, groups)
+    if kind.affine:
+        return kind.encode(Affine(scale, torch.zeros_like(scale)), 2)
+    levels = torch.randn(ENTRIES, PLACES, generator=torch.Generator().manual_seed(0))
+    return kind.encode(Codebook(levels, levels.new_empty(0, ENTRIES, PLACES), scale), 2)
+
+
 def _quantize_random(
     method: Method, rows: int, columns: int, group_size: int, windows: int, sequence_length: int
 ) -> float:
     """Seconds to quantize a block of one random layer, and to go on to the next."""
     block, text = _Block(rows, columns), torch.zeros(windows, sequence_length, dtype=torch.int64)
     activations = Activations(_Noise(columns), text, method.followed_widths) if method.needs_calibration else None
-    task = BlockTask("trial", block, {"trial.layer": group_size}, activations)
+    task = BlockTask("trial", block, {"trial.layer": group_size}, activations, decoder_kind=_kind(method))
     start = time.perf_counter()
     layers = dict(method.quantize_block(task))
     if activations:

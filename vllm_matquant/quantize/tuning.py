@@ -26,7 +26,7 @@ from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.device import fast_products, to_device
 from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.runner import call_block, run_block
-from vllm_matquant.quantize.training import TrainedDecoder, batches
+from vllm_matquant.quantize.training import TrainedAffine, batches
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
 
@@ -84,7 +84,7 @@ class TunedLayer:
             exact = (weight.to(device) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny) + 0.5
             # Inside the cell that the solver chose: next to the border where the solver overruled the nearest level.
             self._positions.append(torch.clamp(exact, codes + _MARGIN, codes + 1 - _MARGIN))
-            self._decoders.append(TrainedDecoder(values, width))
+            self._decoders.append(TrainedAffine(values, width))
         self._codes = self._nested_codes()
 
     def weights(self) -> list[torch.Tensor]:
