@@ -28,14 +28,13 @@ Registry& registry() {
 }
 
 DecoderKind decoder_kind_of(const std::string& name) {
-    std::string known;
     for (const DecoderKind kind : {DecoderKind::kAffineFloat16, DecoderKind::kAffineInt8, DecoderKind::kCodebook}) {
         if (name == to_string(kind)) {
             return kind;
         }
-        known += std::string(known.empty() ? "\"" : " or \"") + to_string(kind) + "\"";
     }
-    STD_TORCH_CHECK(false, "decoder_kind: found \"", name, "\", expected ", known);
+    STD_TORCH_CHECK(false, "decoder_kind: found \"", name, "\", expected \"", to_string(DecoderKind::kAffineFloat16),
+                    "\", \"", to_string(DecoderKind::kAffineInt8), "\" or \"", to_string(DecoderKind::kCodebook), "\"");
 }
 
 int64_t new_weight(int64_t columns, int64_t group_size, const std::string& decoder_kind, const std::string& layout,

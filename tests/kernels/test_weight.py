@@ -241,7 +241,10 @@ def new_weight(in_features=64, group_size=32, decoder_kind="affine-float16", lay
     [
         ({"in_features": -1}, "columns: found -1"),
         ({"group_size": 0}, "group_size: found 0, expected a positive size"),
-        ({"decoder_kind": "float"}, 'decoder_kind: found "float", expected "affine-float16" or "affine-int8"'),
+        (
+            {"decoder_kind": "float"},
+            'decoder_kind: found "float", expected "affine-float16", "affine-int8" or "codebook-4d"',
+        ),
         ({"activation_bits": 12}, "activation_bits: found 12, expected 8, 16 or 24"),
     ],
 )
