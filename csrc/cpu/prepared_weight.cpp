@@ -46,7 +46,7 @@ void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const
 }
 
 // Planes [entries, places] of codebooks as [places, entries].
-std::vector<uint8_t> order_by_place(const uint8_t* codebooks, int64_t bytes) {
+std::vector<uint8_t> tables_by_place(const uint8_t* codebooks, int64_t bytes) {
     std::vector<uint8_t> result(bytes);
     for (int64_t byte = 0; byte < bytes; ++byte) {
         const int64_t plane = byte / kEntryPlaneBytes, entry = byte % kEntryPlaneBytes / kPlaces;
@@ -78,7 +78,7 @@ PreparedWeight::PreparedWeight(const Weight& weight) : paired_(is_paired(weight.
                 static_cast<int64_t>(segment.output_sizes.size()) * shared_decoder_bytes(form, static_cast<int>(width));
             rows.decoders[width] = first;
             if (isa_in_use().kernel->wants_places) {
-                rows.by_place[width] = order_by_place(segment.decoders.const_data_ptr<uint8_t>() + first, shared);
+                rows.by_place[width] = tables_by_place(segment.decoders.const_data_ptr<uint8_t>() + first, shared);
             }
             first += shared + count * decoder_bytes(form, weight.groups());
         }

@@ -135,3 +135,16 @@ class LayerMethod(Method):
     def slices(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """The codes of each width's slice, uint8 of the shape of the parent ``codes``."""
         return [slice_codes(codes, PARENT_BITS, width, self.slicing) for width in self.widths]
+
+
+def growing_weights(widths: Sequence[int], growth: float, widest_factor: float) -> list[float]:
+    """The weight of each width in the choice of codes.
+
+    Args:
+        widths: ascending.
+        growth: what a width weighs for each bit that it has more than the narrowest.
+        widest_factor: on top of that, for the widest width.
+    """
+    weights = [growth ** (width - widths[0]) for width in widths]
+    weights[-1] *= widest_factor
+    return weights

@@ -16,7 +16,7 @@ from vllm_matquant.quantize.decoders import DecoderFit, cell_centres, parent_gri
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
-from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.method import LayerMethod, growing_weights
 from vllm_matquant.quantize.sensitivity import SensitivitySettings
 from vllm_matquant.quantize.sequential import measure_drift
 
@@ -135,6 +135,4 @@ class Nested(LayerMethod):
 
     def lambdas(self) -> list[float]:
         """The weight of each width."""
-        weights = [self.growth ** (width - self.widths[0]) for width in self.widths]
-        weights[-1] *= self.widest_factor
-        return weights
+        return growing_weights(self.widths, self.growth, self.widest_factor)

@@ -15,7 +15,7 @@ from vllm_matquant.quantize.columns import damp
 from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.fours import FourSolver
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.method import LayerMethod, growing_weights
 from vllm_matquant.quantize.sensitivity import SensitivitySettings
 
 
@@ -77,6 +77,4 @@ class NestedVQ(LayerMethod):
 
     def lambdas(self) -> list[float]:
         """The weight of each width."""
-        weights = [self.growth ** (width - self.widths[0]) for width in self.widths]
-        weights[-1] *= self.widest_factor
-        return weights
+        return growing_weights(self.widths, self.growth, self.widest_factor)
