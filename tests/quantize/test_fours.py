@@ -12,7 +12,7 @@ import torch
 from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.codebook import Codebook
 from vllm_matquant.kernels import ops
-from vllm_matquant.quantize import fours
+from vllm_matquant.quantize import columns
 from vllm_matquant.quantize.columns import damp, inverse_factor
 from vllm_matquant.quantize.fours import FourSolver, blocks_of, order_of_fours, upper_factor
 
@@ -233,7 +233,7 @@ def test_codes_depend_neither_on_threads_nor_on_chunks_of_rows(
     results = []
     for threads, scratch in ((1, 2**29), (2, 2**29), (2, 1)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(fours, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(columns, "_SCRATCH_BYTES", scratch)
         codes = solver.gptq(weight, damped, books)
         results.append((codes, solver.descend(weight, damped, books, codes)))
     # Products of other shapes round otherwise: what is almost a tie may fall to either side.

@@ -16,7 +16,7 @@ from vllm_matquant.quantize.decoders import slice_table
 
 _Made = TypeVar("_Made")
 
-_BLOCK = 128  # columns between two updates of all later ones; 7 copies of 16 rows fit the second-level cache
+BLOCK = 128  # columns between two updates of all later ones; 7 copies of 16 rows fit the second-level cache
 _LANES = 16  # rows are padded to what the C++ op takes at a time
 _SCRATCH_BYTES = 512 * 2**20
 
@@ -189,16 +189,14 @@ class ColumnSolver:
         lambdas = torch.tensor(self.lambdas, dtype=torch.float32)
         codes = torch.empty(rows, columns, dtype=torch.uint8)
         one_for_all = all(coupling is couplings[0] for coupling in couplings)
-        chunk = max(_LANES, _SCRATCH_BYTES // (len(self.widths) * columns * 4) // _LANES * _LANES)
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
+        for part in chunks_of_rows(rows, columns, len(self.widths)):
             # [columns, widths, rows]: where all widths share a coupling, one product updates them all.
             copies = torch.stack([rows_last(wanted(i, part)[:, order]) for i in range(len(self.widths))], dim=1)
             scales = rows_last(torch.stack([decoder.scale[part] for decoder in decoders]))
             offsets = rows_last(torch.stack([decoder.offset[part] for decoder in decoders]))
             old = None if current is None else rows_last(current[part][:, order])
-            for begin in range(0, columns, _BLOCK):
-                block = slice(begin, min(begin + _BLOCK, columns))
+            for begin in range(0, columns, BLOCK):
+                block = slice(begin, min(begin + BLOCK, columns))
                 coupling = torch.stack([each[block, block] for each in couplings[: 1 if one_for_all else None]])
                 chosen, errors = ops.solve_columns(
                     copies,
@@ -214,7 +212,7 @@ class ColumnSolver:
                     block.start,
                     block.stop,
                 )
-                codes[part, order[block]] = chosen[:, : part.stop - start].T
+                codes[part, order[block]] = chosen[:, : part.stop - part.start].T
                 later = slice(block.stop, columns)
                 if one_for_all:
                     copies[later].flatten(1).addmm_(couplings[0][block, later].T, errors.flatten(1), alpha=-1)
@@ -222,6 +220,12 @@ class ColumnSolver:
                     for index, each in enumerate(couplings):
                         copies[later, index].addmm_(each[block, later].T, errors[:, index], alpha=-1)
         return codes
+
+
+def chunks_of_rows(rows: int, columns: int, widths: int) -> list[slice]:
+    """The rows, some at a time: so many whole lanes that the copies of each width take no more than the scratch."""
+    chunk = max(_LANES, _SCRATCH_BYTES // (widths * columns * 4) // _LANES * _LANES)
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
 def rows_last(values: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,7 @@ from vllm_matquant.checkpoint.codebook import PLACES, Codebook
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.kernels import ops
-from vllm_matquant.quantize.columns import inverse_factor, rows_last
-
-_BLOCK = 128  # columns between two updates of all later ones
-_LANES = 16  # rows are padded to what the C++ op takes at a time
-_SCRATCH_BYTES = 512 * 2**20
+from vllm_matquant.quantize.columns import BLOCK, chunks_of_rows, inverse_factor, rows_last
 
 
 def order_of_fours(hessian: torch.Tensor) -> torch.Tensor:
@@ -114,14 +110,12 @@ class FourSolver:
         planes = torch.cat([torch.cat([book.levels[None], book.increments]) for book in books]).float()
         lambdas = torch.tensor(self.lambdas, dtype=torch.float32)
         codes = torch.empty(rows, columns, dtype=torch.uint8)
-        chunk = max(_LANES, _SCRATCH_BYTES // (len(self.widths) * columns * 4) // _LANES * _LANES)
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
+        for part in chunks_of_rows(rows, columns, len(self.widths)):
             copies = torch.stack([rows_last(target[part][:, order]) for target in targets], dim=1)
             scales = rows_last(torch.stack([book.scale[part].float() for book in books]))
             old = None if current is None else rows_last(current[part][:, order])
-            for begin in range(0, columns, _BLOCK):
-                block = slice(begin, min(begin + _BLOCK, columns))
+            for begin in range(0, columns, BLOCK):
+                block = slice(begin, min(begin + BLOCK, columns))
                 fours = slice(block.start // PLACES, block.stop // PLACES)
                 within = coupling[block, block].contiguous()
                 chosen, errors = ops.solve_fours(
@@ -137,7 +131,7 @@ class FourSolver:
                     block.start,
                     block.stop,
                 )
-                codes[part, order[block]] = chosen[:, : part.stop - start].T
+                codes[part, order[block]] = chosen[:, : part.stop - part.start].T
                 later = slice(block.stop, columns)
                 copies[later].flatten(1).addmm_(coupling[block, later].T, errors.flatten(1), alpha=-1)
         return codes
