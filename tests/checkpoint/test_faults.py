@@ -626,10 +626,10 @@ DECODER_FAULTS = {
             errors.TensorShapeError,
             f"shape of {LAYER}.weight_codebook4: found [2, 256, 4], expected [3, 256, 4] by config.json",
         ),
-        "wide codebook without quarters": fault(
+        "wide codebook without sixteenths": fault(
             replace_tensor(f"{LAYER}.weight_codebook5", lambda codebook: codebook[:4]),
             errors.TensorShapeError,
-            f"shape of {LAYER}.weight_codebook5: found [4, 256, 4], expected [7, 256, 4] by config.json",
+            f"shape of {LAYER}.weight_codebook5: found [4, 256, 4], expected [8, 256, 4] by config.json",
         ),
         "codebook of half the entries": fault(
             replace_tensor(f"{LAYER}.weight_codebook2", lambda codebook: codebook[:, :128]),
@@ -658,10 +658,10 @@ DECODER_FAULTS = {
             f"{LAYER}.weight_codebook3: found 255 in plane 0, entry 17, place 2 (as torch.uint8)",
             "expected levels and increments that add up to at most 255",
         ),
-        "quarters that add up to too much": fault(
-            replace_tensor(f"{LAYER}.weight_codebook6", full_place(3, 7)),
+        "sixteenths that add up to too much": fault(
+            replace_tensor(f"{LAYER}.weight_codebook6", full_place(5, 9)),
             errors.DecoderValueError,
-            f"{LAYER}.weight_codebook6: found 255 in plane 3, entry 17, place 2 (as torch.uint8)",
+            f"{LAYER}.weight_codebook6: found 255 in plane 5, entry 17, place 2 (as torch.uint8)",
         ),
     },
 }

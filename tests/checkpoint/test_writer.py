@@ -270,7 +270,7 @@ def test_bad_layer_in_float16(
         (
             codebooks(codebook=lambda codebook: codebook[:3]),
             TensorShapeError,
-            r"layer.weight_codebook5: found \[3, 256, 4\], expected \[7, 256, 4\]",
+            r"layer.weight_codebook5: found \[3, 256, 4\], expected \[8, 256, 4\]",
         ),
         (
             codebooks(step=torch.ones(3, 2, dtype=torch.bfloat16)),
@@ -283,14 +283,14 @@ def test_bad_layer_in_float16(
             "layer.weight_step5: found nan in row 1, column 0",
         ),
         (
-            codebooks(codebook=lambda codebook: codebook.fill_(37)),  # 7 times 37 is more than 255, 4 times is not
+            codebooks(codebook=lambda codebook: codebook.fill_(63)),  # 8 times 63 is more than 255, 4 times is not
             None,
             "",
         ),
         (
             codebooks(codebook=lambda codebook: codebook.fill_(64)),
             DecoderValueError,
-            "layer.weight_codebook5: found 64 in plane 3, entry 0, place 0 .* at most 255",
+            "layer.weight_codebook5: found 64 in plane 0, entry 0, place 0 .* at most 255",
         ),
         (codebook_with_scale(math.nan), DecoderValueError, "layer.weight_step5: found .* in row 1, column 0"),
         (codebook_with_scale(math.inf), DecoderValueError, "layer.weight_step5: found inf in row 1, column 0"),
