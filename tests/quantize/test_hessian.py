@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_matquant.quantize.columns import damp
 from vllm_matquant.quantize.hessian import HessianCollector
 
 
@@ -101,3 +102,23 @@ def test_hooks_are_removed_after_an_error() -> None:
     with pytest.raises(RuntimeError), HessianCollector(linears(block)).collecting():
         block(torch.randn(2, 7))
     assert not any(module._forward_pre_hooks for module in block.children())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hessian_of_weighed_tokens_can_be_taken_apart(seed: int) -> None:
+    """Whatever products round factors to: one token counts so much that its outer product must stay one."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(4, 64, 256, generator=generator).bfloat16().float()
+    weights = torch.rand(4, 64, generator=generator)
+    weights[1, 17] = 3e4
+    layer = torch.nn.Linear(256, 8)
+    collector = HessianCollector({"a": layer}, {"a": weights})
+    with collector.collecting():
+        for batch in inputs:
+            layer(batch)
+    hessian = collector.hessian("a")
+    assert torch.linalg.eigvalsh(damp(hessian, 0.01).double()).min() > 0
+    x = inputs.flatten(0, 1).double()
+    expected = (x.T * weights.flatten().double()) @ x / len(x)
+    torch.testing.assert_close(hessian.double(), expected, rtol=0, atol=float(expected.diagonal().max()) / 100)

@@ -23,16 +23,18 @@ class Moments:
 
         Args:
             inputs: floating point [..., in_features].
-            token_weights: float32 [tokens], how much each token counts that was or will be given, in that order; by
-                default all count 1.
+            token_weights: float32 [tokens], how much each token counts that was or will be given, in that order, from 0
+                up; by default all count 1.
         """
         flat = inputs.flatten(0, -2).float()
         if self._sum is None:
             self._sum = torch.zeros(flat.shape[1], flat.shape[1])
         end = self._tokens + flat.shape[0]
-        weighed = flat if token_weights is None else flat * token_weights[self._tokens : end, None]
+        # Both factors have the root of the weight: rounded, they are still the same, and their product is positive.
+        if token_weights is not None:
+            flat = flat * token_weights[self._tokens : end, None].sqrt()
         with fast_moments():
-            self._sum.addmm_(weighed.T, flat)
+            self._sum.addmm_(flat.T, flat)
         self._tokens = end
 
     def add_up(self) -> None:

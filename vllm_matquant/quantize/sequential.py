@@ -71,10 +71,12 @@ def measure_drift(
         for width, weights in decoded.items():
             drifted = _inputs(task, linear, calibration.slices[width][batch], weights)
             hessian, cross = sums[width]
-            weighed = drifted if token_weights is None else drifted * token_weights[batch].reshape(-1, 1)
+            # Both factors have the root of the weight, so that the product stays positive when they are rounded.
+            root = torch.ones(1) if token_weights is None else token_weights[batch].reshape(-1, 1).sqrt()
+            drifted, off = drifted * root, (inputs - drifted) * root
             with fast_moments():
-                hessian.addmm_(drifted.T, weighed)
-                cross.addmm_((inputs - drifted).T, weighed)
+                hessian.addmm_(drifted.T, drifted)
+                cross.addmm_(off.T, drifted)
     ranks.sum_(*(each for pair in sums.values() for each in pair))
     measured = windows * length
     return {width: Drift(hessian / measured, cross / measured) for width, (hessian, cross) in sums.items()}
