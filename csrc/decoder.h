@@ -23,23 +23,34 @@ enum class DecoderKind { kAffineFloat16, kAffineInt8, kCodebook };
 
 constexpr int kWidestInt8 = 4;
 
-// A codebook: the two top bits of four adjacent columns are the index of an entry, the first column's in the lowest
-// bits. It consists of planes, [256 entries, 4 places] bytes each: a level, and an increment for each further bit of a
-// code. Up to this width, a weight's level is plane 0 - 128 and its increments. Wider ones have a level and increments
-// of the bits up to kCoarseBits first, and then a level and increments of all bits, which count sixteenths.
+// A codebook: the two top bits of four adjacent columns are an index, the first column's in the lowest bits. The lower
+// six bits are the number of an entry; the seventh changes the signs of its last two places, the eighth of the first
+// two. It consists of planes, [64 entries, 4 places] bytes each: a level, and an increment for each further bit of a
+// code. Up to this width, the size of a weight's level is plane 0 - 128 and its increments. Wider ones have a level and
+// increments of the bits up to kCoarseBits first, and then a level, again with 128 to be taken off, and increments of
+// all bits, which count sixteenths. What is added up in bytes is from 1 to 255, so that 256 less it is the other
+// sign's.
 constexpr int kWidestWhole = 4;
 constexpr int kCoarseBits = 6;
 constexpr float kFineUnit = 1.0f / 16;
-constexpr int kEntries = 256;
+constexpr int kEntries = 64;
+constexpr int kIndices = 4 * kEntries;
 constexpr int kPlaces = 4;
 constexpr int kEntryPlaneBytes = kEntries * kPlaces;
+constexpr int kFirstHalfSign = 128, kLastHalfSign = 64;  // bits of an index
+constexpr float kZeroLevel = 128.0f;                     // the byte of level 0
 
-// Bits of a width's codes that the first planes are looked up for, and bytes of these planes.
+// Whether an index changes the sign of a place.
+MATQUANT_HOST_DEVICE constexpr bool changes_sign(int index, int place) {
+    return (index & (place < kPlaces / 2 ? kFirstHalfSign : kLastHalfSign)) != 0;
+}
+
+// Bits of a width's codes that the first planes are looked up for, and how many planes these are.
 MATQUANT_HOST_DEVICE constexpr int coarse_bits(int width) { return width < kCoarseBits ? width : kCoarseBits; }
-MATQUANT_HOST_DEVICE constexpr int coarse_bytes(int width) { return (coarse_bits(width) - 1) * kEntryPlaneBytes; }
+MATQUANT_HOST_DEVICE constexpr int coarse_planes(int width) { return coarse_bits(width) - 1; }
 
 MATQUANT_HOST_DEVICE constexpr int codebook_planes(int width) {
-    return width - 1 + (width > kWidestWhole ? coarse_bits(width) - 1 : 0);
+    return width - 1 + (width > kWidestWhole ? coarse_planes(width) : 0);
 }
 
 MATQUANT_HOST_DEVICE constexpr DecoderForm form_of(DecoderKind kind, int width) {

@@ -80,14 +80,14 @@ struct Rows {
     struct Levels {
         float place[kStepColumns];
     };
-    // An entry and the increments of a code's bits up to `last`.
+    // The level of an entry and the increments of a code's bits up to `last`.
     static float sum_up(const uint8_t* entry, int64_t code, int width, int last) {
         int64_t sum = *entry;
         for (int bit = kBaseBits + 1; bit <= last; ++bit) {
             entry += kEntryPlaneBytes;
             sum += (code >> (width - bit) & 1) * *entry;
         }
-        return static_cast<float>(sum);
+        return static_cast<float>(sum) - kZeroLevel;
     }
     Levels levels(uint32_t four) const {
         Levels result;
@@ -99,12 +99,13 @@ struct Rows {
         }
         const uint32_t index = entry_index(four >> (width - kBaseBits) & 0x03030303);
         for (int64_t place = 0; place < kPlaces; ++place) {
-            const uint8_t* entry = codebook + index * kPlaces + place;
+            const uint8_t* entry = codebook + index % kEntries * kPlaces + place;
             const int64_t code = four >> 8 * place & 0xff;
-            result.place[place] = -128.0f + sum_up(entry, code, width, coarse_bits(width));
+            float level = sum_up(entry, code, width, coarse_bits(width));
             if (width > kWidestWhole) {
-                result.place[place] += kFineUnit * sum_up(entry + coarse_bytes(width), code, width, width);
+                level += kFineUnit * sum_up(entry + coarse_planes(width) * kEntryPlaneBytes, code, width, width);
             }
+            result.place[place] = changes_sign(index, place) ? -level : level;
         }
         return result;
     }

@@ -14,11 +14,19 @@
 namespace matquant::cpu {
 namespace {
 
-// The index of an entry: two bits of each of the four bytes.
+constexpr int kIndexPlaneBytes = kIndices * kPlaces;  // of a codebook by index
+
+// The index of an entry and its signs: two bits of each of the four bytes.
 inline uint32_t entry_index(uint32_t fours) { return (fours | fours >> 6 | fours >> 12 | fours >> 18) & 0xff; }
 
-// The levels of a step's codes, of `width` bits each: those of an entry, and an increment for each bit past the second.
-// None of these sums exceeds a byte.
+// Sums of four bytes each, modulo 256.
+inline uint32_t add_bytes(uint32_t a, uint32_t b) {
+    constexpr uint32_t kTop = 0x80808080;
+    return ((a & ~kTop) + (b & ~kTop)) ^ ((a ^ b) & kTop);
+}
+
+// The levels of a step's codes, of `width` bits each: those of an entry, and an increment for each bit past the second,
+// modulo 256; a codebook by index.
 template <class Lanes, int width>
 MATQUANT_INLINE inline typename Lanes::Codes look_up(const uint8_t* codebook, const typename Lanes::Codes& codes) {
     static_assert(kPlaces == kStepColumns);
@@ -28,7 +36,7 @@ MATQUANT_INLINE inline typename Lanes::Codes look_up(const uint8_t* codebook, co
         typename Lanes::Codes levels = Lanes::gather(codebook, index);
         repeat<width - kBaseBits>([&](auto bit) MATQUANT_INLINE {
             levels = Lanes::add_where(levels, codes, 1 << (width - kBaseBits - 1 - bit),
-                                      Lanes::gather(codebook + (1 + bit) * kEntryPlaneBytes, index));
+                                      Lanes::gather(codebook + (1 + bit) * kIndexPlaneBytes, index));
         });
         return levels;
     }
@@ -40,8 +48,8 @@ MATQUANT_INLINE inline typename Lanes::Codes look_up(const uint8_t* codebook, co
         const uint32_t index = entry_index(four >> (width - kBaseBits) & 0x03030303);
         std::memcpy(&levels, codebook + index * kPlaces, sizeof(levels));
         for (int bit = 1; bit <= width - kBaseBits; ++bit) {
-            std::memcpy(&increments, codebook + bit * kEntryPlaneBytes + index * kPlaces, sizeof(increments));
-            levels += increments & (four >> (width - kBaseBits - bit) & 0x01010101) * 0xff;
+            std::memcpy(&increments, codebook + bit * kIndexPlaneBytes + index * kPlaces, sizeof(increments));
+            levels = add_bytes(levels, increments & (four >> (width - kBaseBits - bit) & 0x01010101) * 0xff);
         }
         std::memcpy(bytes + row * sizeof(four), &levels, sizeof(levels));
     }

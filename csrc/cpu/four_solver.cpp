@@ -46,7 +46,7 @@ using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 // What of an entry at one width the choice of entries needs, for each place.
 struct Reach {
-    float low, high;  // the first and last level, half a step further out; at three bits the two levels
+    float low, high;  // the least and largest level, half a step further out; at three bits the two levels
 };
 
 struct Problem {
@@ -69,39 +69,40 @@ struct Problem {
 
     const float* factor(int64_t four) const { return factors + four * kPlaces * kPlaces; }
     float entry(int64_t width, int64_t plane, int64_t index, int64_t place) const {
-        return book[width][(plane * kEntries + index) * kPlaces + place];
+        return book[width][(plane * kIndices + index) * kPlaces + place];
     }
 };
 
 void prepare(Problem& p) {
     const int64_t fours = (p.end - p.begin) / kPlaces;
-    p.reach.resize(p.widths * kEntries * kPlaces);
-    p.projected.resize(fours * p.widths * kEntries * kPlaces);
-    p.within.resize(fours * p.widths * kEntries);
-    std::vector<float> steps(p.widths * kEntries * kPlaces);
+    p.reach.resize(p.widths * kIndices * kPlaces);
+    p.projected.resize(fours * p.widths * kIndices * kPlaces);
+    p.within.resize(fours * p.widths * kIndices);
+    std::vector<float> steps(p.widths * kIndices * kPlaces);
     for (int64_t r = 0; r < p.widths; ++r) {
-        for (int64_t at = 0; at < kEntries * kPlaces; ++at) {
-            const float low = p.book[r][at];
-            float high = low;
-            for (int bit = 1; bit <= p.further[r]; ++bit) high += p.book[r][bit * kEntries * kPlaces + at];
+        for (int64_t at = 0; at < kIndices * kPlaces; ++at) {
+            const float first = p.book[r][at];
+            float last = first;  // increments of a sign that is changed are negative
+            for (int bit = 1; bit <= p.further[r]; ++bit) last += p.book[r][bit * kIndices * kPlaces + at];
+            const float low = std::min(first, last), high = std::max(first, last);
             const float step = (high - low) / static_cast<float>(std::max(1, (1 << p.further[r]) - 1));
             const float half = p.further[r] > 1 ? step / 2 : 0.0f;
-            p.reach[r * kEntries * kPlaces + at] = {low - half, high + half};
-            steps[r * kEntries * kPlaces + at] = step;
+            p.reach[r * kIndices * kPlaces + at] = {low - half, high + half};
+            steps[r * kIndices * kPlaces + at] = step;
         }
     }
     for (int64_t four = 0; four < fours; ++four) {
         const float* factor = p.factor(four);
         for (int64_t r = 0; r < p.widths; ++r) {
-            for (int64_t index = 0; index < kEntries; ++index) {
-                const int64_t at = (four * p.widths + r) * kEntries + index;
+            for (int64_t index = 0; index < kIndices; ++index) {
+                const int64_t at = (four * p.widths + r) * kIndices + index;
                 float left = 0.0f;
                 for (int64_t place = 0; place < kPlaces; ++place) {
                     float sum = 0.0f;
                     for (int64_t i = 0; i <= place; ++i) sum += p.entry(r, 0, index, i) * factor[i * kPlaces + place];
                     p.projected[at * kPlaces + place] = sum;
                     const float step =
-                        steps[(r * kEntries + index) * kPlaces + place] * factor[place * kPlaces + place];
+                        steps[(r * kIndices + index) * kPlaces + place] * factor[place * kPlaces + place];
                     left += step * step / 12;
                 }
                 p.within[at] = left;
@@ -220,10 +221,10 @@ void solve_lanes(const Problem& p, int64_t row, float* scratch) {
             lowest[candidate] = Floats{} + __builtin_inff();
             entries[candidate] = Ints{};
         }
-        for (int index = 0; index < kEntries; ++index) {
+        for (int index = 0; index < kIndices; ++index) {
             Floats cost{};
             for (int64_t r = 0; r < p.widths; ++r) {
-                const int64_t at = (four * p.widths + r) * kEntries + index;
+                const int64_t at = (four * p.widths + r) * kIndices + index;
                 Floats error{};
                 if (p.further[r] == 0) {
                     const float* projected = p.projected.data() + at * kPlaces;
@@ -232,7 +233,7 @@ void solve_lanes(const Problem& p, int64_t row, float* scratch) {
                         error += off * off;
                     }
                 } else {
-                    const Reach* reach = p.reach.data() + (r * kEntries + index) * kPlaces;
+                    const Reach* reach = p.reach.data() + (r * kIndices + index) * kPlaces;
                     for (int place = 0; place < kPlaces; ++place) {
                         const Floats below = scale[r] * reach[place].low - weight[r][place];
                         const Floats above = weight[r][place] - scale[r] * reach[place].high;
@@ -347,7 +348,7 @@ std::tuple<Tensor, Tensor> solve_fours(const Tensor& copies, const Tensor& scale
                         kMaxWidth);
         planes += widths[index] - 1;
     }
-    check_tensor("books", books, ScalarType::Float, {planes, kEntries, kPlaces});
+    check_tensor("books", books, ScalarType::Float, {planes, kIndices, kPlaces});
     const int32_t* group_data = group_of_column.const_data_ptr<int32_t>();
     for (int64_t column = begin; column < end; ++column) {
         STD_TORCH_CHECK(group_data[column] >= 0 && group_data[column] < groups, "group_of_column: found ",
@@ -373,7 +374,7 @@ std::tuple<Tensor, Tensor> solve_fours(const Tensor& copies, const Tensor& scale
         problem.further[r] = static_cast<int>(widths[r]) - kMinWidth;
         problem.book[r] = book;
         problem.lambdas[r] = lambdas.const_data_ptr<float>()[r];
-        book += (widths[r] - 1) * kEntries * kPlaces;
+        book += (widths[r] - 1) * kIndices * kPlaces;
     }
     problem.codes = codes.mutable_data_ptr<uint8_t>();
     problem.errors = errors.mutable_data_ptr<float>();

@@ -94,7 +94,7 @@ Span multiply_panel(const Product& product, const TileRow* row,
         if constexpr (codebook) {
             if (parts_of<codebook>(width) == 2) {
                 unpack(0, coarse_bits(width), book);
-                unpack(1, width, book + coarse_bytes(width));
+                unpack(1, width, book + coarse_planes(width) * kCodebookPlaneBytes<Lanes>);
                 parts = 2;
                 continue;
             }

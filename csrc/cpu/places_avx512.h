@@ -32,29 +32,22 @@ MATQUANT_INLINE inline __m512i transpose_fields(__m512i lanes) {
     return lanes;
 }
 
-// The bytes of 64 indices in a table of 256.
-MATQUANT_INLINE inline __m512i look_up_bytes(const uint8_t* table, __m512i index, __mmask64 upper) {
-    const auto half = [&](const uint8_t* bytes) MATQUANT_INLINE {
-        return _mm512_permutex2var_epi8(_mm512_loadu_si512(bytes), index, _mm512_loadu_si512(bytes + 64));
-    };
-    return _mm512_mask_blend_epi8(upper, half(table), half(table + 128));
-}
-
 // What a tile holds, with the fields of four columns in each byte: [half of the steps] of the base field, of each
 // further pair and of each single plane.
 template <class Lanes, int width, int pairs>
 struct PlaceTile {
     static constexpr int kSingles = width - 2 * pairs;
-    const uint8_t* codebook;  // [planes, places, entries]
-    __m512i index[2];
-    __mmask64 upper[2];
+    const uint8_t* codebook;   // [planes, places, entries]
+    __m512i index[2];          // the number of an entry in the lower six bits, which are those that a permutation heeds
+    __mmask64 signs[2][2];     // [half of the steps][half of the places]
     __m512i paired[pairs][2];  // but the first
     __m512i single[kSingles + 1][2];
 
     MATQUANT_INLINE PlaceTile(const TilePlanes<width, pairs>& source, int64_t tile) : codebook(source.codebook) {
         repeat<2>([&](auto half) MATQUANT_INLINE {
             index[half] = transpose_fields<2>(_mm512_loadu_si512(source.template address<half>(tile)));
-            upper[half] = _mm512_movepi8_mask(index[half]);
+            signs[half][0] = _mm512_movepi8_mask(index[half]);
+            signs[half][1] = _mm512_movepi8_mask(_mm512_add_epi8(index[half], index[half]));
             repeat<pairs - 1>([&](auto pair) MATQUANT_INLINE {
                 paired[pair][half] =
                     transpose_fields<2>(_mm512_loadu_si512(source.template address<2 * (pair + 1) + half>(tile)));
@@ -71,7 +64,8 @@ struct PlaceTile {
     MATQUANT_INLINE __m512i codes() const {
         constexpr int kHalf = step / 4, kPlace = step % 4;
         const auto entries = [&](auto plane) MATQUANT_INLINE {
-            return look_up_bytes(codebook + plane * kEntryPlaneBytes + kPlace * kEntries, index[kHalf], upper[kHalf]);
+            return _mm512_permutexvar_epi8(index[kHalf],
+                                           _mm512_loadu_si512(codebook + plane * kEntryPlaneBytes + kPlace * kEntries));
         };
         __m512i levels = entries(std::integral_constant<int, 0>());
         const auto add_where = [&](__m512i bytes, auto bit, auto plane) MATQUANT_INLINE {
@@ -86,7 +80,7 @@ struct PlaceTile {
             add_where(single[plane][kHalf], std::integral_constant<int, kPlace>(),
                       std::integral_constant<int, 2 * pairs - 1 + plane>());
         });
-        return levels;
+        return _mm512_mask_sub_epi8(levels, signs[kHalf][kPlace / 2], _mm512_setzero_si512(), levels);
     }
 };
 

@@ -35,8 +35,8 @@ class PreparedWeight : public Weight::Prepared {
         int64_t begin, end;                           // rows of tiles in the plan
         int64_t plane_stride;                         // bytes of a plane
         std::array<int64_t, kMaxWidth + 1> decoders;  // for each width that has some, where they begin
-        // The codebooks of each width, one for each partition, place by place; none if the kernel does not want them.
-        std::array<std::vector<uint8_t>, kMaxWidth + 1> by_place;
+        // The codebooks of each width, one for each partition, as TileRow has them.
+        std::array<std::vector<uint8_t>, kMaxWidth + 1> by_index, by_place;
     };
 
     // Of segments whose planes and decoders have been checked.

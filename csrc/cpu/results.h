@@ -30,7 +30,10 @@ struct Decoder {
     }
 
     // Of the second part of a codebook's wide slice.
-    Decoder fine() const { return {Lanes::multiply(scale, Lanes::broadcast(kFineUnit)), Lanes::zero()}; }
+    Decoder fine() const {
+        const typename Lanes::Floats unit = Lanes::broadcast(kFineUnit);
+        return {Lanes::multiply(scale, unit), Lanes::multiply(offset, unit)};
+    }
 };
 
 // The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The form is told apart for each
@@ -65,7 +68,7 @@ class RowDecoders {
             const uint8_t* decoder = data_ + group * kTileRows;
             __builtin_prefetch(decoder + kPrefetchBytes);
             const typename Lanes::Floats scale = Lanes::multiply(Lanes::load_unsigned(decoder), Lanes::load(steps_));
-            return {scale, Lanes::multiply(scale, Lanes::broadcast(-128.0f))};
+            return {scale, Lanes::multiply(scale, Lanes::broadcast(-kZeroLevel))};
         }
         constexpr int64_t kBytes = 2 * kTileRows;
         const uint8_t* decoder = data_ + group * kBytes;

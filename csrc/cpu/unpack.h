@@ -20,7 +20,7 @@ template <int width, int pairs>
 struct TilePlanes {
     const TileRow& row;
     int64_t plane_stride;
-    const uint8_t* codebook = nullptr;  // what levels are looked up in
+    const uint8_t* codebook = nullptr;  // what levels are looked up in, as the kernel wants it
 
     template <int plane>
     MATQUANT_INLINE const uint8_t* address(int64_t tile) const {
@@ -100,8 +100,10 @@ using Tile = std::conditional_t<
 // Where a row of tiles has the codebook that the kernel looks entries up in.
 template <class Lanes>
 const uint8_t* codebook_of(const TileRow& row) {
-    return Lanes::kByPlace ? row.by_place : row.codebook;
+    return Lanes::kByPlace ? row.by_place : row.by_index;
 }
+template <class Lanes>
+constexpr int kCodebookPlaneBytes = Lanes::kByPlace ? kEntryPlaneBytes : kIndexPlaneBytes;
 
 // Unpacks tiles to codes, or levels from a codebook, [steps, rows, 64], those of one row.
 template <class Lanes, bool has_codebook, int width, int pairs, int rows, int64_t prefetch_bytes>

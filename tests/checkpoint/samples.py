@@ -40,10 +40,10 @@ def random_decoder(
 
 def random_codebook(width: int, scale: torch.Tensor, generator: torch.Generator) -> Codebook:
     """Levels around 0, and increments that become smaller from bit to bit."""
-    shape = (width - 2, 256, 4)
+    shape = (width - 2, 64, 4)
     halves = 0.5 ** torch.arange(width - 2).view(-1, 1, 1)
     increments = torch.rand(shape, generator=generator) * halves
-    return Codebook(torch.randn(256, 4, generator=generator), increments, scale)
+    return Codebook(torch.randn(64, 4, generator=generator), increments, scale)
 
 
 def open_slice(folder: Path, which: Any = None, *, values: bool = True) -> Checkpoint:
@@ -74,5 +74,5 @@ def decoder_bytes(form: DecoderForm, rows: int, groups: int) -> int:
     """Bytes of one width's decoder of a layer, as docs/reference/format.md has it."""
     if isinstance(form, CodebookForm):
         planes = form.width - 1 if form.width <= 4 else form.width + min(form.width, 6) - 2
-        return rows * groups + 2 * rows + 1024 * planes
+        return rows * groups + 2 * rows + 256 * planes
     return {"float16": 4 * rows * groups, "int8": 2 * rows * groups + 4 * rows}[form.name]

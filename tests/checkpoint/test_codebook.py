@@ -13,7 +13,7 @@ import torch
 
 from tests.checkpoint.samples import decoder_bytes, random_codebook, random_decoder, same_decoder
 from tests.checkpoint.test_decoder import float32
-from vllm_matquant.checkpoint.codebook import Codebook, CodebookForm, entry_index
+from vllm_matquant.checkpoint.codebook import Codebook, CodebookForm, collect_signs, entry_index, with_signs
 from vllm_matquant.checkpoint.decoder import CODEBOOK, Decoder, TensorSpec, join_rows
 from vllm_matquant.checkpoint.errors import DecoderValueError
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -31,13 +31,13 @@ def parts_of(width: int) -> list[range]:
 
 
 def random_parts(width: int, rows: int, groups: int, seed: int) -> dict[str, torch.Tensor]:
-    """Stored tensors of every kind of value: bytes that add up to 255 at most, some of them to just that."""
+    """Stored tensors of every kind of value: levels from 1 that add up to 255 at most, some of them to just that."""
     generator = torch.Generator().manual_seed(seed)
     codebook = []
     for planes in map(len, parts_of(width)):
-        ends = torch.randint(0, 256, (planes, 256, 4), generator=generator).sort(0).values
-        ends[-1, ::5] = 255
-        codebook.append(torch.diff(ends, dim=0, prepend=torch.zeros(1, 256, 4, dtype=ends.dtype)).to(torch.uint8))
+        ends = torch.randint(1, 256, (planes, 64, 4), generator=generator).sort(0).values
+        ends[0, ::7], ends[-1, ::5] = 1, 255
+        codebook.append(torch.diff(ends, dim=0, prepend=torch.zeros(1, 64, 4, dtype=ends.dtype)).to(torch.uint8))
     return {
         "scale": torch.randint(0, 256, (rows, groups), dtype=torch.uint8, generator=generator),
         "step": torch.rand(rows, 1, generator=generator).mul(8).exp().bfloat16(),
@@ -55,7 +55,7 @@ def random_codes(width: int, rows: int, columns: int, seed: int) -> torch.Tensor
 
 
 def index_by_hand(codes: list[int], column: int, width: int) -> int:
-    """The entry of the four that a column is in: two bits of each of its columns, 0 for those that are not there."""
+    """The index of the four that a column is in: two bits of each of its columns, 0 for those that are not there."""
     first, index = column - column % 4, 0
     for place in range(4):
         code = codes[first + place] if first + place < len(codes) else 0
@@ -63,17 +63,18 @@ def index_by_hand(codes: list[int], column: int, width: int) -> int:
     return index
 
 
-def level_by_hand(planes: list[list[list[int]]], entry: int, place: int, code: int, width: int) -> Fraction:
+def level_by_hand(planes: list[list[list[int]]], index: int, place: int, code: int, width: int) -> Fraction:
     """A code's level by the definition of the stored bytes."""
-    bytes_of = [plane[entry][place] for plane in planes]
+    bytes_of = [plane[index % 64][place] for plane in planes]
     bits = [code // 2 ** (width - 3 - bit) % 2 for bit in range(width - 2)]  # further ones, most significant first
     level = Fraction(bytes_of[0] - 128)
     whole = min(width, 6) - 1
     level += sum(added * bit for added, bit in zip(bytes_of[1:whole], bits, strict=False))
     if width > 4:
-        level += Fraction(bytes_of[whole], 16)
+        level += Fraction(bytes_of[whole] - 128, 16)
         level += sum(Fraction(added, 16) * bit for added, bit in zip(bytes_of[whole + 1 :], bits, strict=True))
-    return level
+    changed = index >= 128 if place < 2 else index % 128 >= 64
+    return -level if changed else level
 
 
 def weights_by_hand(decoder: Decoder, codes: torch.Tensor, group_size: int) -> list[list[float]]:
@@ -95,7 +96,7 @@ def as_numbers(values: Codebook) -> Places:
     levels, increments = values.levels.tolist(), values.increments.tolist()
     return {
         (entry, place): [Fraction(levels[entry][place]), *(Fraction(plane[entry][place]) for plane in increments)]
-        for entry in range(256)
+        for entry in range(64)
         for place in range(4)
     }
 
@@ -160,7 +161,7 @@ def test_encoding_loses_half_a_unit_and_half_a_step(width: int, seed: int) -> No
     decoder.check("layer", Path("file"))
     given, stored = as_numbers(values), as_numbers(decoder.values)  # type: ignore[arg-type]
     largest = max(max(abs(sum(numbers[: count + 1])) for count in range(len(numbers))) for numbers in given.values())
-    unit = largest / 127
+    unit = largest / (127 if width <= 4 else 120)
     finest = Fraction(1, 16) if width > 4 else Fraction(1)
     for place, numbers in given.items():
         found, level = Fraction(0), Fraction(0)
@@ -190,7 +191,7 @@ def test_how_far_weights_may_move(width: int) -> None:
     scale = values.scale.double().repeat_interleave(32, 1)
     moved = (decoder.decode(codes).double() - values.unscaled(codes).double() * scale).abs()
     ends = torch.cat([values.levels[None], values.increments]).double().cumsum(0)
-    unit = ends.abs().amax() / 127
+    unit = ends.abs().amax() / (127 if width <= 4 else 120)
     bits = [codes >> bit & 1 for bit in reversed(range(width - 2))]
     apart = sum((after & ~before for before, after in itertools.pairwise(bits)), torch.zeros(()))
     loss = (1 + 2 * apart.double()) * (0.5 if width <= 4 else 1 / 32)
@@ -203,22 +204,23 @@ def test_how_far_weights_may_move(width: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("width", WIDTHS)
 def test_whole_values_come_back(width: int, seed: int) -> None:
-    """What the stored bytes can say is stored in the very same bytes, where the largest level is 127 units."""
+    """What encoding stores is stored in the very same bytes again, where the largest level is 127 or 120 units."""
     generator = torch.Generator().manual_seed(seed)
     parts = random_parts(width, 4, 3, seed)
     parts["scale"][:, 0] = 255
     if width <= 4:
-        ends = torch.randint(1, 256, (width - 1, 256, 4), generator=generator).sort(0).values
+        ends = torch.randint(1, 256, (width - 1, 64, 4), generator=generator).sort(0).values
         ends[:, 0], ends[:, 1] = 1, 255
         codebook = torch.cat([ends[:1], ends.diff(dim=0)])
     else:  # in sixteenths, of which those of the first bytes that make no whole unit are apart
         whole = min(width, 6) - 1
-        ends = torch.randint(16, 3900, (whole, 256, 4), generator=generator).sort(0).values
-        ends[:, 0], ends[:, 1] = 16, 4080
-        steps = torch.cat([ends[:1], ends.diff(dim=0)])
-        fine = torch.randint(0, 150, (width - 1 - whole, 256, 4), generator=generator).sort(0).values
+        ends = torch.randint(256, 3900, (whole, 64, 4), generator=generator).sort(0).values
+        ends[:, 0], ends[:, 1] = 256, 4096
+        steps = torch.cat([ends[:1] - 1, ends.diff(dim=0)])
+        rest = torch.cat([steps[:1] % 16 + 1, steps[1:] % 16])
+        fine = torch.randint(0, 150, (width - 1 - whole, 64, 4), generator=generator).sort(0).values
         fine[:, 1] = 0
-        codebook = torch.cat([steps // 16, steps % 16, fine[:1], fine.diff(dim=0)])
+        codebook = torch.cat([steps // 16, rest, fine[:1], fine.diff(dim=0)])
     parts["codebook"] = codebook.to(torch.uint8)
     decoder = Decoder(CodebookForm(width), width, parts)
     decoder.check("layer", Path("file"))
@@ -228,14 +230,16 @@ def test_whole_values_come_back(width: int, seed: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_whole_levels_are_nearest(width: int) -> None:
     """Units as they are given, levels to the ends of what bytes hold and a bit that adds nothing."""
-    ends = torch.rand(width - 1, 256, 4, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-    ends = (ends * 254 - 127).sort(0).values
+    ends = torch.rand(width - 1, 64, 4, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    most = 127 if width <= 4 else 120
+    ends = (ends * 2 * most - most).sort(0).values
     if width > 6:  # what is past the first ones is at most 10 units, which sixteenths can say
         ends[5:] = torch.minimum(ends[5:], ends[4] + 10)
-    ends[:, 0], ends[:, 1], ends[:, 2] = -127, 127, ends[:1, 2]
+        ends.clamp_(max=most)
+    ends[:, 0], ends[:, 1], ends[:, 2] = -most, most, ends[:1, 2]
     stored = CodebookForm(width).whole_levels(ends)
     assert stored.dtype == torch.uint8
-    assert stored.shape == (PLANES[width], 256, 4)
+    assert stored.shape == (PLANES[width], 64, 4)
     values = CodebookForm(width).values(
         {"codebook": stored, "scale": torch.ones(1, 1), "step": torch.ones(1, 1)}, width
     )
@@ -255,7 +259,7 @@ def test_whatever_is_encoded_adds_up_to_a_byte_at_most(width: int, fault: str) -
             CodebookForm(width),
             width,
             CODEBOOK.encode(values, width).parts
-            | {"codebook": CodebookForm(width).whole_levels(torch.full((width - 1, 256, 4), 1e4).cumsum(0))},
+            | {"codebook": CodebookForm(width).whole_levels(torch.full((width - 1, 64, 4), 1e4).cumsum(0))},
         )
     elif fault == "increments below zero":
         values.increments.neg_()
@@ -267,6 +271,7 @@ def test_whatever_is_encoded_adds_up_to_a_byte_at_most(width: int, fault: str) -
         decoder = CODEBOOK.encode(values, width)
     decoder.check("layer", Path("file"))
     for planes in parts_of(width):
+        assert decoder.parts["codebook"][planes.start].min() >= 1
         assert decoder.parts["codebook"][planes.start : planes.stop].sum(0).max() <= 255
 
 
@@ -285,8 +290,8 @@ def test_rows_of_zeros(width: int) -> None:
     assert not weights[1].any()
     assert not weights[2, 8:16].any()
     assert all(weights[row].any() for row in (0, 2, 3))
-    for without in (replace(values, scale=torch.zeros(4, 3)), replace(values, levels=torch.zeros(256, 4))):
-        without = replace(without, increments=torch.zeros(width - 2, 256, 4))
+    for without in (replace(values, scale=torch.zeros(4, 3)), replace(values, levels=torch.zeros(64, 4))):
+        without = replace(without, increments=torch.zeros(width - 2, 64, 4))
         decoder = CODEBOOK.encode(without, width)
         decoder.check("layer", Path("file"))
         assert not decoder.decode(codes).any()
@@ -309,7 +314,7 @@ def test_scales_that_no_decoder_may_have_are_refused(width: int, bad: float) -> 
 @pytest.mark.parametrize("name", ["levels", "increments"])
 def test_codebooks_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     values = random_codebook(5, torch.ones(4, 3), torch.Generator().manual_seed(1))
-    getattr(values, name).view(-1, 256, 4)[0, 9, 1] = bad
+    getattr(values, name).view(-1, 64, 4)[0, 9, 1] = bad
     with pytest.raises(DecoderValueError, match=r"some\.layer\.weight_step5: found \S+ in row 0, column 0"):
         CODEBOOK.encode(values, 5).check("some.layer", Path("file"))
 
@@ -333,13 +338,15 @@ def test_bytes_that_add_up_to_more_are_refused(width: int) -> None:
             continue  # a byte is never more
         decoder = random_stored(width, 4, 2, seed=width)
         codebook = decoder.parts["codebook"]
-        codebook[:, 200:202] = 0
-        codebook[planes.start, 201, 3], codebook[planes.stop - 1, 201, 3] = 255, 0
+        codebook[:, 40:42] = 0
+        for part in parts_of(width):
+            codebook[part.start, 40:42] = 1
+        codebook[planes.start, 41, 3] = 255
         decoder.check("some.layer", Path("file"))
-        codebook[planes.stop - 1, 201, 3] = 1
+        codebook[planes.stop - 1, 41, 3] += 1
         message = (
-            rf"^file: some\.layer\.weight_codebook{width}: found 255 in plane {planes.start}, entry 201, place 3 "
-            r"\(as torch.uint8\), expected levels and increments that add up to at most 255$"
+            rf"^file: some\.layer\.weight_codebook{width}: found 255 in plane {planes.start}, entry 41, place 3 "
+            r"\(as torch.uint8\), expected levels from 1 up that with all increments add up to at most 255$"
         )
         with pytest.raises(DecoderValueError, match=message):
             decoder.check("some.layer", Path("file"))
@@ -351,11 +358,40 @@ def test_whole_units_and_sixteenths_are_added_up_apart() -> None:
     decoder.parts["codebook"][[0, 5]] = 255
     decoder.check("layer", Path("file"))
     levels: torch.Tensor = decoder.values.levels  # type: ignore[attr-defined]
-    assert (levels == 127 + 255 / 16).all()
+    assert (levels == 127 + 127 / 16).all()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("level", [0, 255])
+def test_levels_whose_other_sign_is_no_byte_are_refused(width: int) -> None:
+    for planes in parts_of(width):
+        decoder = random_stored(width, 4, 2, seed=width)
+        decoder.parts["codebook"][planes.start, 7, 2] = 0
+        message = (
+            rf"weight_codebook{width}: found 0 in plane {planes.start}, entry 7, place 2 .*, expected levels from 1"
+        )
+        with pytest.raises(DecoderValueError, match=message):
+            decoder.check("some.layer", Path("file"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_signs(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randint(1, 256, (3, 64, 4), generator=generator).to(dtype)
+    indexed = with_signs(entries)
+    assert (indexed.shape, indexed.dtype) == ((3, 256, 4), dtype)
+    for plane, index, place in itertools.product(range(3), range(256), range(4)):
+        sign = -1 if (index // 128 if place < 2 else index // 64 % 2) else 1
+        expected = sign * int(entries[plane, index % 64, place])
+        assert indexed[plane, index, place] == (expected % 256 if dtype == torch.uint8 else expected)
+    if dtype == torch.uint8:
+        return
+    others = torch.randn(3, 256, 4, generator=generator).to(dtype)
+    forwards = (indexed * others).double().sum()
+    torch.testing.assert_close((entries * collect_signs(others)).double().sum(), forwards, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("level", [1, 255])
 def test_the_largest_steps_give_finite_weights(width: int, level: int) -> None:
     decoder = random_stored(width, 1, 1, seed=0)
     decoder.parts["scale"][:], decoder.parts["step"][:] = 255, 2.0**111
@@ -409,9 +445,9 @@ def test_stored_tensors(width: int, layers: int) -> None:
     assert form.parts(rows, groups, layers) == {
         "scale": TensorSpec(torch.uint8, (rows, groups)),
         "step": TensorSpec(torch.bfloat16, (rows, 1)),
-        "codebook": TensorSpec(torch.uint8, (layers * PLANES[width], 256, 4)),
+        "codebook": TensorSpec(torch.uint8, (layers * PLANES[width], 64, 4)),
     }
-    assert form.nbytes(rows, groups, layers) == rows * groups + 2 * rows + layers * 1024 * PLANES[width]
+    assert form.nbytes(rows, groups, layers) == rows * groups + 2 * rows + layers * 256 * PLANES[width]
     assert form.nbytes(rows, groups) == decoder_bytes(form, rows, groups)
     decoder = random_decoder(form, width, rows, groups, torch.Generator().manual_seed(4))
     named = decoder.named("model.some.layer")

@@ -624,17 +624,17 @@ DECODER_FAULTS = {
         "codebook of a narrower width": fault(
             replace_tensor(f"{LAYER}.weight_codebook4", lambda codebook: codebook[:2]),
             errors.TensorShapeError,
-            f"shape of {LAYER}.weight_codebook4: found [2, 256, 4], expected [3, 256, 4] by config.json",
+            f"shape of {LAYER}.weight_codebook4: found [2, 64, 4], expected [3, 64, 4] by config.json",
         ),
         "wide codebook without sixteenths": fault(
             replace_tensor(f"{LAYER}.weight_codebook5", lambda codebook: codebook[:4]),
             errors.TensorShapeError,
-            f"shape of {LAYER}.weight_codebook5: found [4, 256, 4], expected [8, 256, 4] by config.json",
+            f"shape of {LAYER}.weight_codebook5: found [4, 64, 4], expected [8, 64, 4] by config.json",
         ),
         "codebook of half the entries": fault(
-            replace_tensor(f"{LAYER}.weight_codebook2", lambda codebook: codebook[:, :128]),
+            replace_tensor(f"{LAYER}.weight_codebook2", lambda codebook: codebook[:, :32]),
             errors.TensorShapeError,
-            f"shape of {LAYER}.weight_codebook2: found [1, 128, 4], expected [1, 256, 4]",
+            f"shape of {LAYER}.weight_codebook2: found [1, 32, 4], expected [1, 64, 4]",
         ),
         "step of NaN": fault(
             set_value(f"{LAYER}.weight_step4", float("nan")),
@@ -656,7 +656,12 @@ DECODER_FAULTS = {
             errors.DecoderValueError,
             "model-width3-",
             f"{LAYER}.weight_codebook3: found 255 in plane 0, entry 17, place 2 (as torch.uint8)",
-            "expected levels and increments that add up to at most 255",
+            "expected levels from 1 up that with all increments add up to at most 255",
+        ),
+        "level whose other sign is no byte": fault(
+            replace_tensor(f"{LAYER}.weight_codebook2", lambda codebook: codebook.index_fill(1, torch.tensor([9]), 0)),
+            errors.DecoderValueError,
+            f"{LAYER}.weight_codebook2: found 0 in plane 0, entry 9, place 0 (as torch.uint8)",
         ),
         "sixteenths that add up to too much": fault(
             replace_tensor(f"{LAYER}.weight_codebook6", full_place(5, 9)),

@@ -337,12 +337,10 @@ def test_a_recipes_codebook_that_adds_up_to_too_much_is_refused(sample: Any) -> 
     path = sample.folder / recipe_decoders_file(recipe.name)
     tensors = load_file(path)
     name = max(name for name in tensors if ".weight_codebook" in name)
-    tensors[name][:, 200, 3] = 255
+    tensors[name][:, 20, 3] = 255
     save_file(tensors, path)
     for open_it in (lambda: opened(sample.folder), lambda: open_slice(sample.folder, recipe.name)):
-        with pytest.raises(
-            DecoderValueError, match=rf"{name}: found 255 in plane 0, entry 200, place 3 .* at most 255"
-        ):
+        with pytest.raises(DecoderValueError, match=rf"{name}: found 255 in plane 0, entry 20, place 3 .* at most 255"):
             open_it()
     assert open_slice(sample.folder, 3)  # which reads none of it
 

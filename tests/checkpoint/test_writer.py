@@ -270,7 +270,7 @@ def test_bad_layer_in_float16(
         (
             codebooks(codebook=lambda codebook: codebook[:3]),
             TensorShapeError,
-            r"layer.weight_codebook5: found \[3, 256, 4\], expected \[8, 256, 4\]",
+            r"layer.weight_codebook5: found \[3, 64, 4\], expected \[8, 64, 4\]",
         ),
         (
             codebooks(step=torch.ones(3, 2, dtype=torch.bfloat16)),

@@ -45,7 +45,7 @@ def test_a_codebook_that_adds_up_to_too_much(codebooks: Path, tmp_path: Path, ru
     status, said = run(tmp_path / "spoiled")
     assert status == 1
     assert f"{path}: {name}: found 200 in plane 0, entry 5, place 1" in said
-    assert "expected levels and increments that add up to at most 255" in said
+    assert "expected levels from 1 up that with all increments add up to at most 255" in said
 
 
 def test_folder_without_its_last_shards(nested: Path, tmp_path: Path, run) -> None:

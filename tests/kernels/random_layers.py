@@ -88,8 +88,8 @@ class Layer:
         return scale * (self.codes.numpy().astype(np.int64) >> (8 - width_of_row)[:, None]) + offset
 
     def _levels(self, widths: Sequence[int], absolute: bool) -> np.ndarray:
-        """float64 [N, K] by codebooks, one for each partition: scale times level; ``absolute`` for the scale times 128
-        and what is added to that."""
+        """float64 [N, K] by codebooks, one for each partition: scale times level; ``absolute`` for the scale times
+        bytes, of which 128 is taken off, and that."""
         rows = np.cumsum([0, *self.output_sizes])
         group = np.arange(self.codes.shape[1]) // self.group_size
         parts = []
@@ -97,9 +97,9 @@ class Layer:
             own = slice(rows[partition], rows[partition + 1])
             stored = {name: part.numpy() for name, part in self.decoders[width].map(torch.Tensor.float).parts.items()}
             scale = (stored["scale"] * stored["step"])[own][:, group].astype(np.float64)
-            planes = stored["codebook"].reshape(len(widths), -1, 256, 4)[partition].astype(np.float64)
+            planes = stored["codebook"].reshape(len(widths), -1, 64, 4)[partition].astype(np.float64)
             levels = look_up(self.codes.numpy()[own] >> (8 - width), planes, width)
-            parts.append(scale * (levels + 256 if absolute else levels))
+            parts.append(scale * (np.abs(levels) + 300 if absolute else levels))
         return np.concatenate(parts)
 
     def check(
@@ -147,16 +147,18 @@ def look_up(codes: np.ndarray, planes: np.ndarray, width: int) -> np.ndarray:
     for column in range(codes.shape[1]):
         first, place = column // 4 * 4, column % 4
         top = padded[:, first : first + 4] >> (width - 2)
-        entry = top[:, 0] + 4 * top[:, 1] + 16 * top[:, 2] + 64 * top[:, 3]
+        index = top[:, 0] + 4 * top[:, 1] + 16 * top[:, 2] + 64 * top[:, 3]
+        entry, changed = index % 64, index & (128 if place < 2 else 64) != 0
         bits = [padded[:, column] >> (width - 3 - bit) & 1 for bit in range(width - 2)]
         levels[:, column] = planes[0, entry, place] - 128
         for bit, is_set in enumerate(bits[:4]):
             levels[:, column] += planes[1 + bit, entry, place] * is_set
         if width > 4:
             first = min(width, 6) - 1
-            levels[:, column] += planes[first, entry, place] / 16
+            levels[:, column] += (planes[first, entry, place] - 128) / 16
             for bit, is_set in enumerate(bits):
                 levels[:, column] += planes[first + 1 + bit, entry, place] / 16 * is_set
+        levels[changed, column] *= -1
     return levels
 
 
@@ -203,9 +205,10 @@ def round_activations(
 
 
 def make_codebook(planes: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 [planes, 256, 4] whose sums are up to 255, some of them just that."""
-    ends = torch.randint(0, 256, (planes, 256, 4), generator=generator).sort(0).values
-    steps = torch.diff(ends, dim=0, prepend=torch.zeros(1, 256, 4, dtype=ends.dtype))
+    """uint8 [planes, 64, 4] whose sums are from 1 to 255, some of them just that."""
+    ends = torch.randint(1, 256, (planes, 64, 4), generator=generator).sort(0).values
+    ends[0, ::5] = 1
+    steps = torch.diff(ends, dim=0, prepend=torch.zeros(1, 64, 4, dtype=ends.dtype))
     steps[planes - 1, ::7] += 255 - ends[-1, ::7]
     return steps.to(torch.uint8)
 

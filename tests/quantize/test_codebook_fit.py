@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.quantize.conftest import Layer
-from vllm_matquant.checkpoint.codebook import Codebook, entry_index
+from vllm_matquant.checkpoint.codebook import Codebook, entry_index, with_signs
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize import codebook_fit
@@ -46,7 +46,8 @@ def test_entries_are_better_than_a_grid_and_the_means_of_their_fours(seed: int) 
     fours = torch.randn(6000, 4, generator=generator)
     importance = torch.rand(6000, 4, generator=generator)
     entries = find_entries(fours, importance)
-    costs = (importance[:, None] * (fours[:, None] - entries).square()).sum(-1)
+    indexed = with_signs(entries)
+    costs = (importance[:, None] * (fours[:, None] - indexed).square()).sum(-1)
     nearest = costs.argmin(1)
     assert len(nearest.unique()) == 256
     levels = torch.tensor([-1.51, -0.453, 0.453, 1.51])  # the best four levels of a normal number (Max, 1960)
@@ -54,16 +55,16 @@ def test_entries_are_better_than_a_grid_and_the_means_of_their_fours(seed: int) 
     on_grid = (importance[:, None] * (fours[:, None] - grid).square()).sum(-1).amin(1)
     assert costs.amin(1).sum() < 0.85 * on_grid.sum()
     # After a last round they are means almost everywhere.
-    sums = torch.zeros(2, 256, 4)
-    sums[0].index_add_(0, nearest, importance * fours)
-    sums[1].index_add_(0, nearest, importance)
+    sums = torch.zeros(2, 64, 4)
+    sums[0].index_add_(0, nearest % 64, importance * fours * indexed.sign()[nearest] * entries.sign()[nearest % 64])
+    sums[1].index_add_(0, nearest % 64, importance)
     assert ((sums[0] / sums[1]) - entries).abs().median() < 0.02
 
 
 def test_entries_of_few_or_equal_fours() -> None:
     few = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     entries = find_entries(few, torch.ones(10, 4))
-    assert torch.cdist(few, entries).amin(1).max() < 1e-3
+    assert torch.cdist(few, with_signs(entries)).amin(1).max() < 1e-3
     assert find_entries(torch.zeros(300, 4), torch.ones(300, 4)).abs().max() == 0
     assert find_entries(few, torch.zeros(10, 4)).isfinite().all()
 
@@ -83,17 +84,19 @@ def test_books_to_start_from_nest(random_layer: Callable[..., Layer], width: int
 
 def least_squares(weight: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, book: Codebook) -> float:
     """The least error over levels and increments, from the normal equations."""
-    count = (book.width - 1) * 1024
+    count = (book.width - 1) * 256
     index = entry_index(codes, book.width)
     scale = book.scale.double().repeat_interleave(codes.shape[1] // book.groups, 1)
     design = torch.zeros(*codes.shape, count, dtype=torch.float64)
     for row in range(codes.shape[0]):
         for column in range(codes.shape[1]):
-            at = int(index[row, column // 4]) * 4 + column % 4
-            design[row, column, at] = scale[row, column]
+            four, place = int(index[row, column // 4]), column % 4
+            at = four % 64 * 4 + place
+            signed = scale[row, column] * (-1 if four & (128 if place < 2 else 64) else 1)
+            design[row, column, at] = signed
             for bit in range(book.width - 2):
                 if codes[row, column] >> (book.width - 3 - bit) & 1:
-                    design[row, column, (bit + 1) * 1024 + at] = scale[row, column]
+                    design[row, column, (bit + 1) * 256 + at] = signed
     used = design.flatten(0, 1).abs().sum(0) > 0
     design = design[:, :, used]
     normal = torch.einsum("rcp,cd,rdq->pq", design, hessian.double(), design)
@@ -153,7 +156,7 @@ def test_perturbing_a_refitted_codebook_never_lowers_the_error(
     assert least < error_of(weight, hessian, start.decode(codes))
     generator = torch.Generator().manual_seed(0)
     for size in (0.1, 0.01, 0.001):
-        moved = replace(fitted, levels=fitted.levels + size * torch.randn(256, 4, generator=generator))
+        moved = replace(fitted, levels=fitted.levels + size * torch.randn(64, 4, generator=generator))
         assert error_of(weight, hessian, moved.decode(codes)) > least
     scaled = fit.fit_scales(codes, fitted)
     best = error_of(weight, hessian, scaled.decode(codes))
@@ -198,7 +201,7 @@ def test_scales_depend_on_no_other_rows(random_layer: Callable[..., Layer], monk
 def test_the_transpose(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     codes = some_codes(7, 24, width, seed=width)
-    values = torch.randn(width - 1, 256, 4, generator=generator)
+    values = torch.randn(width - 1, 64, 4, generator=generator)
     book = Codebook(values[0], values[1:], torch.rand(7, 3, generator=generator))
     linear, weights = LinearCodebook(codes, book), torch.randn(7, 24, generator=generator)
     assert torch.equal(linear.values(), values)

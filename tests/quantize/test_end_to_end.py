@@ -128,17 +128,18 @@ def changed_affine(start: Any, codes: torch.Tensor, width: int) -> tuple[torch.T
 def changed_codebook(start: Any, codes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with relative changes of scales, and of a codebook relative to its levels' size."""
     scales = start.scale.numel()
-    change = torch.zeros(scales + (width - 1) * 1024, requires_grad=True)
+    change = torch.zeros(scales + (width - 1) * 256, requires_grad=True)
     size = start.levels.square().mean().sqrt()
-    moved = torch.cat([start.levels[None], start.increments]) + size * change[scales:].view(width - 1, 256, 4)
+    moved = torch.cat([start.levels[None], start.increments]) + size * change[scales:].view(width - 1, 64, 4)
     top = (codes >> (width - 2)).long().unflatten(1, (-1, 4))
     columns = torch.arange(codes.shape[1])
     index = (top * torch.tensor([1, 4, 16, 64])).sum(-1)[:, columns // 4]
-    level = moved[0][index, columns % 4]
+    entry, sign = index % 64, 1 - 2 * (index >> torch.where(columns % 4 < 2, 7, 6) & 1)
+    level = moved[0][entry, columns % 4]
     for bit in range(width - 2):
-        level = level + moved[bit + 1][index, columns % 4] * (codes >> (width - 3 - bit) & 1)
+        level = level + moved[bit + 1][entry, columns % 4] * (codes >> (width - 3 - bit) & 1)
     scale = start.scale * (1 + change[:scales].view_as(start.scale))
-    return level * scale.repeat_interleave(GROUP, 1), change
+    return sign * level * scale.repeat_interleave(GROUP, 1), change
 
 
 def expected_slopes(model: Model, widths: int | dict[str, int]) -> dict[str, torch.Tensor]:

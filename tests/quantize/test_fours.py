@@ -32,16 +32,22 @@ def _keep_thread_count() -> Iterator[None]:
 def random_books(weight: torch.Tensor, widths: Sequence[int], seed: int) -> list[Codebook]:
     """Codebooks about as large as the weights, each width's its own, and scales of which one is zero."""
     generator = torch.Generator().manual_seed(seed)
-    entries = torch.randn(256, 4, generator=generator)
+    entries = torch.randn(64, 4, generator=generator)
     books = []
     for width in widths:
         scale = 0.1 * (0.8 + 0.4 * torch.rand(len(weight), weight.shape[1] // GROUP, generator=generator))
         scale[-1, 0] = 0
-        varied = entries + 0.05 * torch.randn(256, 4, generator=generator)
+        varied = entries + 0.05 * torch.randn(64, 4, generator=generator)
         halves = 0.5 ** torch.arange(width - 2).view(-1, 1, 1)
-        increments = (0.5 + torch.rand(width - 2, 256, 4, generator=generator)) * halves
+        increments = (0.5 + torch.rand(width - 2, 64, 4, generator=generator)) * halves
         books.append(Codebook(varied, increments, scale))
     return books
+
+
+def signs_of(index: int) -> np.ndarray:
+    """Of the four places: the eighth bit is of the first two, the seventh of the last two."""
+    first, last = 1 - 2 * (index >> 7 & 1), 1 - 2 * (index >> 6 & 1)
+    return np.array([first, first, last, last], dtype=np.float64)
 
 
 class Reference:
@@ -55,10 +61,11 @@ class Reference:
         """What an entry decodes to, by width, place and the further bits of the widest: [widths, 4, codes]."""
         codes, found = np.arange(2**self.most), []
         for book in self.books:
-            level = np.repeat(book.levels[entry].double().numpy()[:, None], len(codes), axis=1)
+            level = np.repeat(book.levels[entry % 64].double().numpy()[:, None], len(codes), axis=1)
             for bit in range(book.width - 2):
                 is_set = codes >> (self.most - 1 - bit) & 1
-                level += book.increments[bit, entry].double().numpy()[:, None] * is_set
+                level += book.increments[bit, entry % 64].double().numpy()[:, None] * is_set
+            level *= signs_of(entry)[:, None]
             found.append(float(book.scale[row, group]) * level)
         return np.stack(found)
 
@@ -85,8 +92,10 @@ class Reference:
         diagonal = np.diagonal(factor) ** 2
         for index, book in enumerate(self.books):
             scale, further = float(book.scale[row, group]), book.width - 2
-            low = book.levels.double().numpy()
-            high = low + book.increments.double().numpy().sum(0)
+            signs = np.stack([signs_of(entry) for entry in range(256)])
+            first = signs * np.tile(book.levels.double().numpy(), (4, 1))
+            last = first + signs * np.tile(book.increments.double().numpy().sum(0), (4, 1))
+            low, high = np.minimum(first, last), np.maximum(first, last)
             if further == 0:
                 error = ((wanted[index] - scale * (low @ factor)) ** 2).sum(1)
             elif further == 1:
@@ -213,7 +222,8 @@ def test_two_bits_alone_are_gptq_over_vectors(random_layer: Callable[..., Layer]
     copies = weight[:, order].double()
     for at in range(0, 96, 4):
         scale = book.scale[:, order[at] // GROUP].double()[:, None, None]
-        errors = (copies[:, None, at : at + 4] - scale * book.levels.double()) @ torch.linalg.inv(
+        signs = torch.from_numpy(np.stack([signs_of(entry) for entry in range(256)]))
+        errors = (copies[:, None, at : at + 4] - scale * signs * book.levels.double().repeat(4, 1)) @ torch.linalg.inv(
             factor[at : at + 4, at : at + 4]
         )
         costs = errors.square().sum(-1)

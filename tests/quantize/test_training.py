@@ -69,20 +69,21 @@ def test_steps_of_a_codebook_are_those_of_torch(width: int, seed: int) -> None:
     target = torch.randn(5, 48, generator=generator)
     size = start.levels.square().mean().sqrt()
     scales = torch.zeros(5, 3, requires_grad=True)
-    planes = torch.zeros(width - 1, 256, 4, requires_grad=True)
+    planes = torch.zeros(width - 1, 64, 4, requires_grad=True)
     optimizer = torch.optim.Adam([scales, planes], betas=(0.9, 0.99), eps=1e-12)
     trained = TrainedCodebook(start)
     columns = torch.arange(48)
     top = (codes >> (width - 2)).long().unflatten(1, (12, 4))
     index = (top[..., 0] + 4 * top[..., 1] + 16 * top[..., 2] + 64 * top[..., 3])[:, columns // 4]
+    entry, sign = index % 64, 1 - 2 * (index >> torch.where(columns % 4 < 2, 7, 6) & 1)
     for step in range(1, 6):
         rate = 0.01 / step
         optimizer.param_groups[0]["lr"] = rate
         moved = torch.cat([start.levels[None], start.increments]) + size * planes
-        level = moved[0][index, columns % 4]
+        level = moved[0][entry, columns % 4]
         for bit in range(width - 2):
-            level = level + moved[bit + 1][index, columns % 4] * (codes >> (width - 3 - bit) & 1)
-        weight = level * (start.scale * (1 + scales)).repeat_interleave(16, 1)
+            level = level + moved[bit + 1][entry, columns % 4] * (codes >> (width - 3 - bit) & 1)
+        weight = sign * level * (start.scale * (1 + scales)).repeat_interleave(16, 1)
         torch.testing.assert_close(trained.decode(codes), weight.detach(), rtol=1e-4, atol=1e-4)
         optimizer.zero_grad()
         ((weight - target) ** 2).sum().backward()

@@ -54,8 +54,8 @@ def test_costs_by_hand() -> None:
     assert limit == 1e6 - 1000
     assert costs["model.layers.0.q"][5] == 5 * 32 * 64 // 8 + 4 * 32 * 2
     costs, _ = Budget("1MB", "bytes", 1e6).costs(checkpoint(CODEBOOK))
-    assert costs["model.layers.0.q"][5] == 5 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 8 * 1024
-    assert costs["model.layers.0.q"][2] == 2 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 1024
+    assert costs["model.layers.0.q"][5] == 5 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 8 * 256
+    assert costs["model.layers.0.q"][2] == 2 * 32 * 64 // 8 + 32 * 2 + 2 * 32 + 256
     times = {layer: {2: 1.0} for layer in LAYERS}
     assert Budget("6ms", "ms", 6.0).costs(checkpoint(), times) == (times, 6.0)
 

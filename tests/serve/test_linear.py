@@ -279,7 +279,7 @@ def test_shapes_of_a_ranks_cut(group_size: Any, columns: int, groups: int, kind:
     shapes = {name: tuple(param.shape) for name, param in layer.named_parameters()}
     of_decoder = {
         AFFINE_INT8: {"weight_centre3": (16, groups), "weight_step3": (16, 2)},
-        CODEBOOK: {"weight_step3": (16, 1), "weight_codebook3": (2, 256, 4)},
+        CODEBOOK: {"weight_step3": (16, 1), "weight_codebook3": (2, 64, 4)},
     }
     assert shapes == {
         "weight_base": (16, columns // 8),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.random_models import randomized
-from vllm_matquant.checkpoint.codebook import Codebook
+from vllm_matquant.checkpoint.codebook import Codebook, signs, with_signs
 from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
@@ -20,6 +20,7 @@ from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.serve.served import Served
 
 VOCABULARY = 128
+REACH = 0.5  # how far the further bits of random codebooks reach to either side
 # Fields of a format that has the embedding and the output head quantized too.
 EMBEDDINGS: dict[str, Any] = {"ignored_layers": (), "quantized_embeddings": ("model.embed_tokens",)}
 _SHAPE = {
@@ -62,17 +63,23 @@ def quantize(
 def _quantize_by_codebooks(
     groups: torch.Tensor, checkpoint_format: Format, layer: str
 ) -> tuple[torch.Tensor, dict[int, Decoder]]:
-    """As :func:`quantize`, of weights [N, groups, columns]: levels are near those of uniform codes, each with some
-    noise, so that layers, widths, entries and places differ."""
+    """As :func:`quantize`, of weights [N, groups, columns]: the nearest of random entries, and further bits that halve
+    what is around it. Levels and increments of each width have some noise, so that layers, widths and places differ."""
     scale = groups.abs().amax(-1)
-    codes = ((groups / scale[..., None] + 1) * 127.5).round().to(torch.uint8).flatten(1)
-    generator = torch.Generator().manual_seed(int(codes.sum()))
-    digits = torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6]) & 3
+    fours = (groups / scale[..., None]).flatten(1).unflatten(1, (-1, 4))
+    generator = torch.Generator().manual_seed(int(groups.abs().sum() * 1000))
+    entries = 0.5 * torch.randn(64, 4, generator=generator)
+    indexed = with_signs(entries)
+    nearest = torch.cdist(fours, indexed.expand(len(fours), -1, -1)).argmin(2)
+    off = (fours - indexed[nearest]) * signs(fours)[nearest // 64]
+    further = ((off + REACH) * 32 / REACH).floor().clamp(0, 63).to(torch.uint8)
+    top = (nearest[..., None] >> torch.tensor([0, 2, 4, 6]) & 3).to(torch.uint8)
+    codes = (top << 6 | further).flatten(1)
     decoders = {}
     for width in checkpoint_format.widths_of(layer):
-        noise = torch.rand(width - 1, 256, 4, generator=generator) - 0.5
-        levels = digits / 2 - 1 + 0.5**width + noise[0] / 8
-        increments = 0.5 ** torch.arange(2, width).view(-1, 1, 1) * (1 + noise[1:])
+        noise = torch.rand(width - 1, 64, 4, generator=generator) - 0.5
+        levels = entries - REACH * (1 - 0.5 ** (width - 2)) + noise[0] / 8
+        increments = REACH * 0.5 ** torch.arange(width - 2).view(-1, 1, 1) * (1 + noise[1:])
         values = Codebook(levels, increments, scale)
         decoders[width] = checkpoint_format.decoder_kind.encode(values, width)
     return codes, decoders

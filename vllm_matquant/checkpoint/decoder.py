@@ -16,7 +16,7 @@ form         tensors of a layer ``L``                            what they mean
 codebook     ``L.weight_scale{r}`` uint8                         multiples of the row's step, and a table that all
              [out_features, groups],                             rows share
              ``L.weight_step{r}`` bfloat16 [out_features, 1],
-             ``L.weight_codebook{r}`` uint8 [planes, 256, 4]
+             ``L.weight_codebook{r}`` uint8 [planes, 64, 4]
 ===========  ==================================================  ======================================================
 
 A centre hardly depends on the scale, where an offset does, so that few bits are enough for it. The steps have float32's

@@ -12,7 +12,15 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import embedding
 
-from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook, entry_index
+from vllm_matquant.checkpoint.codebook import (
+    ENTRIES,
+    PLACES,
+    Codebook,
+    collect_signs,
+    entry_index,
+    signs,
+    with_signs,
+)
 from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
 
 SAMPLE = 2**15  # fours that entries are found from
@@ -35,14 +43,15 @@ def find_entries(fours: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Entries by k-means, each place of a four with an importance of its own.
 
     The first ones are taken evenly from the fours in the order of their Mahalanobis distances (GPTVQ, arXiv
-    2402.15319, section 3.2). An entry that loses all its fours takes the one that is worst off.
+    2402.15319, section 3.2). An entry that loses all its fours takes the one that is worst off. A four has the entry
+    that is nearest to it with some signs of its halves, and counts there with these signs.
 
     Args:
         fours: float32 [count, 4].
         importance: float32 [count, 4], not negative.
 
     Returns:
-        float32 [256, 4].
+        float32 [64, 4].
     """
     if len(fours) > SAMPLE:  # evenly, for the order is that of rows and columns
         chosen = torch.linspace(0, len(fours) - 1, SAMPLE).round().long()
@@ -54,16 +63,24 @@ def find_entries(fours: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     weighed = fours * importance
     own = (weighed * fours).sum(1)
     for _ in range(_ROUNDS):
-        # sum_p h_p (x_p - c_p)^2 without what is the same for all entries
-        costs = torch.addmm(-2 * weighed @ entries.T, importance, entries.square().T)
-        cost, nearest = costs.min(1)
-        sums = torch.zeros(ENTRIES, 2 * PLACES).index_add_(0, nearest, torch.cat([weighed, importance], 1))
+        cost, entry, sign = _nearest(fours, importance, entries)
+        sums = torch.zeros(ENTRIES, 2 * PLACES).index_add_(0, entry, torch.cat([weighed * sign, importance], 1))
         total = sums[:, PLACES:]
         entries = torch.where(total > 0, sums[:, :PLACES] / total.clamp(min=1e-30), entries)
-        empty = (torch.bincount(nearest, minlength=ENTRIES) == 0).nonzero().squeeze(1)[: len(fours)]
+        empty = (torch.bincount(entry, minlength=ENTRIES) == 0).nonzero().squeeze(1)[: len(fours)]
         worst = (cost + own).argsort(descending=True, stable=True)[: len(empty)]
         entries[empty] = fours[worst]
     return entries
+
+
+def _nearest(
+    fours: torch.Tensor, importance: torch.Tensor, entries: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the entry that is nearest to each four costs, up to what is the same for all: [count]; its number: int64
+    [count]; and the signs that it has there: [count, 4]."""
+    indexed = with_signs(entries)
+    cost, nearest = torch.addmm(-2 * (importance * fours) @ indexed.T, importance, indexed.square().T).min(1)
+    return cost, nearest % ENTRIES, signs(fours)[nearest // ENTRIES]
 
 
 def start_books(weight: torch.Tensor, hessian: torch.Tensor, group_size: int, widths: Sequence[int]) -> list[Codebook]:
@@ -94,12 +111,12 @@ def start_books(weight: torch.Tensor, hessian: torch.Tensor, group_size: int, wi
 
 
 def _extents(fours: torch.Tensor, entries: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From where to where the further bits of each entry reach: float32 [256, 4] both."""
+    """From where to where the further bits of each entry reach: float32 [64, 4] both."""
     sums = torch.zeros(3, ENTRIES, PLACES)
     for some, weight in zip(fours.split(SAMPLE), importance.split(SAMPLE), strict=True):
-        nearest = torch.addmm(-2 * (some * weight) @ entries.T, weight, entries.square().T).argmin(1)
-        for total, each in zip(sums, (torch.ones_like(some), some, some.square()), strict=True):
-            total.index_add_(0, nearest, each)
+        _, entry, sign = _nearest(some, weight, entries)
+        for total, each in zip(sums, (torch.ones_like(some), some * sign, some.square()), strict=True):
+            total.index_add_(0, entry, each)
     count = sums[0].clamp(min=1)
     mean = torch.where(sums[0] > 0, sums[1] / count, entries)
     reach = _REACH * (sums[2] / count - mean.square()).clamp(min=0).sqrt()
@@ -147,7 +164,7 @@ class CodebookFit:
     def _minimize(self, linear: LinearCodebook, start: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
         """Conjugate gradients on the error, for those of the values that are free."""
         found = start.clone()
-        diagonal = linear.collect(linear.scale * self._hessian.diagonal()).clamp(min=1e-30)
+        diagonal = linear.diagonal(self._hessian).clamp(min=1e-30)
         residual = linear.collect(self._target - linear.expand(found) @ self._hessian) * free
         conditioned = residual / diagonal
         direction, size = conditioned, (residual * conditioned).sum()
@@ -193,7 +210,7 @@ class CodebookFit:
 
 
 class LinearCodebook:
-    """The decoded weight as a linear function of levels and increments [width - 1, 256, 4], codes and scales fixed."""
+    """The decoded weight as a linear function of levels and increments [width - 1, 64, 4], codes and scales fixed."""
 
     def __init__(self, codes: torch.Tensor, book: Codebook) -> None:
         self._book, self._index = book, entry_index(codes, book.width).flatten()
@@ -210,6 +227,7 @@ class LinearCodebook:
 
     def levels(self, values: torch.Tensor) -> torch.Tensor:
         """The same before scaling."""
+        values = with_signs(values)
         total = embedding(self._index, values[0]).view(self.scale.shape)
         for bits, increments in zip(self._bits, values[1:], strict=True):
             total.addcmul_(embedding(self._index, increments).view(self.scale.shape), bits)
@@ -218,8 +236,16 @@ class LinearCodebook:
     def collect(self, weights: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`expand`, of float32 [out_features, in_features]: sums over what has each level and
         increment."""
-        scaled = weights * self.scale
-        parts = [scaled, *(scaled * bits for bits in self._bits)]
-        return torch.stack(
-            [torch.zeros(ENTRIES, PLACES).index_add_(0, self._index, part.view(-1, PLACES)) for part in parts]
-        )
+        return collect_signs(self._by_index(weights * self.scale))
+
+    def diagonal(self, hessian: torch.Tensor) -> torch.Tensor:
+        """The second derivative of half the error by each level and increment, but for what a row's columns do to each
+        other."""
+        by_index = self._by_index(self.scale.square() * hessian.diagonal())
+        return by_index.unflatten(1, (-1, ENTRIES)).sum(1)  # a sign changes no square
+
+    def _by_index(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums over what has each index, and over what has each further bit besides: float32 [width - 1, 256, 4]."""
+        parts = [weights, *(weights * bits for bits in self._bits)]
+        empty = torch.zeros(4 * ENTRIES, PLACES)
+        return torch.stack([empty.clone().index_add_(0, self._index, part.view(-1, PLACES)) for part in parts])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_matquant.checkpoint.codebook import PLACES, Codebook
+from vllm_matquant.checkpoint.codebook import PLACES, Codebook, with_signs
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.kernels import ops
@@ -107,7 +107,7 @@ class FourSolver:
     ) -> torch.Tensor:
         rows, columns = targets[0].shape
         group_of_column = (order // (columns // books[0].groups)).to(torch.int32)
-        planes = torch.cat([torch.cat([book.levels[None], book.increments]) for book in books]).float()
+        planes = with_signs(torch.cat([torch.cat([book.levels[None], book.increments]) for book in books]).float())
         lambdas = torch.tensor(self.lambdas, dtype=torch.float32)
         codes = torch.empty(rows, columns, dtype=torch.uint8)
         for part in chunks_of_rows(rows, columns, len(self.widths)):

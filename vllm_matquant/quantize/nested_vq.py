@@ -55,8 +55,9 @@ class NestedVQ(LayerMethod):
 
     def layer_bytes(self, rows: int, columns: int) -> int:
         weights = rows * columns
-        # Three tables of the distances of a sample of fours to all entries; or each further bit of a weight.
-        starting = 3 * torch.float32.itemsize * ENTRIES * min(weights // PLACES, SAMPLE) + 24 * weights
+        # Three tables of the distances of a sample of fours to all entries with all signs; or each further bit of a
+        # weight.
+        starting = 3 * torch.float32.itemsize * 4 * ENTRIES * min(weights // PLACES, SAMPLE) + 24 * weights
         solving = (36 + 7 * (self.widths[-1] - BASE_BITS)) * weights
         return max(36 * columns**2, 12 * columns**2 + max(starting, solving))
 
