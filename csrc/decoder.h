@@ -23,13 +23,14 @@ enum class DecoderKind { kAffineFloat16, kAffineInt8, kCodebook };
 
 constexpr int kWidestInt8 = 4;
 
-// A codebook: the two top bits of four adjacent columns are an index, the first column's in the lowest bits. The lower
-// six bits are the number of an entry; the seventh changes the signs of its last two places, the eighth of the first
-// two. It consists of planes, [64 entries, 4 places] bytes each: a level, and an increment for each further bit of a
-// code. Up to this width, the size of a weight's level is plane 0 - 128 and its increments. Wider ones have a level and
-// increments of the bits up to kCoarseBits first, and then a level, again with 128 to be taken off, and increments of
-// all bits, which count sixteenths. What is added up in bytes is from 1 to 255, so that 256 less it is the other
-// sign's.
+// A codebook: of each 16 columns, those that are the same modulo four share an index, which is their codes' two top
+// bits, the first column's in the lowest ones: it is a byte of the base field as tiles have it (cpu/layout.h). The
+// lower six bits are the number of an entry; the seventh changes the signs of its last two places, the eighth of the
+// first two. It consists of planes, [64 entries, 4 places] bytes each: a level, and an increment for each further bit
+// of a code. Up to this width, the size of a weight's level is plane 0 - 128 and its increments. Wider ones have a
+// level and increments of the bits up to kCoarseBits first, and then a level, again with 128 to be taken off, and
+// increments of all bits, which count sixteenths. What is added up in bytes is from 1 to 255, so that 256 less it is
+// the other sign's.
 constexpr int kWidestWhole = 4;
 constexpr int kCoarseBits = 6;
 constexpr float kFineUnit = 1.0f / 16;

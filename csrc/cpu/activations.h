@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/entries.h"
 #include "cpu/gemm.h"
 
 namespace matquant::cpu {
@@ -177,9 +176,6 @@ void pack_tokens(const Product& product, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
         [[maybe_unused]] const float most = bits == 8 ? largest_of_8_bits<Lanes>(product, token) : 0.0f;
         for_each_span<Lanes>(product, token, [&](const Span& span, float* values) {
-            if constexpr (Lanes::kByPlace) {
-                order_by_place(values, span.chunks());
-            }
             const float largest = find_largest(values, span.chunks());
             const int64_t stride = product.tokens * kBytes, place = span.chunk() * stride + token * kBytes;
             Factor& factor = product.factors[span.index() * product.tokens + token];

@@ -39,20 +39,22 @@ struct Rows {
 
     int64_t groups() const { return ceil_div(columns, group_size); }
 
+    // What a row has in one of so many blocks of a tile, from a plane on: a byte for each column of a step.
+    uint32_t word(int64_t tile_row, int64_t lane, int64_t tile, int64_t plane, int64_t blocks, int64_t block) const {
+        const int64_t first = (plane * tile_rows + blocks * tile_row) * tiles + blocks * tile + block;
+        uint32_t result;
+        std::memcpy(&result, planes + first * kPlaneBytes + lane * kStepColumns, sizeof(result));
+        return result;
+    }
+
     // The codes of a row in the four columns of a step, one in each byte.
     uint32_t codes(int64_t tile_row, int64_t lane, int64_t tile, int step) const {
-        const auto word = [&](int64_t plane, int64_t blocks, int64_t block) {
-            const int64_t first = (plane * tile_rows + blocks * tile_row) * tiles + blocks * tile + block;
-            uint32_t result;
-            std::memcpy(&result, planes + first * kPlaneBytes + lane * kStepColumns, sizeof(result));
-            return result;
-        };
         uint32_t result = 0;
         for (int pair = 0; pair < pairs; ++pair) {
-            result = result << 2 | (word(2 * pair, 2, step / 4) >> step % 4 * 2 & 0x03030303);
+            result = result << 2 | (word(tile_row, lane, tile, 2 * pair, 2, step / 4) >> step % 4 * 2 & 0x03030303);
         }
         for (int plane = 2 * pairs; plane < width; ++plane) {
-            result = result << 1 | (word(plane, 1, 0) >> step & 0x01010101);
+            result = result << 1 | (word(tile_row, lane, tile, plane, 1, 0) >> step & 0x01010101);
         }
         return result;
     }
@@ -78,7 +80,7 @@ struct Rows {
 
     // What the scale is multiplied with: the codes themselves, or their levels in the codebook.
     struct Levels {
-        float place[kStepColumns];
+        float column[kStepColumns];
     };
     // The level of an entry and the increments of a code's bits up to `last`.
     static float sum_up(const uint8_t* entry, int64_t code, int width, int last) {
@@ -89,23 +91,26 @@ struct Rows {
         }
         return static_cast<float>(sum) - kZeroLevel;
     }
-    Levels levels(uint32_t four) const {
+    Levels levels(int64_t tile_row, int64_t lane, int64_t tile, int step) const {
         Levels result;
+        const uint32_t four = codes(tile_row, lane, tile, step);
         if (form != DecoderForm::kCodebook) {
-            for (int64_t place = 0; place < kStepColumns; ++place) {
-                result.place[place] = static_cast<float>(four >> 8 * place & 0xff);
+            for (int64_t column = 0; column < kStepColumns; ++column) {
+                result.column[column] = static_cast<float>(four >> 8 * column & 0xff);
             }
             return result;
         }
-        const uint32_t index = entry_index(four >> (width - kBaseBits) & 0x03030303);
-        for (int64_t place = 0; place < kPlaces; ++place) {
+        const uint32_t indices = word(tile_row, lane, tile, 0, 2, step / 4);
+        const int place = step % kPlaces;
+        for (int64_t column = 0; column < kStepColumns; ++column) {
+            const int index = static_cast<int>(indices >> 8 * column & 0xff);
             const uint8_t* entry = codebook + index % kEntries * kPlaces + place;
-            const int64_t code = four >> 8 * place & 0xff;
+            const int64_t code = four >> 8 * column & 0xff;
             float level = sum_up(entry, code, width, coarse_bits(width));
             if (width > kWidestWhole) {
                 level += kFineUnit * sum_up(entry + coarse_planes(width) * kEntryPlaneBytes, code, width, width);
             }
-            result.place[place] = changes_sign(index, place) ? -level : level;
+            result.column[column] = changes_sign(index, place) ? -level : level;
         }
         return result;
     }
@@ -115,13 +120,13 @@ struct Rows {
         const int64_t tile_row = row / kTileRows, lane = row % kTileRows;
         Decoder current = {};
         for (int64_t column = 0; column < columns; column += kStepColumns) {
-            const Levels four = levels(
-                codes(tile_row, lane, column / kTileColumns, static_cast<int>(column % kTileColumns / kStepColumns)));
+            const Levels four =
+                levels(tile_row, lane, column / kTileColumns, static_cast<int>(column % kTileColumns / kStepColumns));
             for (int64_t index = column; index < std::min(column + kStepColumns, columns); ++index) {
                 if (index % group_size == 0) {
                     current = decoder(tile_row, lane, index / group_size);
                 }
-                target[index] = static_cast<T>(current.scale * four.place[index - column] + current.offset);
+                target[index] = static_cast<T>(current.scale * four.column[index - column] + current.offset);
             }
         }
     }

@@ -1,10 +1,13 @@
-// The levels of codes: a codebook's entries, and their increments.
+// The levels that a codebook gives codes, place by place.
+//
+// The base field of a tile has in each byte the two top bits of one column in four steps, which is the index of the
+// four of these columns: its entry in the lower six bits, and its signs. A step is a place of the fours. So nothing but
+// what lies in a byte is needed for it, and what comes out lies where the step's codes would.
 //
 // Everything is in an anonymous namespace, see gemm.h.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include "cpu/gemm.h"
@@ -14,59 +17,40 @@
 namespace matquant::cpu {
 namespace {
 
-constexpr int kIndexPlaneBytes = kIndices * kPlaces;  // of a codebook by index
+// For lanes without instructions of their own: looks bytes up by the lower six bits of others, byte by byte.
+template <class Lanes>
+struct PlainEntries {
+    using Codes = typename Lanes::Codes;
 
-// The index of an entry and its signs: two bits of each of the four bytes.
-inline uint32_t entry_index(uint32_t fours) { return (fours | fours >> 6 | fours >> 12 | fours >> 18) & 0xff; }
-
-// Sums of four bytes each, modulo 256.
-inline uint32_t add_bytes(uint32_t a, uint32_t b) {
-    constexpr uint32_t kTop = 0x80808080;
-    return ((a & ~kTop) + (b & ~kTop)) ^ ((a ^ b) & kTop);
-}
-
-// The levels of a step's codes, of `width` bits each: those of an entry, and an increment for each bit past the second,
-// modulo 256; a codebook by index.
-template <class Lanes, int width>
-MATQUANT_INLINE inline typename Lanes::Codes look_up(const uint8_t* codebook, const typename Lanes::Codes& codes) {
-    static_assert(kPlaces == kStepColumns);
-    if constexpr (requires { Lanes::gather(codebook, codes); }) {
-        const typename Lanes::Codes index =
-            Lanes::entry_index(Lanes::select(Lanes::template shift_right<width - kBaseBits>(codes), 3));
-        typename Lanes::Codes levels = Lanes::gather(codebook, index);
-        repeat<width - kBaseBits>([&](auto bit) MATQUANT_INLINE {
-            levels = Lanes::add_where(levels, codes, 1 << (width - kBaseBits - 1 - bit),
-                                      Lanes::gather(codebook + (1 + bit) * kIndexPlaneBytes, index));
-        });
-        return levels;
-    }
-    alignas(64) uint8_t bytes[kPlaneBytes];
-    Lanes::store_bytes(bytes, codes);
-    for (int64_t row = 0; row < kTileRows; ++row) {
-        uint32_t four, levels, increments;
-        std::memcpy(&four, bytes + row * sizeof(four), sizeof(four));
-        const uint32_t index = entry_index(four >> (width - kBaseBits) & 0x03030303);
-        std::memcpy(&levels, codebook + index * kPlaces, sizeof(levels));
-        for (int bit = 1; bit <= width - kBaseBits; ++bit) {
-            std::memcpy(&increments, codebook + bit * kIndexPlaneBytes + index * kPlaces, sizeof(increments));
-            levels = add_bytes(levels, increments & (four >> (width - kBaseBits - bit) & 0x01010101) * 0xff);
+    template <class Operation>
+    static Codes each(const Codes& a, const Codes& b, Operation operation) {
+        alignas(64) uint8_t first[kPlaneBytes], second[kPlaneBytes];
+        Lanes::store_bytes(first, a);
+        Lanes::store_bytes(second, b);
+        for (int64_t byte = 0; byte < kPlaneBytes; ++byte) {
+            first[byte] = static_cast<uint8_t>(operation(first[byte], second[byte]));
         }
-        std::memcpy(bytes + row * sizeof(four), &levels, sizeof(levels));
+        return Lanes::load_bytes(first);
     }
-    return Lanes::load_bytes(bytes);
-}
+    static Codes look_up(const uint8_t* table, const Codes& index) {
+        return each(index, index, [&](uint8_t byte, uint8_t) { return table[byte % kEntries]; });
+    }
+    static Codes keep_where(const Codes& values, const Codes& bytes, int bit) {
+        return each(values, bytes, [&](uint8_t value, uint8_t byte) { return (byte & bit) != 0 ? value : 0; });
+    }
+    static Codes add_bytes(const Codes& a, const Codes& b) {
+        return each(a, b, [](uint8_t first, uint8_t second) { return first + second; });
+    }
+    static Codes negate_where(const Codes& values, const Codes& bytes, int bit) {
+        return each(values, bytes, [&](uint8_t value, uint8_t byte) { return (byte & bit) != 0 ? -value : value; });
+    }
+};
 
-// Puts the activations of each four steps, which are 16 columns, into the order of PlaceTile: a place's of all four
-// steps, then the next place's.
-inline void order_by_place(float* values, int64_t chunks) {
-    for (float* end = values + chunks * kChunkColumns; values < end; values += kPlaces * kStepColumns) {
-        for (int64_t step = 0; step < kStepColumns; ++step) {
-            for (int64_t place = step + 1; place < kPlaces; ++place) {
-                std::swap(values[step * kPlaces + place], values[place * kPlaces + step]);
-            }
-        }
-    }
-}
+// Where a kernel has instructions for that, its lanes have these functions themselves.
+template <class Lanes>
+using Entries = std::conditional_t<requires(const uint8_t* table, typename Lanes::Codes index) {
+    Lanes::look_up(table, index);
+}, Lanes, PlainEntries<Lanes>>;
 
 }  // namespace
 }  // namespace matquant::cpu

@@ -80,7 +80,7 @@ void multiply_few(const Product& product, const TileRow& row) {
     using Sums = typename Lanes::Sums;
     constexpr int kSums = Lanes::template kSums<bits>;
     constexpr int64_t kBytes = tokens * Lanes::template kChunkBytes<bits>;
-    const TilePlanes<width, pairs> planes{row, product.plane_stride, codebook_of<Lanes>(row)};
+    const TilePlanes<width, pairs> planes{row, product.plane_stride, row.codebook};
     const RowDecoders<Lanes> decoders(product, row);
     typename Lanes::Floats results[tokens];
     repeat<tokens>([&](auto token) MATQUANT_INLINE { results[token] = Lanes::zero(); });

@@ -77,8 +77,7 @@ struct TileRow {
     const uint8_t* pairs;     // [tiles, 2, 64] of the base field, and 2 * plane_stride bytes on of the next pair
     const uint8_t* planes;    // [tiles, 64] of plane 0 if it were not in a pair, and plane_stride bytes on of plane 1
     const uint8_t* decoders;  // for the active width, see decoder_bytes in layout.h
-    const uint8_t* by_index;  // the partition's codebook, [planes, indices, places]; nullptr without one
-    const uint8_t* by_place;  // the same without signs, [planes, places, entries], for kernels that want it
+    const uint8_t* codebook;  // of the partition, [planes, places, entries]; nullptr without one
     int width;                // active width: bits that are read
     int64_t first;            // output
     int64_t count;            // outputs, at most 16
@@ -142,8 +141,6 @@ struct Kernel {
     void (*pack)(const Product& product, int64_t begin, int64_t end);
     // Multiplies all tokens with `count` rows of tiles and writes their outputs.
     void (*multiply)(const Product& product, const TileRow* rows, int64_t count);
-    // Whether it looks entries up place by place.
-    bool wants_places;
 };
 
 extern const Kernel kScalarKernel;

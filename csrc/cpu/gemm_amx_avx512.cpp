@@ -6,7 +6,7 @@
 
 #include "cpu/gemm_kernel.h"
 #include "cpu/lanes_avx512.h"
-#include "cpu/places_avx512.h"
+#include "cpu/lanes_vbmi_avx512.h"
 #ifdef MATQUANT_TILES  // a stand-in, for tests on machines without AMX
 #include MATQUANT_TILES
 #else
@@ -17,7 +17,7 @@ namespace matquant::cpu {
 namespace {
 
 struct Lanes : Avx512Lanes, ByteSteps {
-    static constexpr bool kByPlace = true;
+    static Codes look_up(const uint8_t* table, Codes index) { return VbmiLookUps::look_up(table, index); }
     static constexpr int kRows = 2;  // of tiles whose sums, with both bytes of the activations, fill four registers
 };
 
@@ -135,6 +135,11 @@ void multiply_with_tiles(const Product& product, const TileRow* rows, int64_t co
     Tiles::release();
 }
 
+// Packed activations are those of the kernel for AVX-512 with VNNI and VBMI, which multiplies few tokens.
+int64_t chunk_bytes(int activation_bits) { return kAvx512VbmiKernel.chunk_bytes(activation_bits); }
+
+void pack(const Product& product, int64_t begin, int64_t end) { kAvx512VbmiKernel.pack(product, begin, end); }
+
 void multiply(const Product& product, const TileRow* rows, int64_t count) {
     if (product.tokens < fewest_tokens(product.activation_bits) || product.activation_bits == 24 ||
         !has_whole_tiles(product)) {
@@ -146,7 +151,6 @@ void multiply(const Product& product, const TileRow* rows, int64_t count) {
 
 }  // namespace
 
-// Packed activations are those of the kernel for AVX-512 with VNNI and VBMI, which multiplies few tokens.
-const Kernel kAmxKernel = {kAvx512VbmiKernel.chunk_bytes, kAvx512VbmiKernel.pack, multiply, true};
+constinit const Kernel kAmxKernel = {chunk_bytes, pack, multiply};
 
 }  // namespace matquant::cpu

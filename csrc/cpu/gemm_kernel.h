@@ -38,17 +38,12 @@ inline bool has_whole_tiles(const Product& product) {
     return product.group_size % kTileColumns == 0 || product.group_size >= product.columns;
 }
 
-// Whether a kernel can look entries up place by place, four steps at a time: no span may begin between these.
-inline bool takes_places(const Product& product) {
-    return product.decoder_kind == DecoderKind::kCodebook && has_whole_tiles(product);
-}
-
-// The widest slices that multiply_few takes. A look-up by gathers or loads takes longer than its way through the first
-// cache, and so do two look-ups for each weight.
+// The widest slices that multiply_few takes. Slow look-ups take longer than the way of levels through the first cache,
+// and so do two look-ups for each weight.
 template <class Lanes, bool codebook>
-constexpr int kMostWidthOfFew = !codebook         ? kMaxWidth
-                                : Lanes::kByPlace ? kWidestWhole
-                                                  : 0;
+constexpr int kMostWidthOfFew = !codebook             ? kMaxWidth
+                                : Lanes::kFastLookUps ? kWidestWhole
+                                                      : 0;
 
 template <class Lanes, int bits, bool codebook>
 void multiply_rows(const Product& product, const TileRow* rows, int64_t count) {
@@ -106,7 +101,7 @@ struct KernelOf {
         });
     }
 
-    static constexpr Kernel kKernel = {chunk_bytes, pack, multiply, Lanes::kByPlace};
+    static constexpr Kernel kKernel = {chunk_bytes, pack, multiply};
 };
 
 }  // namespace

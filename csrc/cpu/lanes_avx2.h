@@ -48,23 +48,38 @@ struct Avx2Lanes {
         return {_mm256_or_si256(codes.low, selected.low), _mm256_or_si256(codes.high, selected.high)};
     }
 
-    // Of fields of two bits in each byte of a lane.
-    static Codes entry_index(const Codes& fields) { return {entry_index(fields.low), entry_index(fields.high)}; }
-    static __m256i entry_index(__m256i fields) {
-        const __m256i pairs = _mm256_or_si256(fields, _mm256_srli_epi32(fields, 6));
-        return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_srli_epi32(pairs, 12)), _mm256_set1_epi32(0xff));
+    // Bytes of a table by the lower six bits of others: four look-ups among 16.
+    static Codes look_up(const uint8_t* table, const Codes& index) {
+        return {look_up(table, index.low), look_up(table, index.high)};
     }
-    static Codes gather(const uint8_t* codebook, const Codes& index) {
-        const int* entries = reinterpret_cast<const int*>(codebook);
-        return {_mm256_i32gather_epi32(entries, index.low, 4), _mm256_i32gather_epi32(entries, index.high, 4)};
-    }
-    static Codes add_where(const Codes& levels, const Codes& codes, int bit, const Codes& increments) {
-        const __m256i bits = _mm256_set1_epi8(static_cast<char>(bit));
-        const auto add = [&](__m256i level, __m256i code, __m256i increment) {
-            const __m256i where = _mm256_cmpeq_epi8(_mm256_and_si256(code, bits), bits);
-            return _mm256_add_epi8(level, _mm256_and_si256(where, increment));
+    static __m256i look_up(const uint8_t* table, __m256i index) {
+        const __m256i lower = _mm256_and_si256(index, _mm256_set1_epi8(0x0f));
+        const auto sixteen = [&](int part) {
+            const __m128i* entries = reinterpret_cast<const __m128i*>(table) + part;
+            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(entries)), lower);
         };
-        return {add(levels.low, codes.low, increments.low), add(levels.high, codes.high, increments.high)};
+        // A blend goes by the top bit of each byte.
+        const __m256i odd = _mm256_slli_epi16(index, 3);
+        return _mm256_blendv_epi8(_mm256_blendv_epi8(sixteen(0), sixteen(1), odd),
+                                  _mm256_blendv_epi8(sixteen(2), sixteen(3), odd), _mm256_slli_epi16(index, 2));
+    }
+    static __m256i where(__m256i bytes, int bit) {
+        const __m256i bits = _mm256_set1_epi8(static_cast<char>(bit));
+        return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bits), bits);
+    }
+    static Codes keep_where(const Codes& values, const Codes& bytes, int bit) {
+        return {_mm256_and_si256(values.low, where(bytes.low, bit)),
+                _mm256_and_si256(values.high, where(bytes.high, bit))};
+    }
+    static Codes add_bytes(const Codes& a, const Codes& b) {
+        return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)};
+    }
+    static Codes negate_where(const Codes& values, const Codes& bytes, int bit) {
+        const auto negate = [&](__m256i value, __m256i byte) {
+            const __m256i mask = where(byte, bit);
+            return _mm256_sub_epi8(_mm256_xor_si256(value, mask), mask);
+        };
+        return {negate(values.low, bytes.low), negate(values.high, bytes.high)};
     }
 
     static Sums zero_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

@@ -36,15 +36,26 @@ struct Avx512Lanes {
         return _mm512_ternarylogic_epi32(codes, bytes, _mm512_set1_epi8(static_cast<char>(mask)), kOrOfAnd);
     }
 
-    // Of fields of two bits in each byte of a lane.
-    static Codes entry_index(Codes fields) {
-        const __m512i pairs = _mm512_or_si512(fields, _mm512_srli_epi32(fields, 6));
-        return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_srli_epi32(pairs, 12)), _mm512_set1_epi32(0xff));
+    // Bytes of a table by the lower six bits of others: four look-ups among 16.
+    static Codes look_up(const uint8_t* table, Codes index) {
+        const __m512i lower = select(index, 0x0f);
+        const auto sixteen = [&](int part) {
+            const __m128i* entries = reinterpret_cast<const __m128i*>(table) + part;
+            return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(entries)), lower);
+        };
+        const __mmask64 odd = where(index, 0x10);
+        return _mm512_mask_blend_epi8(where(index, 0x20), _mm512_mask_blend_epi8(odd, sixteen(0), sixteen(1)),
+                                      _mm512_mask_blend_epi8(odd, sixteen(2), sixteen(3)));
     }
-    static Codes gather(const uint8_t* codebook, Codes index) { return _mm512_i32gather_epi32(index, codebook, 4); }
-    static Codes add_where(Codes levels, Codes codes, int bit, Codes increments) {
-        const __mmask64 where = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(bit)));
-        return _mm512_mask_add_epi8(levels, where, levels, increments);
+    static __mmask64 where(Codes bytes, int bit) {
+        return _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(static_cast<char>(bit)));
+    }
+    static Codes keep_where(Codes values, Codes bytes, int bit) {
+        return _mm512_maskz_mov_epi8(where(bytes, bit), values);
+    }
+    static Codes add_bytes(Codes a, Codes b) { return _mm512_add_epi8(a, b); }
+    static Codes negate_where(Codes values, Codes bytes, int bit) {
+        return _mm512_mask_sub_epi8(values, where(bytes, bit), _mm512_setzero_si512(), values);
     }
 
     static Sums zero_sums() { return _mm512_setzero_si512(); }

@@ -85,7 +85,7 @@ Span multiply_panel(const Product& product, const TileRow* row,
     int parts = 1;
     for (int each = 0; each < rows; ++each) {
         const int width = row[each].width;
-        const uint8_t* const book = codebook_of<Lanes>(row[each]);
+        const uint8_t* const book = row[each].codebook;
         const auto unpack = [&](int part, int part_width, const uint8_t* part_book) {
             kUnpack[variant_of(part_width, product.paired)](row[each], part_book, first / kTileColumns,
                                                             ceil_div(last - first, kTileColumns), product.plane_stride,
@@ -94,7 +94,7 @@ Span multiply_panel(const Product& product, const TileRow* row,
         if constexpr (codebook) {
             if (parts_of<codebook>(width) == 2) {
                 unpack(0, coarse_bits(width), book);
-                unpack(1, width, book + coarse_planes(width) * kCodebookPlaneBytes<Lanes>);
+                unpack(1, width, book + coarse_planes(width) * kEntryPlaneBytes);
                 parts = 2;
                 continue;
             }
@@ -106,9 +106,6 @@ Span multiply_panel(const Product& product, const TileRow* row,
             SpanCodes<Lanes, rows> span_codes;
             span_codes.codes = codes[part] + (span.begin() - first) / kStepColumns * rows * kPlaneBytes;
             span_codes.steps = ceil_div(span.end() - span.begin(), kStepColumns);
-            if constexpr (Lanes::kByPlace) {
-                span_codes.steps = ceil_div(span_codes.steps, kPlaces) * kPlaces;
-            }
             for (int each = 0; each < rows; ++each) {
                 Decoder<Lanes>& decoder = span_codes.decoders[each];
                 decoder = decoders[each].of_group(span.group());

@@ -55,21 +55,6 @@ std::vector<uint8_t> tables_by_place(const uint8_t* codebooks, int64_t bytes) {
     return result;
 }
 
-// The same as [indices, places], the negative ones modulo 256.
-std::vector<uint8_t> tables_by_index(const uint8_t* codebooks, int64_t bytes) {
-    std::vector<uint8_t> result;
-    result.reserve(kIndices / kEntries * bytes);
-    for (const uint8_t* plane = codebooks; plane < codebooks + bytes; plane += kEntryPlaneBytes) {
-        for (int index = 0; index < kIndices; ++index) {
-            for (int place = 0; place < kPlaces; ++place) {
-                const uint8_t entry = plane[index % kEntries * kPlaces + place];
-                result.push_back(changes_sign(index, place) ? static_cast<uint8_t>(-entry) : entry);
-            }
-        }
-    }
-    return result;
-}
-
 }  // namespace
 
 bool is_paired(const std::string& layout) {
@@ -92,11 +77,7 @@ PreparedWeight::PreparedWeight(const Weight& weight) : paired_(is_paired(weight.
             const int64_t shared =
                 static_cast<int64_t>(segment.output_sizes.size()) * shared_decoder_bytes(form, static_cast<int>(width));
             rows.decoders[width] = first;
-            const uint8_t* codebooks = segment.decoders.const_data_ptr<uint8_t>() + first;
-            rows.by_index[width] = tables_by_index(codebooks, shared);
-            if (isa_in_use().kernel->wants_places) {
-                rows.by_place[width] = tables_by_place(codebooks, shared);
-            }
+            rows.codebooks[width] = tables_by_place(segment.decoders.const_data_ptr<uint8_t>() + first, shared);
             first += shared + count * decoder_bytes(form, weight.groups());
         }
         begin += count;
@@ -137,19 +118,14 @@ std::shared_ptr<const Plan> PreparedWeight::make_plan(const Weight& weight, int6
             const int32_t width = widths[part.partition];
             segment.check_active(width);
             const DecoderForm form = form_of(weight.decoder_kind, width);
-            const int64_t shared = shared_decoder_bytes(form, width);
-            const size_t partitions = segment.output_sizes.size();
+            const int64_t shared = shared_decoder_bytes(form, width), partitions = segment.output_sizes.size();
             const uint8_t* own = decoders + segments_[index].decoders[width];
-            // Of the partition; nullptr without codebooks, or where the kernel has no use for it.
-            const auto own_part = [&](const std::vector<uint8_t>& tables) {
-                return tables.empty() ? nullptr : tables.data() + part.partition * tables.size() / partitions;
-            };
+            const std::vector<uint8_t>& codebooks = segments_[index].codebooks[width];
             plan->rows.push_back({
                 .pairs = planes + 2 * row * row_bytes,
                 .planes = planes + row * row_bytes,
                 .decoders = own + partitions * shared + row * decoder_bytes(form, weight.groups()),
-                .by_index = own_part(segments_[index].by_index[width]),
-                .by_place = own_part(segments_[index].by_place[width]),
+                .codebook = codebooks.empty() ? nullptr : codebooks.data() + part.partition * shared,
                 .width = width,
                 .first = first + part.first,
                 .count = part.count,

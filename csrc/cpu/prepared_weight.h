@@ -36,7 +36,7 @@ class PreparedWeight : public Weight::Prepared {
         int64_t plane_stride;                         // bytes of a plane
         std::array<int64_t, kMaxWidth + 1> decoders;  // for each width that has some, where they begin
         // The codebooks of each width, one for each partition, as TileRow has them.
-        std::array<std::vector<uint8_t>, kMaxWidth + 1> by_index, by_place;
+        std::array<std::vector<uint8_t>, kMaxWidth + 1> codebooks;
     };
 
     // Of segments whose planes and decoders have been checked.

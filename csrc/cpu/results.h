@@ -30,10 +30,7 @@ struct Decoder {
     }
 
     // Of the second part of a codebook's wide slice.
-    Decoder fine() const {
-        const typename Lanes::Floats unit = Lanes::broadcast(kFineUnit);
-        return {Lanes::multiply(scale, unit), Lanes::multiply(offset, unit)};
-    }
+    Decoder fine() const { return {Lanes::multiply(scale, Lanes::broadcast(kFineUnit)), Lanes::zero()}; }
 };
 
 // The decoders of a row of tiles, as decoder_bytes in layout.h says that they lie. The form is told apart for each
@@ -53,7 +50,13 @@ class RowDecoders {
             steps_[lane] = std::bit_cast<float>(static_cast<uint32_t>(steps[lane]) << kBFloat16Shift);
         }
         data_ += count * static_cast<int64_t>(sizeof(steps[0]));
-        negative_middle_ = -0.5f * static_cast<float>((1 << row.width) - 1);
+        if (form_ == DecoderForm::kCodebook) {
+            // The zero of both parts is taken off the first one, which is exact still, so that a weight is rounded
+            // once.
+            negative_middle_ = row.width > kWidestWhole ? -kZeroLevel * (1.0f + kFineUnit) : -kZeroLevel;
+        } else {
+            negative_middle_ = -0.5f * static_cast<float>((1 << row.width) - 1);
+        }
     }
 
     MATQUANT_INLINE Decoder<Lanes> of_group(int64_t group) const {
@@ -68,7 +71,7 @@ class RowDecoders {
             const uint8_t* decoder = data_ + group * kTileRows;
             __builtin_prefetch(decoder + kPrefetchBytes);
             const typename Lanes::Floats scale = Lanes::multiply(Lanes::load_unsigned(decoder), Lanes::load(steps_));
-            return {scale, Lanes::multiply(scale, Lanes::broadcast(-kZeroLevel))};
+            return {scale, Lanes::multiply(scale, Lanes::broadcast(negative_middle_))};
         }
         constexpr int64_t kBytes = 2 * kTileRows;
         const uint8_t* decoder = data_ + group * kBytes;

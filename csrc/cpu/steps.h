@@ -35,7 +35,7 @@ MATQUANT_INLINE inline void repeat(Body body) {
 // ones, and its lower ones, the second bytes, elsewhere.
 struct ByteSteps {
     static constexpr bool kSecondBytes = true;
-    static constexpr bool kByPlace = false;
+    static constexpr bool kFastLookUps = false;  // whether a register's look-ups take hardly longer than reading it
     template <int bits>
     static constexpr int kSums = bits / 8;
     template <int bits>
@@ -82,7 +82,7 @@ struct ByteSteps {
 // of an activation of 16 bits, so there are no second bytes.
 struct WordSteps {
     static constexpr bool kSecondBytes = false;
-    static constexpr bool kByPlace = false;
+    static constexpr bool kFastLookUps = false;  // whether a register's look-ups take hardly longer than reading it
     template <int bits>
     static constexpr int kSums = bits == 24 ? 2 : 1;
     template <int bits>

@@ -20,7 +20,7 @@ template <int width, int pairs>
 struct TilePlanes {
     const TileRow& row;
     int64_t plane_stride;
-    const uint8_t* codebook = nullptr;  // what levels are looked up in, as the kernel wants it
+    const uint8_t* codebook = nullptr;  // what levels are looked up in, [planes, places, entries]
 
     template <int plane>
     MATQUANT_INLINE const uint8_t* address(int64_t tile) const {
@@ -74,36 +74,41 @@ struct PackedTile {
 // The bytes of one tile, and the levels that a codebook gives its codes.
 template <class Lanes, int width, int pairs>
 struct LevelTile {
+    using Codes = typename Lanes::Codes;
+    using Look = Entries<Lanes>;
     PackedTile<Lanes, width, pairs> packed;
     const uint8_t* codebook;
 
     MATQUANT_INLINE LevelTile(const TilePlanes<width, pairs>& source, int64_t tile)
         : packed(source, tile), codebook(source.codebook) {}
 
+    // The sums are modulo 256: 256 less a level's byte is that of the other sign.
     template <int step>
-    MATQUANT_INLINE typename Lanes::Codes codes() const {
-        return look_up<Lanes, width>(codebook, packed.template codes<step>());
+    MATQUANT_INLINE Codes codes() const {
+        constexpr int kHalf = step / 4, kPlace = step % 4;
+        const Codes& index = packed.planes[kHalf];
+        const auto entries = [&](auto plane) MATQUANT_INLINE {
+            return Look::look_up(codebook + (plane * kPlaces + kPlace) * kEntries, index);
+        };
+        Codes levels = entries(std::integral_constant<int, 0>());
+        const auto add_where = [&](const Codes& bytes, auto bit, auto plane) MATQUANT_INLINE {
+            levels = Look::add_bytes(levels, Look::keep_where(entries(plane), bytes, 1 << bit));
+        };
+        repeat<2 * (pairs - 1)>([&](auto bit) MATQUANT_INLINE {
+            add_where(packed.planes[2 * (bit / 2 + 1) + kHalf], std::integral_constant<int, 2 * kPlace + 1 - bit % 2>(),
+                      std::integral_constant<int, 1 + bit>());
+        });
+        repeat<width - 2 * pairs>([&](auto single) MATQUANT_INLINE {
+            add_where(packed.planes[2 * pairs + single], std::integral_constant<int, step>(),
+                      std::integral_constant<int, 2 * pairs - 1 + single>());
+        });
+        return Look::negate_where(levels, index, kPlace < kPlaces / 2 ? kFirstHalfSign : kLastHalfSign);
     }
 };
 
-// The same for kernels that look entries up place by place. What they give for step s is not of its four columns, but
-// of the place s % 4 in each of the four steps that s is one of; activations lie in this order too (by_place).
-template <class Lanes, int width, int pairs>
-struct PlaceTile;
-
 // What is multiplied with activations: codes, or levels from a codebook.
 template <class Lanes, bool codebook, int width, int pairs>
-using Tile = std::conditional_t<
-    codebook, std::conditional_t<Lanes::kByPlace, PlaceTile<Lanes, width, pairs>, LevelTile<Lanes, width, pairs>>,
-    PackedTile<Lanes, width, pairs>>;
-
-// Where a row of tiles has the codebook that the kernel looks entries up in.
-template <class Lanes>
-const uint8_t* codebook_of(const TileRow& row) {
-    return Lanes::kByPlace ? row.by_place : row.by_index;
-}
-template <class Lanes>
-constexpr int kCodebookPlaneBytes = Lanes::kByPlace ? kEntryPlaneBytes : kIndexPlaneBytes;
+using Tile = std::conditional_t<codebook, LevelTile<Lanes, width, pairs>, PackedTile<Lanes, width, pairs>>;
 
 // Unpacks tiles to codes, or levels from a codebook, [steps, rows, 64], those of one row.
 template <class Lanes, bool has_codebook, int width, int pairs, int rows, int64_t prefetch_bytes>

@@ -13,7 +13,15 @@ import torch
 
 from tests.checkpoint.samples import decoder_bytes, random_codebook, random_decoder, same_decoder
 from tests.checkpoint.test_decoder import float32
-from vllm_matquant.checkpoint.codebook import Codebook, CodebookForm, collect_signs, entry_index, with_signs
+from vllm_matquant.checkpoint.codebook import (
+    Codebook,
+    CodebookForm,
+    by_column,
+    by_four,
+    collect_signs,
+    entry_index,
+    with_signs,
+)
 from vllm_matquant.checkpoint.decoder import CODEBOOK, Decoder, TensorSpec, join_rows
 from vllm_matquant.checkpoint.errors import DecoderValueError
 from vllm_matquant.checkpoint.spec import WIDTHS
@@ -56,9 +64,9 @@ def random_codes(width: int, rows: int, columns: int, seed: int) -> torch.Tensor
 
 def index_by_hand(codes: list[int], column: int, width: int) -> int:
     """The index of the four that a column is in: two bits of each of its columns, 0 for those that are not there."""
-    first, index = column - column % 4, 0
+    first, index = column - column % 16 + column % 4, 0
     for place in range(4):
-        code = codes[first + place] if first + place < len(codes) else 0
+        code = codes[first + 4 * place] if first + 4 * place < len(codes) else 0
         index += (code // 2 ** (width - 2)) * 4**place
     return index
 
@@ -85,7 +93,7 @@ def weights_by_hand(decoder: Decoder, codes: torch.Tensor, group_size: int) -> l
         weights.append([])
         for column, code in enumerate(own):
             index = index_by_hand(own, column, width)
-            level = level_by_hand(parts["codebook"], index, column % 4, code, width)
+            level = level_by_hand(parts["codebook"], index, column % 16 // 4, code, width)
             scale = parts["scale"][row][column // group_size] * Fraction(parts["step"][row][0])
             weights[-1].append(float32(scale * level))
     return weights
@@ -117,21 +125,22 @@ def test_what_codebooks_mean(width: int, rows: int, columns: int, group_size: in
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_code_of_a_four_at_every_place(width: int) -> None:
-    """All codes of one place while the others have a random one, each place in its turn."""
+    """All codes of one column while the others have a random one, each column of a block in its turn."""
     decoder = random_stored(width, 2**width, 1, seed=width)
-    for place in range(4):
-        codes = random_codes(width, 1, 4, place).repeat(2**width, 1)
-        codes[:, place] = torch.arange(2**width)
-        assert decoder.decode(codes).tolist() == weights_by_hand(decoder, codes, 4)
+    for column in range(16):
+        codes = random_codes(width, 1, 16, column).repeat(2**width, 1)
+        codes[:, column] = torch.arange(2**width)
+        assert decoder.decode(codes).tolist() == weights_by_hand(decoder, codes, 16)
 
 
-@pytest.mark.parametrize("columns", [1, 4, 7, 8, 30])
+@pytest.mark.parametrize("columns", [1, 4, 7, 8, 16, 30, 48])
 def test_entry_index(columns: int) -> None:
     for width in WIDTHS:
         codes = random_codes(width, 3, columns, width)
         found = entry_index(codes, width)
         assert found.dtype == torch.int32
-        expected = [[index_by_hand(own, column, width) for column in range(0, columns, 4)] for own in codes.tolist()]
+        fours = [column for column in range(-(-columns // 16) * 16) if column % 16 < 4]
+        expected = [[index_by_hand(own, column, width) for column in fours] for own in codes.tolist()]
         assert found.tolist() == expected
         assert torch.equal(entry_index(codes[1], width), found[1])
 
@@ -481,3 +490,14 @@ def test_groups_that_do_not_cover_the_columns(groups: int, group_size: int | Non
     values = random_codebook(3, torch.ones(2, groups), torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=message):
         values.decode(random_codes(3, 2, 12, 0), group_size)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 16, 23, 48])
+def test_fours_of_columns(columns: int) -> None:
+    values = torch.arange(2 * columns).view(2, columns) + 1
+    fours = by_four(values)
+    assert fours.shape == (2, -(-columns // 16) * 4, 4)
+    for row, four, place in itertools.product(range(2), range(fours.shape[1]), range(4)):
+        column = four // 4 * 16 + four % 4 + 4 * place
+        assert fours[row, four, place] == (values[row, column] if column < columns else 0)
+    assert torch.equal(by_column(fours, columns), values)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.samples import decoder_bytes, decoder_names
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, WidthError
 from vllm_matquant.checkpoint.slicing import SLICE_RULES, Slicing
 from vllm_matquant.checkpoint.spec import WIDTHS, Format
@@ -33,6 +33,20 @@ def test_group_that_does_not_divide_names_those_that_would(group_size: Any, in_f
         ConfigError, match=f"some.layer: found {group_size}, .* {in_features} input features: {fitting}$"
     ):
         Format(group_size=group_size).group_size_of(in_features, "some.layer")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "message"),
+    [
+        (24, 96, 'found 24, expected a divisor of its 96 input features and multiple of 16: 16, 32, 48, "channel"'),
+        (8, 64, 'found 8, expected a divisor of its 64 input features and multiple of 16: 16, 32, "channel"'),
+        ("channel", 40, "in_features of some.layer: found 40, expected a multiple of 16"),
+        (8, 24, "in_features of some.layer: found 24, expected a multiple of 16"),
+    ],
+)
+def test_groups_that_part_fours_of_columns_are_refused(group_size: Any, in_features: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Format(group_size=group_size, decoder_kind=CODEBOOK).group_size_of(in_features, "some.layer")
 
 
 def test_group_sizes_of_single_layers(kind: DecoderKind) -> None:

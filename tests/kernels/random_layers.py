@@ -142,11 +142,11 @@ class Layer:
 
 def look_up(codes: np.ndarray, planes: np.ndarray, width: int) -> np.ndarray:
     """Levels of codes of ``width`` bits by the definition of the format, weight by weight."""
-    padded = np.pad(codes.astype(np.int64), ((0, 0), (0, -codes.shape[1] % 4)))
+    padded = np.pad(codes.astype(np.int64), ((0, 0), (0, -codes.shape[1] % 16)))
     levels = np.empty(codes.shape)
     for column in range(codes.shape[1]):
-        first, place = column // 4 * 4, column % 4
-        top = padded[:, first : first + 4] >> (width - 2)
+        first, place = column // 16 * 16 + column % 4, column % 16 // 4
+        top = padded[:, first : first + 16 : 4] >> (width - 2)
         index = top[:, 0] + 4 * top[:, 1] + 16 * top[:, 2] + 64 * top[:, 3]
         entry, changed = index % 64, index & (128 if place < 2 else 64) != 0
         bits = [padded[:, column] >> (width - 3 - bit) & 1 for bit in range(width - 2)]

@@ -90,7 +90,7 @@ def least_squares(weight: torch.Tensor, hessian: torch.Tensor, codes: torch.Tens
     design = torch.zeros(*codes.shape, count, dtype=torch.float64)
     for row in range(codes.shape[0]):
         for column in range(codes.shape[1]):
-            four, place = int(index[row, column // 4]), column % 4
+            four, place = int(index[row, column // 16 * 4 + column % 4]), column % 16 // 4
             at = four % 64 * 4 + place
             signed = scale[row, column] * (-1 if four & (128 if place < 2 else 64) else 1)
             design[row, column, at] = signed
@@ -114,8 +114,8 @@ def test_levels_and_increments_are_least_squares(
     hessian = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(32)
     book = book_of(weight, hessian, width)
     codes = some_codes(40, 32, width, seed)
-    codes[:, 2::4] &= 2 ** (width - 2) - 1  # few entries, so that the data determines most of what they are
-    codes[:, 3::4] &= 2 ** (width - 2) - 1
+    # Few entries, so that the data determines most of what they are.
+    codes.unflatten(1, (-1, 4, 4))[:, :, 2:] &= 2 ** (width - 2) - 1
     monkeypatch.setattr(codebook_fit, "_ROUNDS_OF_SIGNS", 1)
     monkeypatch.setattr(torch, "where", lambda condition, kept, found: found)  # increments may be negative too
     least = least_squares(weight, hessian, codes, book)

@@ -131,13 +131,13 @@ def changed_codebook(start: Any, codes: torch.Tensor, width: int) -> tuple[torch
     change = torch.zeros(scales + (width - 1) * 256, requires_grad=True)
     size = start.levels.square().mean().sqrt()
     moved = torch.cat([start.levels[None], start.increments]) + size * change[scales:].view(width - 1, 64, 4)
-    top = (codes >> (width - 2)).long().unflatten(1, (-1, 4))
-    columns = torch.arange(codes.shape[1])
-    index = (top * torch.tensor([1, 4, 16, 64])).sum(-1)[:, columns // 4]
-    entry, sign = index % 64, 1 - 2 * (index >> torch.where(columns % 4 < 2, 7, 6) & 1)
-    level = moved[0][entry, columns % 4]
+    top, columns = (codes >> (width - 2)).long().unflatten(1, (-1, 4, 4)), torch.arange(codes.shape[1])
+    index = (top * torch.tensor([1, 4, 16, 64])[:, None]).sum(2)[:, columns // 16, columns % 4]
+    place = columns % 16 // 4
+    entry, sign = index % 64, 1 - 2 * (index >> torch.where(place < 2, 7, 6) & 1)
+    level = moved[0][entry, place]
     for bit in range(width - 2):
-        level = level + moved[bit + 1][entry, columns % 4] * (codes >> (width - 3 - bit) & 1)
+        level = level + moved[bit + 1][entry, place] * (codes >> (width - 3 - bit) & 1)
     scale = start.scale * (1 + change[:scales].view_as(start.scale))
     return sign * level * scale.repeat_interleave(GROUP, 1), change
 

@@ -264,8 +264,11 @@ def test_factors_and_blocks() -> None:
 
 
 def test_fours_stay_together_in_the_order() -> None:
-    diagonal = torch.tensor([1.0, 1, 1, 1, 9, 0, 0, 0, 0, 0, 0, 20])
-    assert order_of_fours(torch.diag(diagonal)).tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
+    diagonal = torch.zeros(32)
+    diagonal[[7, 18, 30, 1]] = torch.tensor([9.0, 4, 4, 2])
+    order = order_of_fours(torch.diag(diagonal)).view(-1, 4).tolist()
+    assert order[:3] == [[3, 7, 11, 15], [18, 22, 26, 30], [1, 5, 9, 13]]
+    assert order[3:] == [[each, each + 4, each + 8, each + 12] for each in (0, 2, 16, 17, 19)]
 
 
 def test_faulty_arguments_are_refused() -> None:

@@ -73,16 +73,16 @@ def test_steps_of_a_codebook_are_those_of_torch(width: int, seed: int) -> None:
     optimizer = torch.optim.Adam([scales, planes], betas=(0.9, 0.99), eps=1e-12)
     trained = TrainedCodebook(start)
     columns = torch.arange(48)
-    top = (codes >> (width - 2)).long().unflatten(1, (12, 4))
-    index = (top[..., 0] + 4 * top[..., 1] + 16 * top[..., 2] + 64 * top[..., 3])[:, columns // 4]
-    entry, sign = index % 64, 1 - 2 * (index >> torch.where(columns % 4 < 2, 7, 6) & 1)
+    top, place = (codes >> (width - 2)).long().unflatten(1, (3, 4, 4)), columns % 16 // 4
+    index = (top * torch.tensor([1, 4, 16, 64])[:, None]).sum(2)[:, columns // 16, columns % 4]
+    entry, sign = index % 64, 1 - 2 * (index >> torch.where(place < 2, 7, 6) & 1)
     for step in range(1, 6):
         rate = 0.01 / step
         optimizer.param_groups[0]["lr"] = rate
         moved = torch.cat([start.levels[None], start.increments]) + size * planes
-        level = moved[0][entry, columns % 4]
+        level = moved[0][entry, place]
         for bit in range(width - 2):
-            level = level + moved[bit + 1][entry, columns % 4] * (codes >> (width - 3 - bit) & 1)
+            level = level + moved[bit + 1][entry, place] * (codes >> (width - 3 - bit) & 1)
         weight = sign * level * (start.scale * (1 + scales)).repeat_interleave(16, 1)
         torch.testing.assert_close(trained.decode(codes), weight.detach(), rtol=1e-4, atol=1e-4)
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.random_models import randomized
-from vllm_matquant.checkpoint.codebook import Codebook, signs, with_signs
+from vllm_matquant.checkpoint.codebook import Codebook, by_column, by_four, signs, with_signs
 from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
@@ -66,7 +66,7 @@ def _quantize_by_codebooks(
     """As :func:`quantize`, of weights [N, groups, columns]: the nearest of random entries, and further bits that halve
     what is around it. Levels and increments of each width have some noise, so that layers, widths and places differ."""
     scale = groups.abs().amax(-1)
-    fours = (groups / scale[..., None]).flatten(1).unflatten(1, (-1, 4))
+    fours = by_four((groups / scale[..., None]).flatten(1))
     generator = torch.Generator().manual_seed(int(groups.abs().sum() * 1000))
     entries = 0.5 * torch.randn(64, 4, generator=generator)
     indexed = with_signs(entries)
@@ -74,7 +74,7 @@ def _quantize_by_codebooks(
     off = (fours - indexed[nearest]) * signs(fours)[nearest // 64]
     further = ((off + REACH) * 32 / REACH).floor().clamp(0, 63).to(torch.uint8)
     top = (nearest[..., None] >> torch.tensor([0, 2, 4, 6]) & 3).to(torch.uint8)
-    codes = (top << 6 | further).flatten(1)
+    codes = by_column(top << 6 | further, groups[0].numel())
     decoders = {}
     for width in checkpoint_format.widths_of(layer):
         noise = torch.rand(width - 1, 64, 4, generator=generator) - 0.5

@@ -1,9 +1,12 @@
-"""Codebooks: the two top bits of four adjacent columns name one of 64 fours of weights, and the signs of its halves.
+"""Codebooks: the two top bits of four columns name one of 64 fours of weights, and the signs of its halves.
 
 Each further bit of a weight's code adds an increment to its size, which depends on the four and on the weight's place
 in it. So the code of a width is a prefix of that of every wider one, as it is where each weight has a scale and an
 offset, and the planes hold the same bits. A layer has one codebook for each width; a row and group of columns has a
 scale.
+
+Of each 16 columns, those that are the same modulo four are a four: where four steps of four columns lie in the bits of
+four bytes, as in the tiles that kernels read, each byte is the index of a four.
 
 Fours of weights are about as likely as their mirror images, so that signs for halves save three quarters of a codebook
 for 2 or 3 % of the error, and 64 bytes are one register of a processor.
@@ -22,6 +25,7 @@ from vllm_matquant.checkpoint.decoder_form import Decoder, DecoderForm, TensorSp
 from vllm_matquant.checkpoint.multiples import least_steps, multiples
 
 PLACES = 4  # columns whose two top bits are one index
+BLOCK_COLUMNS = 16  # so many are four fours: columns 0, 4, 8 and 12, then 1, 5, 9 and 13, and so on
 ENTRIES = 64
 _SIGNS = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [-1, -1, 1, 1], [-1, -1, -1, -1]], dtype=torch.int8)
 WIDEST_WHOLE = 4  # widths up to this one have levels of 8 bits; csrc/decoder.h has it too
@@ -30,10 +34,10 @@ FINE = 16  # so many units of what is added to the levels of wider ones are one 
 
 
 def entry_index(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """Which entry of the codebook each four adjacent columns have, and with which signs.
+    """Which entry of the codebook each four of columns has, and with which signs.
 
     Args:
-        codes: uint8 [..., in_features] of ``width`` bits; columns past the last of a four count as codes of 0.
+        codes: uint8 [..., in_features] of ``width`` bits; columns past the last one count as codes of 0.
         width: of the codes.
 
     Returns:
@@ -41,10 +45,20 @@ def entry_index(codes: torch.Tensor, width: int) -> torch.Tensor:
         are the number of the entry; the seventh is set where the last two places change their signs, the eighth where
         the first two do.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % PLACES)).contiguous()
-    fours = padded.view(torch.int32) >> (width - 2)  # the first column is the lowest byte
-    fours = fours & 0x03030303
-    return (fours | fours >> 6 | fours >> 12 | fours >> 18) & 0xFF
+    first, second, third, last = by_four(codes >> (width - 2)).unbind(-1)
+    return (first | second << 2 | third << 4 | last << 6).int()
+
+
+def by_four(columns: torch.Tensor) -> torch.Tensor:
+    """Columns in fours: [..., in_features] to [..., fours, 4]; those past the last one are zeros."""
+    padded = torch.nn.functional.pad(columns, (0, -columns.shape[-1] % BLOCK_COLUMNS))
+    return padded.unflatten(-1, (-1, PLACES, BLOCK_COLUMNS // PLACES)).transpose(-1, -2).flatten(-3, -2)
+
+
+def by_column(fours: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The inverse of :func:`by_four`: [..., fours, 4] to [..., in_features]."""
+    blocks = fours.unflatten(-2, (-1, BLOCK_COLUMNS // PLACES)).transpose(-1, -2)
+    return blocks.flatten(-3)[..., :in_features]
 
 
 def with_signs(entries: torch.Tensor) -> torch.Tensor:
@@ -109,10 +123,10 @@ class Codebook:
             float32 [out_features, in_features].
         """
         index, columns = entry_index(codes, self.width), codes.shape[-1]
-        levels = embedding(index, with_signs(self.levels.float())).flatten(-2)[..., :columns]
+        levels = by_column(embedding(index, with_signs(self.levels.float())), columns)
         for bit, increments in enumerate(with_signs(self.increments.float()), start=1):
             is_set = codes >> (len(self.increments) - bit) & 1
-            levels += embedding(index, increments).flatten(-2)[..., :columns].mul_(is_set)
+            levels = levels + by_column(embedding(index, increments), columns) * is_set
         return levels
 
     def decode(self, codes: torch.Tensor, group_size: int | None = None) -> torch.Tensor:

@@ -41,7 +41,7 @@ import torch
 from vllm_matquant.checkpoint.affine import Affine as Affine
 from vllm_matquant.checkpoint.affine import dequantize as dequantize
 from vllm_matquant.checkpoint.affine import middle_code as middle_code
-from vllm_matquant.checkpoint.codebook import CodebookForm
+from vllm_matquant.checkpoint.codebook import BLOCK_COLUMNS, CodebookForm
 from vllm_matquant.checkpoint.decoder_form import Decoder as Decoder
 from vllm_matquant.checkpoint.decoder_form import DecoderForm as DecoderForm
 from vllm_matquant.checkpoint.decoder_form import TensorSpec as TensorSpec
@@ -162,12 +162,14 @@ class DecoderKind:
         format_version: the first version of the format that has this kind.
         forms: of the decoders of each width from 2 up.
         affine: whether decoders are scales and offsets.
+        group_multiple: what the columns of a group must be a multiple of.
     """
 
     name: str
     format_version: int
     forms: tuple[DecoderForm, ...]
     affine: bool = True
+    group_multiple: int = 1
 
     def form(self, width: int) -> DecoderForm:
         """How the decoders of a width are stored."""
@@ -180,7 +182,9 @@ class DecoderKind:
 
 AFFINE_FLOAT16 = DecoderKind("affine-float16", 1, 7 * (FLOAT16,))
 AFFINE_INT8 = DecoderKind("affine-int8", 2, 3 * (INT8,) + 4 * (FLOAT16,))  # csrc/decoder.h has it too
-CODEBOOK = DecoderKind("codebook-4d", 3, tuple(map(CodebookForm, range(2, 9))), affine=False)
+CODEBOOK = DecoderKind(
+    "codebook-4d", 3, tuple(map(CodebookForm, range(2, 9))), affine=False, group_multiple=BLOCK_COLUMNS
+)
 KINDS: dict[str, DecoderKind] = {kind.name: kind for kind in (AFFINE_FLOAT16, AFFINE_INT8, CODEBOOK)}
 """The kinds of decoders that the format has, by their names in config.json."""
 

@@ -130,21 +130,24 @@ class Format:
         Raises:
             ConfigError: no such group size divides ``in_features``; the message lists those that would.
         """
-        if in_features % 8:
-            raise ConfigError(where, f"in_features of {layer}", in_features, "a multiple of 8 (ignore the layer)")
+        unit = max(8, self.decoder_kind.group_multiple)
+        if in_features % unit:
+            raise ConfigError(where, f"in_features of {layer}", in_features, f"a multiple of {unit} (ignore the layer)")
         setting = self.group_size_setting(layer)
         if setting == "channel":
             return in_features
         sizes = GROUP_SIZES if setting == "auto" else (setting,)
         for size in sizes:
-            if in_features % size == 0:
+            if in_features % size == 0 and size % unit == 0:
                 return size
-        fitting = [size for size in range(8, min(in_features, GROUP_SIZES[0] + 1), 8) if in_features % size == 0]
+        fitting = [size for size in range(unit, min(in_features, GROUP_SIZES[0] + 1), unit) if in_features % size == 0]
         raise ConfigError(
             where,
             f"group_size for {layer}",
             setting,
-            f"a divisor of its {in_features} input features: " + ", ".join(map(str, [*fitting, '"channel"'])),
+            f"a divisor of its {in_features} input features"
+            + (f" and multiple of {unit}: " if unit > 8 else ": ")
+            + ", ".join(map(str, [*fitting, '"channel"'])),
         )
 
     def tensors_of_layer(

@@ -16,6 +16,8 @@ from vllm_matquant.checkpoint.codebook import (
     ENTRIES,
     PLACES,
     Codebook,
+    by_column,
+    by_four,
     collect_signs,
     entry_index,
     signs,
@@ -87,15 +89,15 @@ def start_books(weight: torch.Tensor, hessian: torch.Tensor, group_size: int, wi
     """The codebook of each width to start from: entries by k-means, further bits spread over the fours of each entry.
 
     Args:
-        weight: float32 [out_features, in_features], in_features a multiple of 4.
+        weight: float32 [out_features, in_features], in_features and a group's columns multiples of 16.
         hessian: float32 [in_features, in_features].
         group_size: columns that share a scale.
         widths: ascending.
     """
     scale = group_scales(weight, group_size)
     per_column = scale.repeat_interleave(group_size, 1)
-    fours = torch.where(per_column > 0, weight / per_column, 0).unflatten(1, (-1, PLACES)).flatten(0, 1)
-    importance = (per_column.square() * hessian.diagonal()).unflatten(1, (-1, PLACES)).flatten(0, 1)
+    fours = by_four(torch.where(per_column > 0, weight / per_column, 0)).flatten(0, 1)
+    importance = by_four(per_column.square() * hessian.diagonal()).flatten(0, 1)
     importance = importance / importance.mean().clamp(min=1e-30)
     entries = find_entries(fours, importance)
     low, high = _extents(fours, entries, importance)
@@ -213,7 +215,7 @@ class LinearCodebook:
     """The decoded weight as a linear function of levels and increments [width - 1, 64, 4], codes and scales fixed."""
 
     def __init__(self, codes: torch.Tensor, book: Codebook) -> None:
-        self._book, self._index = book, entry_index(codes, book.width).flatten()
+        self._book, self._index = book, entry_index(codes, book.width)
         self.scale = book.scale.float().repeat_interleave(codes.shape[1] // book.groups, 1)
         further = book.width - 2
         self._bits = [(codes >> (further - bit) & 1).float() for bit in range(1, further + 1)]
@@ -227,10 +229,10 @@ class LinearCodebook:
 
     def levels(self, values: torch.Tensor) -> torch.Tensor:
         """The same before scaling."""
-        values = with_signs(values)
-        total = embedding(self._index, values[0]).view(self.scale.shape)
+        values, columns = with_signs(values), self.scale.shape[1]
+        total = by_column(embedding(self._index, values[0]), columns)
         for bits, increments in zip(self._bits, values[1:], strict=True):
-            total.addcmul_(embedding(self._index, increments).view(self.scale.shape), bits)
+            total = total.addcmul(by_column(embedding(self._index, increments), columns), bits)
         return total
 
     def collect(self, weights: torch.Tensor) -> torch.Tensor:
@@ -247,5 +249,5 @@ class LinearCodebook:
     def _by_index(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over what has each index, and over what has each further bit besides: float32 [width - 1, 256, 4]."""
         parts = [weights, *(weights * bits for bits in self._bits)]
-        empty = torch.zeros(4 * ENTRIES, PLACES)
-        return torch.stack([empty.clone().index_add_(0, self._index, part.view(-1, PLACES)) for part in parts])
+        empty, index = torch.zeros(4 * ENTRIES, PLACES), self._index.flatten()
+        return torch.stack([empty.clone().index_add_(0, index, by_four(part).flatten(0, -2)) for part in parts])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_matquant.checkpoint.codebook import PLACES, Codebook, with_signs
+from vllm_matquant.checkpoint.codebook import PLACES, Codebook, by_four, with_signs
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.kernels import ops
@@ -16,9 +16,8 @@ from vllm_matquant.quantize.columns import BLOCK, chunks_of_rows, inverse_factor
 
 def order_of_fours(hessian: torch.Tensor) -> torch.Tensor:
     """int64 [in_features]: fours of columns by the sum of the Hessian's diagonal over each, the largest first."""
-    weight = hessian.diagonal().unflatten(0, (-1, PLACES)).sum(1)
-    fours = weight.argsort(descending=True, stable=True)
-    return (PLACES * fours.unsqueeze(1) + torch.arange(PLACES)).flatten()
+    fours = by_four(hessian.diagonal()).sum(1).argsort(descending=True, stable=True)
+    return by_four(torch.arange(len(hessian)))[fours].flatten()
 
 
 def blocks_of(matrix: torch.Tensor) -> torch.Tensor:
@@ -49,7 +48,7 @@ class FourSolver:
         columns make up for.
 
         Args:
-            weight: float32 [out_features, in_features], in_features a multiple of 4.
+            weight: float32 [out_features, in_features], in_features and a group's columns multiples of 16.
             hessian: float32 [in_features, in_features], positive definite.
             books: one for each width.
 

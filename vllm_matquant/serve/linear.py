@@ -189,7 +189,8 @@ class MatquantLinearMethod(LinearMethodBase):
         group_size = self.format.group_size_of(input_size, self.parts[0])
         per_channel = setting == "channel"
         if per_channel:
-            group_size, unit, hint = in_features, 8, "so that it starts on a byte of every plane"
+            group_size, hint = in_features, "so that it starts on a byte of every plane and parts no four of columns"
+            unit = max(8, self.format.decoder_kind.group_multiple)
         else:
             unit, hint = group_size, "the group size"
         if in_features % unit:
