@@ -1,26 +1,31 @@
-"""Compare this project's methods with dedicated quantizers of other projects, calibrated on the same tokens.
+"""Compare this project's methods with quantizers of other projects, calibrated on the same tokens.
 
-Results stay in the output folder, one folder for each quantized model; another run makes only what is not there yet.
+In every model the linear layers of the transformer blocks are quantized, and all else, the input embedding and the
+output head too, is the source's. Results stay in the output folder, one folder for each quantized model; another run
+makes only what is not there yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import vllm_matquant.cli.threads  # noqa: F401 - before torch
 
 # isort: split
+from llama_cpp_peer import MODEL_FILE, TYPES, WEIGHTS_FILE, llama_cpp_folder
+from matplotlib.figure import Figure
 from peer_quantizers import PEERS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -42,7 +47,7 @@ TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
 SETTINGS_FILE = "settings.json"
 RECORD_FILE = "record.json"  # in a model's folder: how it was made
-WEIGHTS_FILE = "weights.safetensors"  # a peer's dequantized weights
+LLAMA_CPP = "llama.cpp"  # the folder of what its types share, and their name in the picture
 LOG_LINES = 15  # of a failed command's log, to be shown
 
 Row = dict[str, Any]
@@ -53,6 +58,7 @@ class Candidate:
     """A quantized model: a nested parent of several widths, or a model made for one width.
 
     Attributes:
+        method: of ours, a peer or a type of llama.cpp.
         widths: that it is made for.
         judged: those of them to be evaluated.
     """
@@ -63,10 +69,14 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return self.method if len(self.widths) > 1 else f"{self.method}-{self.widths[0]}"
+        """That of its folder."""
+        return self.method if len(self.widths) > 1 or self.method in TYPES else f"{self.method}-{self.widths[0]}"
 
     def command(self, folder: Path, options: argparse.Namespace, model: Path) -> list[str]:
         """What writes the model into ``folder``."""
+        if self.method in TYPES:
+            script = llama_cpp_command("quantize", options, model, folder)
+            return [*script, "--prepared", str(options.output / LLAMA_CPP), self.method]
         if self.method in PEERS:
             script = [str(options.peer_python), str(TOOLS / "peer_quantizers.py"), self.method, "--model", str(model)]
             script += ["--tokens", str(options.output / TOKENS_FILE), "--output", str(folder / WEIGHTS_FILE)]
@@ -81,13 +91,19 @@ class Candidate:
         return [*script, "--bits", ",".join(map(str, self.widths)), "--group-size", str(options.group_size)]
 
 
+def llama_cpp_command(job: str, options: argparse.Namespace, model: Path, folder: Path) -> list[str]:
+    """What runs a job of llama_cpp_peer.py that writes into ``folder``."""
+    script = [sys.executable, str(TOOLS / "llama_cpp_peer.py"), job, "--model", str(model), "--output", str(folder)]
+    return [*script, "--llama-cpp-folder", str(options.llama_cpp_folder)]
+
+
 class CandidateError(Exception):
     """A model could not be made."""
 
 
 def method_list(text: str) -> tuple[str, ...]:
-    """Parse names of methods: ours, ours for one width alone, and peers."""
-    known = [*METHODS, *(f"{name}{ONE_WIDTH}" for name in METHODS), *PEERS]
+    """Parse names of methods: ours, ours for one width alone, peers, and types of llama.cpp."""
+    known = [*METHODS, *(f"{name}{ONE_WIDTH}" for name in METHODS), *PEERS, *TYPES]
     methods = tuple(dict.fromkeys(text.split(",")))
     unknown = [name for name in methods if name not in known]
     if unknown:
@@ -106,7 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="The peers need an environment of their own, made with python -m venv PEERS && PEERS/bin/pip install "
-        "auto-round gptqmodel, and named with --peer-python PEERS/bin/python.",
+        "auto-round gptqmodel, and named with --peer-python PEERS/bin/python. llama.cpp's types need its source with a "
+        "build of llama-quantize, named with --llama-cpp-folder, and the package gguf.",
     )
     parser.add_argument("model", help="folder with config.json, safetensors files and tokenizer, or a name on the hub")
     parser.add_argument(
@@ -118,10 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         type=method_list,
-        default=DEFAULT_METHODS,
         metavar="NAME,...",
         help=f"methods of matquant quantize, each as one parent of all widths, or with {ONE_WIDTH} as a model for each "
-        f"width; and peers: {', '.join(PEERS)} (default: {','.join(DEFAULT_METHODS)})",
+        f"width; peers: {', '.join(PEERS)}; and llama.cpp's types: {', '.join(TYPES)}, each beside the width of its "
+        f"name (default: {','.join(DEFAULT_METHODS)}, and all types where there is a --llama-cpp-folder)",
     )
     parser.add_argument("--calibration", metavar="hf:NAME|FILE.txt|FILE.jsonl", help="default: a built-in text")
     parser.add_argument("--samples", type=positive, default=64, help="calibration windows (default: %(default)s)")
@@ -134,7 +151,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="interpreter that has the peers",
     )
+    parser.add_argument(
+        "--llama-cpp-folder",
+        type=llama_cpp_folder,
+        metavar="DIR",
+        help="llama.cpp's source, with build/bin/llama-quantize in it",
+    )
     return parser
+
+
+def widths_of(method: str) -> tuple[int, ...]:
+    """The widths that a model for one width is worth making at."""
+    if method in TYPES:
+        return (TYPES[method],)
+    return PEERS[method].widths if method in PEERS else WIDTHS
 
 
 def plan(methods: Sequence[str], widths: tuple[int, ...]) -> list[Candidate]:
@@ -144,7 +174,7 @@ def plan(methods: Sequence[str], widths: tuple[int, ...]) -> list[Candidate]:
         if method in METHODS:
             candidates.append(Candidate(method, WIDTHS, widths))
         else:
-            judged = [width for width in widths if method not in PEERS or width in PEERS[method].widths]
+            judged = [width for width in widths if width in widths_of(method)]
             candidates += [Candidate(method, (width,), (width,)) for width in judged]
     return candidates
 
@@ -185,15 +215,32 @@ def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None
     Raises:
         CandidateError: the process failed.
     """
-    finished, unfinished = options.output / candidate.name, options.output / f".{candidate.name}.unfinished"
-    if finished.exists():
+    if (options.output / candidate.name).exists():
         print(f"{candidate.name}: there already", flush=True)
         return
+    if candidate.method in TYPES and not (options.output / LLAMA_CPP).exists():
+        tokens = ["--tokens", str(options.output / TOKENS_FILE)]
+        fill(LLAMA_CPP, lambda folder: llama_cpp_command("prepare", options, model, folder) + tokens, options.output)
+    fill(candidate.name, lambda folder: candidate.command(folder, options, model), options.output)
+
+
+def fill(name: str, command_for: Callable[[Path], list[str]], output: Path) -> None:
+    """Make a folder in ``output`` by a process of its own. The folder appears once it is complete.
+
+    Args:
+        name: of the folder.
+        command_for: the command that fills a folder.
+        output: the folder of all results.
+
+    Raises:
+        CandidateError: the process failed.
+    """
+    finished, unfinished = output / name, output / f".{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir()
-    command = candidate.command(unfinished, options, model)
-    log = options.output / f"{candidate.name}.log"
-    print(f"{candidate.name}: started, see {log}", flush=True)
+    command = command_for(unfinished)
+    log = output / f"{name}.log"
+    print(f"{name}: started, see {log}", flush=True)
     start = time.perf_counter()
     with log.open("wb") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -202,13 +249,13 @@ def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None
         shutil.rmtree(unfinished)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         end = "\n".join([line for line in lines if line.strip()][-LOG_LINES:])
-        raise CandidateError(f"{candidate.name}: {command[:3]} ended with status {status}; the end of {log}:\n{end}")
-    if candidate.method in PEERS:
-        sync_file(unfinished / WEIGHTS_FILE)
+        raise CandidateError(f"{name}: {command[:3]} ended with status {status}; the end of {log}:\n{end}")
+    for file_of_peer in filter(Path.is_file, (unfinished / WEIGHTS_FILE, unfinished / MODEL_FILE)):
+        sync_file(file_of_peer)
     write_json(unfinished / RECORD_FILE, {"command": command, "seconds": seconds})
     os.replace(unfinished, finished)
-    sync_folder(options.output)
-    print(f"{candidate.name}: {seconds:.0f} s", flush=True)
+    sync_folder(output)
+    print(f"{name}: {seconds:.0f} s", flush=True)
 
 
 @dataclass(frozen=True)
@@ -216,7 +263,10 @@ class Entry:
     """A width of a model, to be evaluated.
 
     Attributes:
-        seconds: that quantizing took: for a peer from loading the source to its result, for ours the whole command.
+        seconds: that quantizing took: for a peer from loading the source to its result, for a type of llama.cpp the
+            conversion, the importance matrix and llama-quantize, for ours the whole command.
+        bits_per_weight: as stored, what decodes the codes included.
+        types: the share of the weights that is stored as each type, in a file of llama.cpp; empty of other models.
     """
 
     method: str
@@ -224,6 +274,7 @@ class Entry:
     seconds: float
     bits_per_weight: float
     weights_of: Path
+    types: Mapping[str, float] = field(default_factory=dict)
 
     def weights(self) -> LayerWeights:
         if self.weights_of.is_file():
@@ -235,18 +286,22 @@ class Entry:
 def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
     """What is to be evaluated of a model that was made."""
     folder = output / candidate.name
-    if candidate.method in PEERS:
+    if candidate.method in PEERS or candidate.method in TYPES:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             facts = file.metadata()
         (width,) = candidate.judged
         seconds, bits_per_weight = float(facts["seconds"]), float(facts["bits_per_weight"])
-        yield Entry(candidate.method, width, seconds, bits_per_weight, folder / WEIGHTS_FILE)
+        if candidate.method in TYPES:
+            seconds += read_json(output / LLAMA_CPP / RECORD_FILE)["seconds"]
+        types = json.loads(facts.get("types", "{}"))
+        yield Entry(candidate.method, width, seconds, bits_per_weight, folder / WEIGHTS_FILE, types)
         return
     checkpoint = open_checkpoint(folder)
     weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     seconds = read_json(folder / RECORD_FILE)["seconds"]
     for width in candidate.judged:
-        bits_per_weight = 8 * checkpoint.slice(width).resident_bytes / weights
+        stored = sum(tensor.nbytes for _, tensor in checkpoint.tensors(checkpoint.slice(width)))
+        bits_per_weight = 8 * (stored - checkpoint.unquantized_bytes()) / weights
         yield Entry(candidate.method, width, seconds, bits_per_weight, folder)
 
 
@@ -261,33 +316,65 @@ def judge(
             gap = math.log(quality["perplexity"] / quality["reference_perplexity"])
             row = {"method": entry.method, "bits": entry.bits, "text": text, "gap": gap} | quality
             row["beginning_of_text"] = measured_on.source["beginning_of_text"]
-            rows.append(row | {"seconds": entry.seconds, "bits_per_weight": entry.bits_per_weight})
+            row |= {"seconds": entry.seconds, "bits_per_weight": entry.bits_per_weight}
+            rows.append(row | ({"types": dict(entry.types)} if entry.types else {}))
     return rows
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """For each text a table in Markdown: gap and, in parentheses, KL divergence by method and width."""
-    widths = sorted({row["bits"] for row in rows})
+    """For each text a table in Markdown, and below all what llama.cpp's types are stored as."""
     lines = []
     for text in dict.fromkeys(row["text"] for row in rows):
-        of_text = {(row["method"], row["bits"]): row for row in rows if row["text"] == text}
-        loss = math.log(next(iter(of_text.values()))["reference_perplexity"])
-        lines += [f"{text}: log-perplexity above the source model's {loss:.4f} (KL divergence from it), in nats", ""]
-        lines += ["| method | " + " | ".join(f"{width} bits" for width in widths) + " | seconds, all widths |"]
-        lines += ["|---" * (len(widths) + 2) + "|"]
-        for method in dict.fromkeys(method for method, _ in of_text):
-            found = [of_text.get((method, width)) for width in widths]
-            cells = [f"{row['gap']:.4f} ({row['kl']:.4f})" if row else "" for row in found]
-            seconds = [row["seconds"] for row in found if row]
-            total = seconds[0] if method in METHODS else sum(seconds)  # one parent, or a model for each width
-            lines.append(f"| {method} | {' | '.join(cells)} | {total:.0f} |")
+        of_text = [row for row in rows if row["text"] == text]
+        loss = math.log(of_text[0]["reference_perplexity"])
+        lines += [f"{text}: KL divergence from the source model and log-perplexity above its {loss:.4f}, in nats", ""]
+        lines += ["| method | width | bits per weight as stored | KL divergence | log-perplexity | seconds |"]
+        lines += ["|---" * 6 + "|"]
+        for row in of_text:
+            quality = f"{row['kl']:.5f} | {row['gap']:.4f}"
+            lines.append(
+                f"| {row['method']} | {row['bits']} | {row['bits_per_weight']:.3f} | {quality} | {row['seconds']:.0f} |"
+            )
+        lines.append("")
+    stored = {row["method"]: row["types"] for row in rows if "types" in row}
+    if stored:
+        lines += ["Weights in llama.cpp's files:", ""]
+        for name, types in stored.items():
+            lines.append(f"- {name}: {', '.join(f'{share:.1%} {part}' for part, share in types.items())}")
         lines.append("")
     return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """For each text a panel: KL divergence against bits per weight as stored."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure = Figure(figsize=(7 * len(texts), 5), layout="constrained")
+    for panel, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        series: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["text"] == text:
+                series.setdefault(LLAMA_CPP if row["method"] in TYPES else row["method"], []).append(row)
+        for name, own in series.items():
+            own.sort(key=lambda row: row["bits_per_weight"])
+            style = "o-" if name in METHODS else "D" if name == LLAMA_CPP else "x--"
+            panel.plot([row["bits_per_weight"] for row in own], [row["kl"] for row in own], style, label=name)
+            for row in own if name in (*METHODS, LLAMA_CPP) else ():
+                label = row["method"] if name == LLAMA_CPP else row["bits"]
+                place = row["bits_per_weight"], row["kl"]
+                panel.annotate(label, place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        panel.set(title=text, yscale="log", xlabel="bits per weight as stored: codes, scales, codebooks")
+        panel.set_ylabel("KL divergence from the source, nats per token")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(file, dpi=130)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
+    methods = options.methods or (*DEFAULT_METHODS, *(TYPES if options.llama_cpp_folder else ()))
+    if not options.llama_cpp_folder and any(method in TYPES for method in methods):
+        parser.error("argument --llama-cpp-folder: found none, expected the folder of llama.cpp for its types")
     try:
         model = locate(options.model)
         matrices = SourceModel(model).matrices.values()
@@ -298,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for text in options.text
         }
         prepare(options, model)
-        planned, made = plan(options.methods, options.bits), []
+        planned, made = plan(methods, options.bits), []
         for candidate in planned:
             try:
                 make(candidate, options, model)
@@ -313,6 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, f"{parser.prog}: {error}\n")
     publish_json(options.output / "results.json", rows)
     publish_text(options.output / "results.md", tables(rows))
+    draw(rows, options.output / "results.png")
     print(tables(rows))
     return 0 if made == planned else 1
 

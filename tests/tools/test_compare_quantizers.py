@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import compare_quantizers
 import peer_quantizers
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -113,6 +115,28 @@ def test_rows(compared: Path, source: Path, text_file: Path, tmp_path: Path) -> 
         assert expected == {name: of_text["rtn", expected["bits"]][name] for name in expected}
 
 
+@pytest.mark.parametrize(("method", "bits_read"), [("matgptq", {2: 3, 8: 8}), ("nested-vq", {2: 2, 8: 8})])
+def test_bits_are_those_of_the_stored_tensors(
+    source: Path, tmp_path: Path, method: str, bits_read: dict[int, int]
+) -> None:
+    folder = tmp_path / method
+    arguments = ["--method", method, "--bits", "2,8", "--group-size", "32", "--samples", "3", "--sequence-length", "20"]
+    main(["quantize", str(source), "--output", str(folder), "--no-report", *arguments])
+    (folder / "record.json").write_text('{"seconds": 1}')
+    sizes = {}
+    for path in folder.glob("*.safetensors"):
+        sizes |= {name: tensor.nbytes for name, tensor in load_file(path).items()}
+    layers = block_layers(SourceModel(source))
+    weights = sum(4 * sizes[f"{layer}.weight_base"] for layer in layers)
+    candidate = compare_quantizers.Candidate(method, (2, 8), (2, 8))
+    for entry in compare_quantizers.entries(candidate, tmp_path):
+        # A rounded slice is decided by one bit more than it has.
+        planes = "|".join(f"plane{plane}" for plane in range(3, bits_read[entry.bits] + 1))
+        read = re.compile(rf".*\.weight_(base|{planes or '-'}|(?!plane)[a-z]+{entry.bits})")
+        stored = sum(size for name, size in sizes.items() if read.fullmatch(name))
+        assert entry.bits_per_weight == pytest.approx(8 * stored / weights)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 4])
 def test_peer_is_judged_by_its_weights(compared: Path, source: Path, text_file: Path, bits: int) -> None:
@@ -139,38 +163,71 @@ def test_all_calibrate_on_the_same_tokens(compared: Path, source: Path) -> None:
     assert "--calibration" not in asked
 
 
+FIGURES = {"text": "t.txt", "reference_perplexity": math.e}
+ROWS = [
+    {"method": "nested", "bits": 4, "bits_per_weight": 4.25, "gap": -0.00004, "kl": 0.0125, "seconds": 30.0} | FIGURES,
+    {"method": "nested", "bits": 2, "bits_per_weight": 2.25, "gap": 0.5, "kl": 0.625, "seconds": 30.0} | FIGURES,
+    {"method": "gptqmodel", "bits": 4, "bits_per_weight": 4.3125, "gap": 2, "kl": 3, "seconds": 11.6} | FIGURES,
+    {
+        "method": "Q2_K",
+        "bits": 2,
+        "bits_per_weight": 4.1,
+        "gap": 0.25,
+        "kl": 0.375,
+        "seconds": 7,
+        "types": {"Q4_0": 0.625, "Q3_K": 0.375},
+    }
+    | FIGURES,
+]
+ROWS.append(ROWS[0] | {"text": "u.txt", "reference_perplexity": 1.0})
+
+
 def test_table() -> None:
-    figures = {"text": "t.txt", "reference_perplexity": math.e}
-    rows = [
-        {"method": "nested", "bits": 2, "gap": 0.5, "kl": 0.625, "seconds": 30.0} | figures,
-        {"method": "nested", "bits": 4, "gap": -0.00004, "kl": 0.0125, "seconds": 30.0} | figures,
-        {"method": "nested-one-width", "bits": 2, "gap": 0.4, "kl": 0.5, "seconds": 20.0} | figures,
-        {"method": "nested-one-width", "bits": 4, "gap": 0.1, "kl": 0.1, "seconds": 15.0} | figures,
-        {"method": "gptqmodel", "bits": 4, "gap": 2, "kl": 3, "seconds": 11.6} | figures,
-    ]
-    rows.append(rows[0] | {"text": "u.txt", "reference_perplexity": 1.0})
-    # One parent's time is that of all its widths; those of models for one width add up.
     expected = """\
-t.txt: log-perplexity above the source model's 1.0000 (KL divergence from it), in nats
+t.txt: KL divergence from the source model and log-perplexity above its 1.0000, in nats
 
-| method | 2 bits | 4 bits | seconds, all widths |
-|---|---|---|---|
-| nested | 0.5000 (0.6250) | -0.0000 (0.0125) | 30 |
-| nested-one-width | 0.4000 (0.5000) | 0.1000 (0.1000) | 35 |
-| gptqmodel |  | 2.0000 (3.0000) | 12 |
+| method | width | bits per weight as stored | KL divergence | log-perplexity | seconds |
+|---|---|---|---|---|---|
+| nested | 4 | 4.250 | 0.01250 | -0.0000 | 30 |
+| nested | 2 | 2.250 | 0.62500 | 0.5000 | 30 |
+| gptqmodel | 4 | 4.312 | 3.00000 | 2.0000 | 12 |
+| Q2_K | 2 | 4.100 | 0.37500 | 0.2500 | 7 |
 
-u.txt: log-perplexity above the source model's 0.0000 (KL divergence from it), in nats
+u.txt: KL divergence from the source model and log-perplexity above its 0.0000, in nats
 
-| method | 2 bits | 4 bits | seconds, all widths |
-|---|---|---|---|
-| nested | 0.5000 (0.6250) |  | 30 |
+| method | width | bits per weight as stored | KL divergence | log-perplexity | seconds |
+|---|---|---|---|---|---|
+| nested | 4 | 4.250 | 0.01250 | -0.0000 | 30 |
+
+Weights in llama.cpp's files:
+
+- Q2_K: 62.5% Q4_0, 37.5% Q3_K
 """
-    assert compare_quantizers.tables(rows) == expected
+    assert compare_quantizers.tables(ROWS) == expected
+
+
+def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **more: saved.append(self) or save(self, *rest, **more))
+    compare_quantizers.draw(ROWS, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
+    first, second = saved[0].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in first.lines} == {
+        "nested": [[2.25, 0.625], [4.25, 0.0125]],
+        "gptqmodel": [[4.3125, 3]],
+        "llama.cpp": [[4.1, 0.375]],
+    }
+    assert [text.get_text() for text in first.texts] == ["2", "4", "Q2_K"]
+    assert [line.get_label() for line in second.lines] == ["nested"]
+    assert [panel.get_title() for panel in (first, second)] == ["t.txt", "u.txt"]
+    assert first.get_yscale() == "log"
 
 
 def test_what_is_written_and_printed(compared: Path) -> None:
     rows = json.loads((compared / "results.json").read_text())
     assert (compared / "results.md").read_text() == compare_quantizers.tables(rows)
+    assert (compared / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_commands_of_models_for_one_width(source: Path, tmp_path: Path) -> None:
@@ -263,6 +320,8 @@ def test_results_of_other_settings(
     ("changes", "status", "message"),
     [
         ({"--methods": "nested,magic"}, 2, "argument --methods: found 'magic', expected some of nested"),
+        ({"--methods": "nested,Q8_0"}, 2, "argument --llama-cpp-folder: found none, expected the folder of llama.cpp"),
+        ({"--llama-cpp-folder": "/no"}, 2, "argument --llama-cpp-folder: found no /no/convert_hf_to_gguf.py, expected"),
         ({"--bits": "9"}, 2, "argument --bits: found '9'"),
         ({"--peer-python": "/no/python"}, 2, "argument --peer-python: found no program /no/python, expected a Python"),
         ({"--text": "nowhere.txt"}, 1, "nowhere.txt: found no such file"),
@@ -286,7 +345,8 @@ def test_refusals(
 
 
 def test_plan() -> None:
-    planned = compare_quantizers.plan(("nested", "nested-one-width", "gptqmodel", "auto-round"), (2, 8))
+    methods = ("nested", "nested-one-width", "gptqmodel", "auto-round", "Q2_K", "IQ2_M", "Q4_K_M")
+    planned = compare_quantizers.plan(methods, (2, 8))
     assert [(candidate.name, candidate.widths, candidate.judged) for candidate in planned] == [
         ("nested", (2, 3, 4, 5, 6, 7, 8), (2, 8)),
         ("nested-one-width-2", (2,), (2,)),
@@ -294,6 +354,8 @@ def test_plan() -> None:
         ("gptqmodel-2", (2,), (2,)),
         ("gptqmodel-8", (8,), (8,)),
         ("auto-round-2", (2,), (2,)),
+        ("Q2_K", (2,), (2,)),
+        ("IQ2_M", (2,), (2,)),
     ]
 
 
