@@ -13,7 +13,7 @@ import torch
 from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.decoder import VECTOR_KINDS, VECTORS_1D, VECTORS_2D, VECTORS_4D, Affine, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError
-from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.vectors import VectorBooks, VectorForm, vector_codes, vector_index
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.jobs.evaluate import Evaluate
@@ -250,8 +250,11 @@ def test_from_a_source_to_its_quality(
     made = job(llama, output, text_file, decoder=kind, held_out=text_file, held_out_samples=2)
     plan = made.plan()
     outcome = made.run(said.append)
-    assert f"{output} offers 2 bits: no kernel serves it; matquant evaluate {output}" in said[-1]
     checkpoint = open_checkpoint(output)
+    counted = counted_by_hand(checkpoint)
+    expected = f"{output} has 2 bits, {counted:.3f} a weight as GPTVQ counts them; no kernel serves it, but it can be"
+    assert said[-1].startswith(expected)
+    assert f"matquant evaluate {output} --reference {llama}" in said[-1]
     assert checkpoint.format.decoder_kind.name == kind
     assert all(result.passed for result in verify(output))
     assert plan.output == sum(path.stat().st_size for path in output.glob("*.safetensors")) - headers(output)
@@ -265,6 +268,15 @@ def test_from_a_source_to_its_quality(
     assert "vllm serve" not in card
     with pytest.raises(ValueError, match=f"found decoders of the kind {kind}, expected one that gives layers a choice"):
         Search(output, budget=2).run()
+
+
+def counted_by_hand(checkpoint: Checkpoint) -> float:
+    """Bits of a weight without scales and steps, of the tensors that were written."""
+    bits = weights = 0
+    for layer, (rows, columns) in checkpoint.layers.items():
+        weights += rows * columns
+        bits += 2 * rows * columns + 8 * checkpoint.decoder(layer, 2).parts["codebook"].numel()
+    return bits / weights
 
 
 def headers(folder: Path) -> int:

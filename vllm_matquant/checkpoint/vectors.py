@@ -170,6 +170,7 @@ class VectorForm(DecoderForm):
         return entry_count(self.width, self.places)
 
     def parts(self, out_features: int, groups: int, layers: int = 1) -> dict[str, TensorSpec]:
+        # Several layers are only where some are computed as one, and no kernel computes with vectors.
         bands = band_count(out_features, self.entries, self.places)
         return {
             "scale": TensorSpec(torch.uint8, (bands, groups)),

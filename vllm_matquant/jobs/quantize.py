@@ -18,6 +18,7 @@ from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, runnin
 from vllm_matquant.measure.windows import Windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.fused import check_fused
+from vllm_matquant.quantize.gptvq import counted_bits
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
@@ -262,7 +263,7 @@ class Quantize(PlannedJob[Outcome]):
         for row in outcome.quality:
             perplexities = f"perplexity {row['perplexity']:.2f} (source {row['reference_perplexity']:.2f})"
             say(f"{row['bits']} bits: {perplexities}, KL divergence {row['kl']:.4f}")
-        say(self._how_to_use(format_))
+        say(self._how_to_use(format_, Selection(source, format_).shapes))
         return outcome
 
     def _work(self) -> tuple[SourceModel, Path, Method, Format, CalibrationSettings]:
@@ -298,15 +299,18 @@ class Quantize(PlannedJob[Outcome]):
             text_column=self.text_column,
         )
 
-    def _how_to_use(self, format_: Format) -> str:
+    def _how_to_use(self, format_: Format, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """What was made, and the command line to go on with."""
         folder = shlex.quote(str(self.output))
         offered = ", ".join(map(str, format_.widths))
         if format_.decoder_kind.one_width:
             model = shlex.quote(str(self.model))
-            how = f"no kernel serves it; matquant evaluate {folder} --reference {model} --text FILE"
-        else:
-            how = f"vllm serve {folder} --bits {format_.widths[0]}"
-        return f"{self.output} offers {offered} bits: {how}"
+            counted = f"{counted_bits(format_, shapes):.3f} a weight as GPTVQ counts them"
+            return (
+                f"{self.output} has {offered} bits, {counted}; no kernel serves it, but it can be measured: "
+                f"matquant evaluate {folder} --reference {model} --text FILE"
+            )
+        return f"{self.output} offers {offered} bits: vllm serve {folder} --bits {format_.widths[0]}"
 
     def _model_name(self) -> str:
         folder = Path(self.model)

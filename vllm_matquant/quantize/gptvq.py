@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_matquant.checkpoint.decoder import VECTORS_1D, VECTORS_2D, VECTORS_4D, DecoderKind
-from vllm_matquant.checkpoint.spec import PARENT_BITS
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
 from vllm_matquant.checkpoint.vectors import VectorForm, vector_codes
 from vllm_matquant.quantize.columns import damp
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -56,3 +57,19 @@ class GPTVQ(LayerMethod):
         books = VectorFit(weight, hessian, index, group_size)(books, self.fit_steps)
         codes = vector_codes(index, width, form.places) << (PARENT_BITS - width)
         return QuantizedLayer(codes, {width: form.encode(books, width)})
+
+
+def counted_bits(format_: Format, shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Bits of a weight as GPTVQ counts them, ``log2(k) / d + 8 k d / l``: the codes, and levels that l weights share.
+
+    Args:
+        format_: of a checkpoint with vectors.
+        shapes: (out_features, in_features) of its quantized layers.
+    """
+    bits = 0
+    for name, (rows, columns) in shapes.items():
+        width = format_.width_of(name, format_.widths[0])
+        form = format_.decoder_kind.form(width)
+        assert isinstance(form, VectorForm)
+        bits += width * rows * columns + form.codebook_bits(rows, columns // format_.group_size_of(columns, name))
+    return bits / sum(rows * columns for rows, columns in shapes.values())
