@@ -12,8 +12,14 @@ from vllm_matquant.checkpoint.codebook import Codebook, CodebookForm
 from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderForm, DecoderKind
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
+from vllm_matquant.checkpoint.vectors import VectorBooks, VectorForm
 
-PARTS = {"float16": ("scale", "offset"), "int8": ("scale", "centre", "step"), "codebook": ("scale", "step", "codebook")}
+PARTS = {
+    "float16": ("scale", "offset"),
+    "int8": ("scale", "centre", "step"),
+    "codebook": ("scale", "step", "codebook"),
+    "vectors": ("scale", "step", "codebook"),
+}
 """What the decoders of each form consist of, as docs/reference/format.md has it."""
 
 
@@ -33,7 +39,12 @@ def random_decoder(
 ) -> Decoder:
     """Scales in 0..1, and offsets or levels around 0, as a kind or form stores them."""
     scale = torch.rand(rows, groups, generator=generator)
-    if (kind.form(width) if isinstance(kind, DecoderKind) else kind).name == "codebook":
+    form = kind.form(width) if isinstance(kind, DecoderKind) else kind
+    if isinstance(form, VectorForm):
+        return form.encode(
+            VectorBooks(torch.randn(form.parts(rows, groups)["codebook"].shape, generator=generator)), width
+        )
+    if form.name == "codebook":
         return kind.encode(random_codebook(width, scale, generator), width)
     return kind.encode(Affine(scale, torch.randn(rows, groups, generator=generator)), width)
 

@@ -22,6 +22,7 @@ from vllm_matquant.checkpoint.decoder import (
     FORMS,
     INT8,
     KINDS,
+    VECTOR_KINDS,
     Affine,
     Decoder,
     DecoderForm,
@@ -321,7 +322,8 @@ def test_kinds_by_name() -> None:
 
 
 def test_forms_of_all_widths_and_kinds() -> None:
-    assert (FLOAT16, INT8, *map(CodebookForm, WIDTHS)) == FORMS
+    vectors = (form for kind in VECTOR_KINDS.values() for form in kind.forms)
+    assert (FLOAT16, INT8, *map(CodebookForm, WIDTHS), *vectors) == FORMS
     assert [CODEBOOK.form(width) for width in WIDTHS] == list(map(CodebookForm, WIDTHS))
     assert {form.name for form in FORMS} == PARTS.keys()
 

@@ -587,7 +587,7 @@ DECODER_FAULTS = {
         "unknown kind": fault(
             in_quantization(decoder_kind="codebook-8d"),
             errors.ConfigError,
-            "decoder_kind: found 'codebook-8d', expected one of ['affine-float16', 'affine-int8', 'codebook-4d']",
+            "decoder_kind: found 'codebook-8d', expected one of ['affine-float16', 'affine-int8', 'codebook-4d', ",
         ),
         "kind in version 2": fault(
             in_quantization(format_version=2),

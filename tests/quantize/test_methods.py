@@ -25,7 +25,8 @@ from vllm_matquant.quantize.nested_vq import NestedVQ
 
 def kind_of(name: str) -> DecoderKind:
     """What a method's decoders are stored as where nothing else is asked for."""
-    return AFFINE_INT8 if AFFINE_INT8 in METHODS[name].decoder_kinds else CODEBOOK
+    kinds = METHODS[name].decoder_kinds
+    return AFFINE_INT8 if AFFINE_INT8 in kinds else kinds[0]
 
 
 def errors(name: str, layer: Layer, widths: Sequence[int] = WIDTHS, group_size: int = 32) -> dict[int, float]:
@@ -39,7 +40,7 @@ def errors(name: str, layer: Layer, widths: Sequence[int] = WIDTHS, group_size: 
 @pytest.mark.parametrize("name", METHODS)
 def test_form(random_layer: Callable[..., Layer], name: str, group_size: int) -> None:
     weight, hessian = random_layer(19, 96, seed=group_size)
-    widths = (4,) if name == "gptq" else (2, 3, 6)
+    widths = (4,) if name in ("gptq", "gptvq") else (2, 3, 6)
     method = METHODS[name](widths)
     layer = method.quantize(weight, hessian, group_size, kind_of(name))
     assert (layer.codes.shape, layer.codes.dtype) == (weight.shape, torch.uint8)
@@ -57,7 +58,7 @@ def test_form(random_layer: Callable[..., Layer], name: str, group_size: int) ->
 @pytest.mark.parametrize("name", METHODS)
 def test_slices_nest(random_layer: Callable[..., Layer], name: str) -> None:
     weight, hessian = random_layer(5, 64, seed=1)
-    widths = (8,) if name == "gptq" else WIDTHS
+    widths = {"gptq": (8,), "gptvq": (4,)}.get(name, WIDTHS)
     method = METHODS[name](widths)
     codes = method.quantize(weight, hessian, 32, kind_of(name)).codes
     slicing = "round" if name == "matgptq" else "truncate"
@@ -152,13 +153,15 @@ def test_layers_out_of_the_ordinary(random_layer: Callable[..., Layer], name: st
     weight[0], weight[1], weight[2, :32] = 0, 0.5, -0.25
     hessian[5], hessian[:, 5] = 0, 0
     for moments in (hessian, torch.zeros(64, 64)):
-        for widths in [(8,)] if name == "gptq" else [(2,), (8,), (2, 8)]:
+        for widths in {"gptq": [(8,)], "gptvq": [(2,), (4,)]}.get(name, [(2,), (8,), (2, 8)]):
             kind = METHODS[name].decoder_kinds[0]  # float16, where the method has it
             layer = METHODS[name](widths).quantize(weight, moments, 32, kind)
             for width, decoder in layer.decoders.items():
                 sliced = slice_codes(layer.codes, 8, width, METHODS[name].slicing)
                 decoded = decoder.decode(sliced)
                 assert torch.isfinite(decoded).all()
+                if name == "gptvq":  # a row has no scale of its own
+                    continue
                 torch.testing.assert_close(decoded[0], weight[0], rtol=0, atol=1e-4)
                 # A codebook's levels and scales have 8 bits.
                 torch.testing.assert_close(decoded[1], weight[1], rtol=2e-3 if kind.affine else 0.02, atol=0)

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.test_plan import NO_TIME
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, AFFINE_KINDS, CODEBOOK, FLOAT16, DecoderKind
+from vllm_matquant.checkpoint.decoder import (
+    AFFINE_FLOAT16,
+    AFFINE_INT8,
+    AFFINE_KINDS,
+    CODEBOOK,
+    FLOAT16,
+    KINDS,
+    DecoderKind,
+)
 from vllm_matquant.checkpoint.errors import ConfigError, OutputError, TensorValueError
 from vllm_matquant.checkpoint.files import read_json
 from vllm_matquant.checkpoint.names import MANIFEST_FILE
@@ -215,7 +223,8 @@ def test_codebooks_are_stored_where_nothing_is_asked_for(llama: Path, group_size
 @pytest.mark.parametrize(
     ("method", "kind", "expected"),
     [
-        *((method, CODEBOOK, "affine-float16 or affine-int8") for method in METHODS if method != "nested-vq"),
+        *((method, CODEBOOK, "affine-float16 or affine-int8") for method in METHODS if "vq" not in method),
+        *(("gptvq", kind, "vectors-1d or vectors-2d or vectors-4d") for kind in KINDS.values()),
         *(("nested-vq", kind, "codebook-4d") for kind in AFFINE_KINDS),
     ],
     ids=lambda value: getattr(value, "name", value),

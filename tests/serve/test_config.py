@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.serve.tiny_models import served_at, write_checkpoint
 from vllm_matquant.checkpoint import tensor_files, validate
-from vllm_matquant.checkpoint.decoder import CODEBOOK
+from vllm_matquant.checkpoint.decoder import CODEBOOK, VECTOR_KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
@@ -199,6 +199,15 @@ def test_a_width_that_cannot_be_served_is_refused_before_the_engine_starts(folde
 def test_load_formats_that_do_not_go_through_the_reader_are_refused(folder: Path, load_format: str) -> None:
     with pytest.raises(ConfigError, match=load_format):
         settle(engine_config(opened(folder), load_format))
+
+
+@pytest.mark.parametrize("kind", VECTOR_KINDS.values(), ids=lambda kind: kind.name)
+def test_checkpoints_to_compare_with_are_refused_before_the_engine_starts(kind: DecoderKind, folder: Path) -> None:
+    config = MatquantConfig(Format(widths=(2,), group_size=64, decoder_kind=kind))
+    config.maybe_update_config(str(folder))
+    found = f"decoder_kind: found '{kind.name}', which no kernel reads: the checkpoint is for evaluation and comparison"
+    with pytest.raises(ConfigError, match=rf"{found}, expected one of \['affine-float16', .*matquant evaluate"):
+        settle(engine_config(config))
 
 
 def test_bits_for_another_kind_of_model_are_refused() -> None:

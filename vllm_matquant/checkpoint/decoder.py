@@ -17,6 +17,8 @@ codebook     ``L.weight_scale{r}`` uint8                         multiples of th
              [out_features, groups],                             rows share
              ``L.weight_step{r}`` bfloat16 [out_features, 1],
              ``L.weight_codebook{r}`` uint8 [planes, 64, 4]
+vectors      see :mod:`vllm_matquant.checkpoint.vectors`         the index of a vector's entry is made of the codes of
+                                                                 its columns
 ===========  ==================================================  ======================================================
 
 A centre hardly depends on the scale, where an offset does, so that few bits are enough for it. The steps have float32's
@@ -25,9 +27,9 @@ range; their low precision costs nothing, since the multiples are taken of the s
 A :class:`DecoderKind`, which the checkpoint's format names, says which form the decoders of each width have:
 ``affine-float16`` gives all of them FLOAT16; ``affine-int8`` gives INT8 to widths up to 4, and FLOAT16 to wider ones,
 whose codes are so fine that the rounding of a centre to 8 bits would be as coarse; ``codebook-4d`` gives codebooks to
-all. Whoever needs to know what decoders
-consist of asks the kind: the writer and the reader for names, dtypes and shapes, the quantizer for the nearest values
-that can be stored, the kernels for what they read.
+all; ``vectors-1d``, ``vectors-2d`` and ``vectors-4d`` have vectors of so many columns, at one width of up to 4, or of
+just 2. Whoever needs to know what decoders consist of asks the kind: the writer and the reader for names, dtypes and
+shapes, the quantizer for the nearest values that can be stored, the kernels for what they read.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from vllm_matquant.checkpoint.decoder_form import TensorSpec as TensorSpec
 from vllm_matquant.checkpoint.decoder_form import join_rows as join_rows
 from vllm_matquant.checkpoint.decoder_form import part_name as part_name
 from vllm_matquant.checkpoint.multiples import least_steps, multiples
+from vllm_matquant.checkpoint.vectors import VectorForm
 
 OffsetsFor = Callable[[torch.Tensor], torch.Tensor]
 """Gives the best offsets for scales, both float32 [out_features, groups]."""
@@ -163,6 +166,8 @@ class DecoderKind:
         forms: of the decoders of each width from 2 up.
         affine: whether decoders are scales and offsets.
         group_multiple: what the columns of a group must be a multiple of.
+        one_width: whether codes of one width are no prefix of those of another, so that a checkpoint has one width. No
+            kernel reads such decoders: they are there to compare with.
     """
 
     name: str
@@ -170,6 +175,12 @@ class DecoderKind:
     forms: tuple[DecoderForm, ...]
     affine: bool = True
     group_multiple: int = 1
+    one_width: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that it has a form for, ascending."""
+        return tuple(range(2, 2 + len(self.forms)))
 
     def form(self, width: int) -> DecoderForm:
         """How the decoders of a width are stored."""
@@ -186,10 +197,25 @@ CODEBOOK = DecoderKind(
     "codebook-4d", 3, tuple(map(CodebookForm, range(2, 9))), affine=False, group_multiple=BLOCK_COLUMNS
 )
 KINDS: dict[str, DecoderKind] = {kind.name: kind for kind in (AFFINE_FLOAT16, AFFINE_INT8, CODEBOOK)}
+"""The kinds of decoders for nested codes, by their names in config.json."""
+
+
+def _vectors(name: str, places: int, widest: int) -> DecoderKind:
+    forms = tuple(VectorForm(width, places) for width in range(2, widest + 1))
+    return DecoderKind(name, 3, forms, affine=False, one_width=True)
+
+
+VECTORS_1D = _vectors("vectors-1d", 1, 4)
+VECTORS_2D = _vectors("vectors-2d", 2, 4)
+VECTORS_4D = _vectors("vectors-4d", 4, 2)
+VECTOR_KINDS: dict[str, DecoderKind] = {kind.name: kind for kind in (VECTORS_1D, VECTORS_2D, VECTORS_4D)}
+"""Those for codes of one width, see :mod:`vllm_matquant.checkpoint.vectors`."""
+
+EVERY_KIND = KINDS | VECTOR_KINDS
 """The kinds of decoders that the format has, by their names in config.json."""
 
 AFFINE_KINDS = tuple(kind for kind in KINDS.values() if kind.affine)
 """Those whose decoders are scales and offsets."""
 
-FORMS: tuple[DecoderForm, ...] = tuple(dict.fromkeys(form for kind in KINDS.values() for form in kind.forms))
+FORMS: tuple[DecoderForm, ...] = tuple(dict.fromkeys(form for kind in EVERY_KIND.values() for form in kind.forms))
 """The forms that there are."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, KINDS
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, EVERY_KIND, DecoderKind
 from vllm_matquant.checkpoint.errors import ConfigError, VersionError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, is_recipe_file, recipe_file
 from vllm_matquant.checkpoint.slicing import SLICE_RULES, Truncate
 from vllm_matquant.checkpoint.spec import PARENT_BITS, QUANT_METHOD, WIDTHS, Format, GroupSize, served_width
 
-FORMAT_VERSIONS = tuple(sorted({kind.format_version for kind in KINDS.values()}))
+FORMAT_VERSIONS = tuple(sorted({kind.format_version for kind in EVERY_KIND.values()}))
 
 _EMBEDDINGS_FIELD = "quantized_embeddings"
 _GROUP_SIZES_FIELD = "layer_group_sizes"
@@ -90,7 +90,7 @@ def format_from_config(config: Any, where: Path | str = CONFIG_FILE) -> Format:
             f"one of {list(FORMAT_VERSIONS)}",
             "A newer release of vllm_matquant may read it." if version > FORMAT_VERSIONS[-1] else "",
         )
-    kinds = [name for name, kind in KINDS.items() if kind.format_version <= version]
+    kinds = [name for name, kind in EVERY_KIND.items() if kind.format_version <= version]
     known = {*_FIELDS, *([_KIND_FIELD] if version > 1 else [])}
     unknown = sorted(set(config) - known)
     if unknown:
@@ -124,8 +124,11 @@ def format_from_config(config: Any, where: Path | str = CONFIG_FILE) -> Format:
     kind = AFFINE_FLOAT16.name if version == 1 else config.get(_KIND_FIELD)
     if kind not in kinds:
         raise fail(_KIND_FIELD, f"one of {kinds}")
-    if not KINDS[kind].affine and config["slicing"] != Truncate.name:
+    if not EVERY_KIND[kind].affine and config["slicing"] != Truncate.name:
         raise fail("slicing", f"{Truncate.name!r}, as decoder_kind is {kind!r}")
+    check_kind_widths(EVERY_KIND[kind], widths, "quantization_config.widths", where)
+    for layer, own in layer_widths.items():
+        check_kind_widths(EVERY_KIND[kind], own, f"quantization_config.{_WIDTHS_FIELD} of {layer}", where)
     return Format(
         tuple(widths),
         group_size,
@@ -135,7 +138,7 @@ def format_from_config(config: Any, where: Path | str = CONFIG_FILE) -> Format:
         layer_group_sizes,
         {layer: tuple(own) for layer, own in layer_widths.items()},
         tuple(recipes),
-        KINDS[kind],
+        EVERY_KIND[kind],
     )
 
 
@@ -153,6 +156,23 @@ def check_layer_widths(own: Sequence[int], widths: Sequence[int], field: str, wh
             f"{list(own)}, of which {unread} would never be served",
             f"widths that serve some of {list(widths)}: each takes the layer's next wider one, or its widest",
         )
+
+
+def check_kind_widths(kind: DecoderKind, widths: Sequence[int], field: str, where: Path | str, hint: str = "") -> None:
+    """Refuse widths that decoders of a kind do not have.
+
+    Args:
+        kind: of the decoders.
+        widths: of the model or of a layer.
+        field, where, hint: what to name in an error, and what may cure it.
+
+    Raises:
+        ConfigError: there are some, or several where the kind has one.
+    """
+    if set(widths) <= set(kind.widths) and not (kind.one_width and len(widths) > 1):
+        return
+    expected = f"{'one' if kind.one_width else 'some'} of {list(kind.widths)}"
+    raise ConfigError(where, field, f"{list(widths)} with decoder_kind {kind.name!r}", expected, hint)
 
 
 def is_width_list(widths: Any) -> TypeGuard[list[int] | tuple[int, ...]]:

@@ -25,7 +25,7 @@ served at its next wider one, or else at its widest; what that needs then lies i
 reads.
 
 The format has three versions: in version 1 all decoders are of the kind ``affine-float16``; later ones name their kind,
-which in version 3 may be ``codebook-4d``.
+which in version 3 may be ``codebook-4d`` or one of those with vectors.
 A checkpoint is written in the lowest version that can say what it is, and every version is read for ever.
 """
 

@@ -60,10 +60,12 @@ def describe_misfits(found: Sequence[Misfit]) -> str:
 
 
 def misfits(format_: Format, shapes: Mapping[str, tuple[int, int]]) -> list[Misfit]:
-    """For each of ``SIZES`` that cannot be served, the first layer that it would cut.
+    """For each of ``SIZES`` that cannot be served, the first layer that it would cut; none where nothing is served.
 
     Args:
         format_, shapes: as of :func:`find_misfit`.
     """
+    if format_.decoder_kind.one_width:
+        return []
     found = (find_misfit(format_, shapes, size) for size in SIZES)
     return [each for each in found if each is not None]

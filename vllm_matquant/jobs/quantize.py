@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import cast
 
-from vllm_matquant.checkpoint.decoder import KINDS
+from vllm_matquant.checkpoint.decoder import EVERY_KIND
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, WIDTHS, Format, GroupSize
@@ -18,6 +18,7 @@ from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, runnin
 from vllm_matquant.measure.windows import Windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.fused import check_fused
+from vllm_matquant.quantize.gptvq import counted_bits
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, Outcome, dry_run, plan_format
@@ -97,8 +98,9 @@ class Quantize(PlannedJob[Outcome]):
         metadata=argument(
             "how scales and offsets are stored: affine-int8, up to 4 bits one byte each and two steps a row, or "
             "affine-float16, all in float16 (default: affine-int8; with --group-size channel affine-float16, for one "
-            "group a row gains nothing); codebook-4d, what method nested-vq has in their place",
-            choices=tuple(KINDS),
+            "group a row gains nothing); codebook-4d, what method nested-vq has in their place; with method gptvq "
+            "vectors-2d (the default there), vectors-1d or vectors-4d: so many columns share an entry of a codebook",
+            choices=tuple(EVERY_KIND),
         ),
     )
     method: str = field(
@@ -261,8 +263,7 @@ class Quantize(PlannedJob[Outcome]):
         for row in outcome.quality:
             perplexities = f"perplexity {row['perplexity']:.2f} (source {row['reference_perplexity']:.2f})"
             say(f"{row['bits']} bits: {perplexities}, KL divergence {row['kl']:.4f}")
-        offered = ", ".join(map(str, format_.widths))
-        say(f"{output} offers {offered} bits: vllm serve {shlex.quote(str(output))} --bits {format_.widths[0]}")
+        say(self._how_to_use(format_, Selection(source, format_).shapes))
         return outcome
 
     def _work(self) -> tuple[SourceModel, Path, Method, Format, CalibrationSettings]:
@@ -281,7 +282,7 @@ class Quantize(PlannedJob[Outcome]):
             group_size_for,
             bits_for,
             quantize_embeddings=self.quantize_embeddings,
-            decoder_kind=KINDS[self.decoder] if self.decoder else None,
+            decoder_kind=EVERY_KIND[self.decoder] if self.decoder else None,
         )
         check_fused(Selection(source, format_))
         calibration = None if self.calibration is None else str(self.calibration)
@@ -297,6 +298,19 @@ class Quantize(PlannedJob[Outcome]):
             sequence_length=self.sequence_length,
             text_column=self.text_column,
         )
+
+    def _how_to_use(self, format_: Format, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """What was made, and the command line to go on with."""
+        folder = shlex.quote(str(self.output))
+        offered = ", ".join(map(str, format_.widths))
+        if format_.decoder_kind.one_width:
+            model = shlex.quote(str(self.model))
+            counted = f"{counted_bits(format_, shapes):.3f} a weight as GPTVQ counts them"
+            return (
+                f"{self.output} has {offered} bits, {counted}; no kernel serves it, but it can be measured: "
+                f"matquant evaluate {folder} --reference {model} --text FILE"
+            )
+        return f"{self.output} offers {offered} bits: vllm serve {folder} --bits {format_.widths[0]}"
 
     def _model_name(self) -> str:
         folder = Path(self.model)

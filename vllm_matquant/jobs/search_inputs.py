@@ -96,10 +96,16 @@ def open_inputs(folder: Path, model: str | None, text: TextSettings) -> SearchIn
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or there is no such model.
         TextError: the text cannot be used.
-        ValueError: files of an offered width are missing, or decoders shall be trained without a reference.
+        ValueError: layers have no choice of widths, files of an offered width are missing, or decoders shall be
+            trained without a reference.
     """
     checkpoint = open_checkpoint(folder)
     check_writable(folder)
+    kind = checkpoint.format.decoder_kind
+    if kind.one_width:
+        raise ValueError(
+            f"{folder}: found decoders of the kind {kind.name}, expected one that gives layers a choice of widths"
+        )
     missing = sorted(set(checkpoint.format.widths) - set(checkpoint.servable_widths))
     if missing:
         raise ValueError(f"{folder}: found no files of {missing} bits, expected those of all offered widths")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, KINDS, DecoderKind
-from vllm_matquant.checkpoint.quantization_config import check_layer_widths
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, EVERY_KIND, DecoderKind
+from vllm_matquant.checkpoint.quantization_config import check_kind_widths, check_layer_widths
 from vllm_matquant.checkpoint.spec import Format, GroupSize
 from vllm_matquant.quantize.embeddings import layer_method
 from vllm_matquant.quantize.method import Method
@@ -40,8 +40,8 @@ def plan_format(
         bits_for: regular expressions with the widths, ascending, of the layers they match; the last match counts.
         quantize_embeddings: quantize the input embedding and the output head too, but for those that are ignored. Where
             they are tied, one cannot be without the other.
-        decoder_kind: how decoders are stored; by default the one kind that the method can fill, or scales and offsets
-            in 8 bits, but where a whole row is one group: that gains nothing from 8 bits and has float16.
+        decoder_kind: how decoders are stored; by default the first kind that the method can fill; of scales and offsets
+            those in 8 bits, but where a whole row is one group: that gains nothing from 8 bits and has float16.
 
     Raises:
         ConfigError: the group size does not divide a layer's input features, or a layer's width would never be served.
@@ -50,7 +50,7 @@ def plan_format(
     """
     kind = decoder_kind or _default_kind(method, group_size)
     if kind not in method.decoder_kinds:
-        expected = " or ".join(name for name, each in KINDS.items() if each in method.decoder_kinds)
+        expected = " or ".join(name for name, each in EVERY_KIND.items() if each in method.decoder_kinds)
         raise ValueError(f"decoder: found {kind.name}, expected {expected} for method {method.name}")
     embeddings = list(source.skeleton.embeddings) if quantize_embeddings else []
     layers = [name for name in source.matrices if name in embeddings or name in source.skeleton.linears]
@@ -89,7 +89,7 @@ def plan_format(
 
 
 def _default_kind(method: Method, group_size: GroupSize) -> DecoderKind:
-    if len(method.decoder_kinds) == 1:
+    if AFFINE_INT8 not in method.decoder_kinds:
         return method.decoder_kinds[0]
     return AFFINE_FLOAT16 if group_size == "channel" else AFFINE_INT8
 
@@ -98,8 +98,11 @@ def _check(source: Source, method: Method, format_: Format) -> None:
     """Refuse group sizes and widths that a layer, or the method, cannot have."""
     if format_.layer_widths and not method.takes_layer_widths:
         raise ValueError(f"bits-for: found method {method.name}, expected one that takes layers with other widths")
+    hint = "A codebook has at most 256 entries: choose other --bits, or another --decoder"
+    check_kind_widths(format_.decoder_kind, format_.widths, "widths", source.folder, hint)
     for name, widths in format_.layer_widths.items():
         check_layer_widths(widths, method.widths, f"widths of {name}", source.folder)
+        check_kind_widths(format_.decoder_kind, widths, f"widths of {name}", source.folder, hint)
         method.with_widths(widths)  # which refuses those that the method cannot do
     for name, (_, in_features) in Selection(source, format_).shapes.items():
         format_.group_size_of(in_features, name, source.folder)

@@ -8,13 +8,14 @@ from typing import Any
 
 from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
 from vllm_matquant.quantize.device import check_device
+from vllm_matquant.quantize.gptvq import GPTVQ
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
 from vllm_matquant.quantize.nested_vq import NestedVQ
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Nested, NestedTuned, NestedVQ, MatGPTQ, GPTQ, RoundToNearest)
+    method.name: method for method in (Nested, NestedTuned, NestedVQ, MatGPTQ, GPTQ, GPTVQ, RoundToNearest)
 }
 
 

@@ -124,7 +124,7 @@ def dry_run(
     selection = Selection(source, format_)
     with checking(sum(path.stat().st_size for path in source.tensors.files)) as progress:
         check_values(selection, progress.update)
-    speed = measure_speed(method, format_.group_size, settings.sequence_length)
+    speed = measure_speed(method, format_.group_size, settings.sequence_length, format_.decoder_kind)
     return make_plan(selection, method, speed, output, windows, _shape(held_out), on_disk=activations_on_disk)
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import nnls
 
 from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook
-from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import GROUP_SIZES, GroupSize
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
@@ -46,19 +46,24 @@ class Speed:
 
 
 @torch.no_grad()
-def measure_speed(method: Method, group_size: GroupSize, sequence_length: int) -> Speed:
+def measure_speed(
+    method: Method, group_size: GroupSize, sequence_length: int, kind: DecoderKind | None = None
+) -> Speed:
     """Quantize small random layers and fit the time of any layer to what that took.
 
     Args:
         method: to try.
         group_size: as in the format; "auto" counts as the largest.
         sequence_length: tokens in a window.
+        kind: how decoders are stored; by default the last kind that the method can fill.
     """
+    kind = kind or method.decoder_kinds[-1]
 
     def seconds(rows: int, columns: int, windows: int) -> float:
         groups = {"channel": columns, "auto": max(GROUP_SIZES)}
         size = groups[group_size] if isinstance(group_size, str) else group_size
-        return _quantize_random(method, rows, math.ceil(columns / size) * size, size, windows, sequence_length)
+        shape = rows, math.ceil(columns / size) * size
+        return _quantize_random(method, *shape, size, kind, windows, sequence_length)
 
     seconds(*_TRIALS[0])  # what is done but once is not to count
     terms: list[list[float]] = []
@@ -68,9 +73,8 @@ def measure_speed(method: Method, group_size: GroupSize, sequence_length: int) -
             terms.append(_terms(rows, columns, windows * sequence_length))
             # The machine may have been busy once.
             taken.append(min(seconds(rows, columns, windows) for _ in range(2)))
-    product, decoding = (
-        min(part) for part in zip(*(_train(_kind(method), sequence_length) for _ in range(3)), strict=True)
-    )
+    trained = AFFINE_INT8 if kind.one_width else kind  # decoders of one width are not trained
+    product, decoding = (min(part) for part in zip(*(_train(trained, sequence_length) for _ in range(3)), strict=True))
     return Speed(_fit(terms, taken), product, decoding)
 
 
@@ -85,11 +89,6 @@ def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
     scale = equations.amax(dim=0)
     found, _ = nnls((equations / scale).numpy(), torch.ones(len(terms)).numpy())
     return (torch.from_numpy(found) / scale).tolist()
-
-
-def _kind(method: Method) -> DecoderKind:
-    """What the trials store decoders as."""
-    return method.decoder_kinds[-1]
 
 
 def _train(kind: DecoderKind, tokens: int) -> tuple[float, float]:
@@ -117,12 +116,12 @@ def _random_decoder(kind: DecoderKind, rows: int, groups: int) -> Decoder:
 
 
 def _quantize_random(
-    method: Method, rows: int, columns: int, group_size: int, windows: int, sequence_length: int
+    method: Method, rows: int, columns: int, group_size: int, kind: DecoderKind, windows: int, sequence_length: int
 ) -> float:
     """Seconds to quantize a block of one random layer, and to go on to the next."""
     block, text = _Block(rows, columns), torch.zeros(windows, sequence_length, dtype=torch.int64)
     activations = Activations(_Noise(columns), text, method.followed_widths) if method.needs_calibration else None
-    task = BlockTask("trial", block, {"trial.layer": group_size}, activations, decoder_kind=_kind(method))
+    task = BlockTask("trial", block, {"trial.layer": group_size}, activations, decoder_kind=kind)
     start = time.perf_counter()
     layers = dict(method.quantize_block(task))
     if activations:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_matquant.checkpoint.decoder import KINDS, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder import EVERY_KIND, Decoder, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.files import publish, publish_json, read_json, save_tensors, sync_folder
 from vllm_matquant.checkpoint.shard import read_header
@@ -139,7 +139,7 @@ class WorkFolder:
         read_header(path)
         layers: dict[str, QuantizedLayer] = {}
         with safe_open(path, framework="pt") as file:
-            kind = KINDS[file.metadata()[_KIND]]
+            kind = EVERY_KIND[file.metadata()[_KIND]]
             for name, errors in json.loads(file.metadata()[_ERRORS]).items():
                 decoders = {width: _decoder(file, name, width, kind) for width in widths_of(name)}
                 layers[name] = QuantizedLayer(file.get_tensor(f"{name}.codes"), decoders, dict(errors))

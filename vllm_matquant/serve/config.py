@@ -27,7 +27,7 @@ from vllm_matquant.serve.elastic.requests import Front
 from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.files import fetch, identity, opened
-from vllm_matquant.serve.limits import check_engine
+from vllm_matquant.serve.limits import check_engine, check_served
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
@@ -114,6 +114,7 @@ class MatquantConfig(QuantizationConfig):
             CheckpointError: the checkpoint cannot serve it.
         """
         if self.served is None:
+            check_served(self.format)
             local = Path(self.model).is_dir()
             # A size depends on the tensors that are not quantized too: the narrowest shards tell of them.
             wanted = ["*.json", *([shard_pattern(BASE_BITS)] if request.memory else [])]

@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.tensor_parallel import SIZES, find_misfit
+
+
+def check_served(format_: Format) -> None:
+    """Refuse a checkpoint that is there to be evaluated.
+
+    Raises:
+        ConfigError: its decoders are of a kind that no kernel reads.
+    """
+    kind = format_.decoder_kind
+    if kind.one_width:
+        raise ConfigError(
+            CONFIG_FILE,
+            "quantization_config.decoder_kind",
+            f"{kind.name!r}, which no kernel reads: the checkpoint is for evaluation and comparison",
+            f"one of {list(KINDS)}",
+            "Quantize with --method nested-vq to serve codebooks, or measure this one with matquant evaluate",
+        )
 
 
 def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[int, int]]) -> None:
