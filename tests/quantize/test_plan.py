@@ -167,6 +167,10 @@ def test_tensor_parallel_sizes() -> None:
     sizes: dict[GroupSize, list[int]] = {8: [], 64: [], 128: [8], "auto": [8], "channel": []}
     for group_size, expected in sizes.items():
         assert [each.size for each in misfits(Format(group_size=group_size), shapes)] == expected, group_size
+    narrow = {"a.o_proj": (64, 160)}  # whose rows are whole groups: cut on bytes, or on fours of columns
+    assert [each.size for each in misfits(Format(group_size="channel"), narrow)] == [8]
+    [misfit, _] = misfits(Format(group_size="channel", decoder_kind=CODEBOOK), narrow)
+    assert (misfit.size, misfit.unit) == (4, 16)
     found = misfits(Format(group_size=512), shapes)
     line = str(Plan({2: 1}, 1, 1, 1, {}, 1.0, found)).splitlines()[-1]
     assert line == (

@@ -252,14 +252,22 @@ def test_a_layer_that_is_fused_in_the_checkpoint_already(name: str, kind: Any) -
 
 
 @pytest.mark.parametrize(
-    ("group_size", "columns", "ranks", "expected"),
-    [(128, 256, 4, "128"), ("auto", 192, 2, "64"), (32, 96, 2, "32"), ("channel", 24, 2, "8")],
+    ("kind", "group_size", "columns", "ranks", "expected"),
+    [
+        (AFFINE_INT8, 128, 256, 4, "128"),
+        (AFFINE_INT8, "auto", 192, 2, "64"),
+        (AFFINE_INT8, 32, 96, 2, "32"),
+        (AFFINE_INT8, "channel", 24, 2, "8"),
+        (CODEBOOK, "channel", 48, 2, "16"),
+        (CODEBOOK, 48, 96, 4, "48"),
+    ],
 )
-def test_tensor_parallelism_must_not_cut_a_group_or_a_byte(
-    group_size: Any, columns: int, ranks: int, expected: str
+def test_tensor_parallelism_must_not_cut_a_group_or_a_byte_or_a_four(
+    kind: Any, group_size: Any, columns: int, ranks: int, expected: str
 ) -> None:
+    format_ = Format(group_size=group_size, decoder_kind=kind)
     with pytest.raises(ConfigError) as error:
-        new_layer(Format(group_size=group_size), served_at(3), ["a.down_proj"], [16], columns, ranks)
+        new_layer(format_, served_at(3), ["a.down_proj"], [16], columns, ranks)
     found = (
         "a.down_proj",
         f"size {ranks}",

@@ -15,7 +15,7 @@ _BY_COLUMNS = frozenset({"o_proj", "down_proj", "out_proj", "dense", "dense_4h_t
 
 @dataclass(frozen=True)
 class Misfit:
-    """A layer that a tensor parallel size would cut within a group of columns, or within a byte.
+    """A layer that a tensor parallel size would cut within a group of columns, or within a byte or four of columns.
 
     Attributes:
         layer: its name.
@@ -44,7 +44,8 @@ def find_misfit(format_: Format, shapes: Mapping[str, tuple[int, int]], size: in
     for name, (_, columns) in shapes.items():
         if name.rpartition(".")[2] in _BY_COLUMNS:
             whole_rows = format_.group_size_setting(name) == "channel"
-            unit = _BYTE if whole_rows else format_.group_size_of(columns, name)
+            part = max(_BYTE, format_.decoder_kind.group_multiple)
+            unit = part if whole_rows else format_.group_size_of(columns, name)
             if columns % (size * unit):
                 return Misfit(name, columns, unit, size)
     return None
