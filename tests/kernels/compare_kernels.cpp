@@ -112,7 +112,6 @@ class Layer {
                                  .planes = planes_.data() + row * row_bytes_,
                                  .decoders = decoders_.data() + row * decoder_bytes(form_, groups_),
                                  .codebook = codebook_.data(),
-                                 .by_place = by_place_.data(),
                                  .width = case_.width,
                                  .first = first,
                                  .count = std::min(kTileRows, case_.outputs - first)});
@@ -143,23 +142,20 @@ class Layer {
         }
     }
 
-    // Levels and increments that add up to no more than a byte holds, entry by entry and place by place.
+    // Levels from 1 up that with their increments add up to no more than a byte holds, place by place and entry by
+    // entry.
     void fill_codebook() {
         codebook_.resize(codebook_planes(case_.width) * kEntryPlaneBytes);
-        const int whole = coarse_bits(case_.width) - 1, planes = codebook_planes(case_.width);
+        const int whole = coarse_planes(case_.width), planes = codebook_planes(case_.width);
         for (int64_t at = 0; at < kEntryPlaneBytes; ++at) {
             int left = 0;
             for (int plane = 0; plane < planes; ++plane) {
-                left = plane == 0 || plane == whole ? 255 : left;
-                const int byte = static_cast<int>(random_() % (left + 1));
+                const bool is_level = plane == 0 || plane == whole;
+                left = is_level ? 255 : left;
+                const int byte = static_cast<int>(is_level ? 1 + random_() % left : random_() % (left + 1));
                 codebook_[plane * kEntryPlaneBytes + at] = static_cast<uint8_t>(byte);
                 left -= byte;
             }
-        }
-        by_place_.resize(codebook_.size());
-        for (int64_t byte = 0; byte < static_cast<int64_t>(codebook_.size()); ++byte) {
-            const int64_t plane = byte / kEntryPlaneBytes, entry = byte % kEntryPlaneBytes / kPlaces;
-            by_place_[(plane * kPlaces + byte % kPlaces) * kEntries + entry] = codebook_[byte];
         }
     }
 
@@ -198,7 +194,7 @@ class Layer {
     int64_t rows_, groups_, row_bytes_;
     std::vector<uint8_t> planes_;
     std::vector<uint8_t> decoders_;
-    std::vector<uint8_t> codebook_, by_place_;
+    std::vector<uint8_t> codebook_;
     std::vector<uint8_t> input_, bias_;
 };
 
