@@ -65,7 +65,7 @@ def with_signs(entries: torch.Tensor) -> torch.Tensor:
     """What each index of :func:`entry_index` stands for.
 
     Args:
-        entries: [..., 64, 4]; of unsigned bytes the negative ones are modulo 256.
+        entries: floating point [..., 64, 4].
 
     Returns:
         [..., 256, 4] of the same dtype.
