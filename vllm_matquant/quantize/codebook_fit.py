@@ -249,5 +249,11 @@ class LinearCodebook:
     def _by_index(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over what has each index, and over what has each further bit besides: float32 [width - 1, 256, 4]."""
         parts = [weights, *(weights * bits for bits in self._bits)]
-        empty, index = torch.zeros(4 * ENTRIES, PLACES), self._index.flatten()
-        return torch.stack([empty.clone().index_add_(0, index, by_four(part).flatten(0, -2)) for part in parts])
+        index = self._index.flatten().long()
+
+        def sums(part: torch.Tensor) -> torch.Tensor:
+            # Place by place: rows of four numbers would be added one by one.
+            places = by_four(part).flatten(0, -2).unbind(1)
+            return torch.stack([torch.bincount(index, each.contiguous(), 4 * ENTRIES) for each in places], 1)
+
+        return torch.stack([sums(part) for part in parts]).float()
