@@ -122,12 +122,11 @@ class Codebook:
         Returns:
             float32 [out_features, in_features].
         """
-        index, columns = entry_index(codes, self.width), codes.shape[-1]
-        levels = by_column(embedding(index, with_signs(self.levels.float())), columns)
+        index, fours = entry_index(codes, self.width), by_four(codes)
+        levels = embedding(index, with_signs(self.levels.float()))
         for bit, increments in enumerate(with_signs(self.increments.float()), start=1):
-            is_set = codes >> (len(self.increments) - bit) & 1
-            levels = levels + by_column(embedding(index, increments), columns) * is_set
-        return levels
+            levels += embedding(index, increments).mul_(fours >> (len(self.increments) - bit) & 1)
+        return by_column(levels, codes.shape[-1])
 
     def decode(self, codes: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
         """The level of each code times the scale of its row and group, in float32.

@@ -215,10 +215,10 @@ class LinearCodebook:
     """The decoded weight as a linear function of levels and increments [width - 1, 64, 4], codes and scales fixed."""
 
     def __init__(self, codes: torch.Tensor, book: Codebook) -> None:
-        self._book, self._index = book, entry_index(codes, book.width)
+        self._book, self._index = book, entry_index(codes, book.width).long()
         self.scale = book.scale.float().repeat_interleave(codes.shape[1] // book.groups, 1)
-        further = book.width - 2
-        self._bits = [(codes >> (further - bit) & 1).float() for bit in range(1, further + 1)]
+        further, fours = book.width - 2, by_four(codes)
+        self._bits = [(fours >> (further - bit) & 1).float() for bit in range(1, further + 1)]
 
     def values(self) -> torch.Tensor:
         return torch.cat([self._book.levels[None], self._book.increments]).float()
@@ -229,11 +229,11 @@ class LinearCodebook:
 
     def levels(self, values: torch.Tensor) -> torch.Tensor:
         """The same before scaling."""
-        values, columns = with_signs(values), self.scale.shape[1]
-        total = by_column(embedding(self._index, values[0]), columns)
+        values = with_signs(values)
+        total = embedding(self._index, values[0])
         for bits, increments in zip(self._bits, values[1:], strict=True):
-            total = total.addcmul(by_column(embedding(self._index, increments), columns), bits)
-        return total
+            total.addcmul_(embedding(self._index, increments), bits)
+        return by_column(total, self.scale.shape[1])
 
     def collect(self, weights: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`expand`, of float32 [out_features, in_features]: sums over what has each level and
@@ -248,12 +248,12 @@ class LinearCodebook:
 
     def _by_index(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over what has each index, and over what has each further bit besides: float32 [width - 1, 256, 4]."""
-        parts = [weights, *(weights * bits for bits in self._bits)]
-        index = self._index.flatten().long()
+        fours, index = by_four(weights), self._index.flatten()
+        parts = [fours, *(fours * bits for bits in self._bits)]
 
         def sums(part: torch.Tensor) -> torch.Tensor:
             # Place by place: rows of four numbers would be added one by one.
-            places = by_four(part).flatten(0, -2).unbind(1)
+            places = part.flatten(0, -2).unbind(1)
             return torch.stack([torch.bincount(index, each.contiguous(), 4 * ENTRIES) for each in places], 1)
 
         return torch.stack([sums(part) for part in parts]).float()
