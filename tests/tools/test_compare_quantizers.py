@@ -26,6 +26,8 @@ from vllm_matquant.cli import main
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer, spread_windows
 from vllm_matquant.quantize.source import SourceModel
 
+pytestmark = pytest.mark.usefixtures("few_windows")
+
 PEER_PYTHON = os.environ.get("VLLM_MATQUANT_PEER_PYTHON", sys.executable)
 """Interpreter of the environment that has the peers."""
 
@@ -58,24 +60,17 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script
 
 
-@pytest.fixture(autouse=True)
-def _few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_quantizers, "SAMPLES", 4)
-    monkeypatch.setattr(compare_quantizers, "SEQUENCE_LENGTH", 24)
-
-
 @pytest.fixture(scope="module")
-def compared(source: Path, text_file: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compared(
+    few_windows: None, source: Path, text_file: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Folder of a comparison of two texts; not to be changed."""
     folder = tmp_path_factory.mktemp("compared") / "results"
     other = folder.parent / "other.txt"
     other.write_text("A house of cats and hats. " * 40)
     arguments = [str(source), "--text", str(text_file), str(other), "--output", str(folder), *OPTIONS]
     arguments += ["--peer-python", str(stand_in), "--methods", "rtn,gptqmodel", "--bits", "2,4"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quantizers, "SAMPLES", 4)
-        patch.setattr(compare_quantizers, "SEQUENCE_LENGTH", 24)
-        assert compare_quantizers.main(arguments) == 0
+    assert compare_quantizers.main(arguments) == 0
     return folder
 
 

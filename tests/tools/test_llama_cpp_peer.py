@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.tiny_sources import block_layers, write_source
 from vllm_matquant.quantize.source import SourceModel
 
+pytestmark = pytest.mark.usefixtures("few_windows")
+
 LLAMA_CPP = os.environ.get("VLLM_MATQUANT_LLAMA_CPP", "")
 """Folder of llama.cpp's source and build, as --llama-cpp-folder wants it."""
 
@@ -84,22 +86,15 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_quantizers, "SAMPLES", 4)
-    monkeypatch.setattr(compare_quantizers, "SEQUENCE_LENGTH", 24)
-
-
 @pytest.fixture(scope="module")
-def compared(source: Path, text_file: Path, llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compared(
+    few_windows: None, source: Path, text_file: Path, llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Folder of a comparison; not to be changed."""
     folder = tmp_path_factory.mktemp("compared") / "results"
     arguments = [str(source), "--text", str(text_file), "--output", str(folder), *OPTIONS, "--bits", "2,8"]
     arguments += ["--llama-cpp-folder", str(llama_cpp), "--methods", "rtn,Q2_K,Q4_K_M,Q8_0"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quantizers, "SAMPLES", 4)
-        patch.setattr(compare_quantizers, "SEQUENCE_LENGTH", 24)
-        assert compare_quantizers.main(arguments) == 0
+    assert compare_quantizers.main(arguments) == 0
     return folder
 
 
