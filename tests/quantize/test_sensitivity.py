@@ -15,7 +15,7 @@ from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize import device, run, sensitivity
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
-from vllm_matquant.quantize.sensitivity import SensitivitySettings, random_change, token_weights
+from vllm_matquant.quantize.sensitivity import SensitivitySettings, random_change, random_signs, token_weights
 from vllm_matquant.quantize.source import SourceModel
 
 
@@ -41,6 +41,16 @@ def test_a_random_change_has_the_covariance_of_a_drawn_word(seed: int) -> None:
     torch.testing.assert_close(changes.mean(0), torch.zeros(8).double())
     covariance = changes.T @ changes / 256
     torch.testing.assert_close(covariance, probabilities.diag() - torch.outer(probabilities, probabilities))
+
+
+@pytest.mark.parametrize("shape", [(64, 500), (3, 7), (1, 1)])
+def test_random_signs_are_independent_of_each_other(shape: tuple[int, int]) -> None:
+    drawn = [random_signs(shape, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert {float(value) for value in torch.stack(drawn).unique()} == {-1.0, 1.0}
+    torch.testing.assert_close(random_signs(shape, torch.Generator().manual_seed(3)), drawn[3], rtol=0, atol=0)
+    some = torch.stack(drawn).flatten(1)[:, :24]  # signs of one byte, and of the next ones
+    torch.testing.assert_close(some.T @ some / 400, torch.eye(some.shape[1]), rtol=0, atol=0.25)
+    torch.testing.assert_close(some.mean(0), torch.zeros(some.shape[1]), rtol=0, atol=0.25)
 
 
 def curvature(folder: Path, layer: str, tokens: torch.Tensor) -> torch.Tensor:

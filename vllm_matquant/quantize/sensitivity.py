@@ -14,7 +14,8 @@ through all blocks and keeps what each block was given, so that memory holds one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import math
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +165,7 @@ class _Pass:
                     leaf = state[None].requires_grad_()
                     logits = self._head(leaf, self._head_weight)
                 probabilities = logits.detach().float().softmax(-1)
-                signs = torch.randint(0, 2, probabilities.shape, generator=generator).to(self._device) * 2 - 1
+                signs = random_signs(probabilities.shape, generator).to(self._device)
                 change = random_change(probabilities, signs).to(logits.dtype)
                 slope.copy_(torch.autograd.grad(logits, leaf, change)[0][0])
         return slopes
@@ -177,6 +178,20 @@ class _Pass:
             weights *= count / total
         else:
             weights.fill_(1.0)
+
+
+# The eight signs that each byte stands for.
+_SIGNS = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1) * 2.0 - 1.0
+
+
+def random_signs(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Numbers that are 1 or -1 with the same probability, float32 of ``shape``, on the CPU.
+
+    Eight are made of a random byte: a generator takes as long for one bit as for eight.
+    """
+    count = math.prod(shape)
+    drawn = torch.randint(0, 256, (-(-count // 8),), generator=generator)
+    return _SIGNS[drawn].flatten()[:count].view(*shape)
 
 
 def random_change(probabilities: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
