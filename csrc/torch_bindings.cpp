@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def(
         "solve_fours(Tensor copies, Tensor scales, Tensor group_of_column, Tensor factors, Tensor coupling, "
         "Tensor? current, Tensor books, int[] widths, Tensor lambdas, int begin, int end) -> (Tensor, Tensor)");
+    m.def("codebook_levels(Tensor codes, Tensor planes) -> Tensor");
+    m.def("codebook_sums(Tensor codes, Tensor weights, int width) -> Tensor");
     m.def("read_memory(Tensor data) -> int");
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str[]");

@@ -12,8 +12,10 @@ from tests.quantize.conftest import Layer
 from vllm_matquant.checkpoint.codebook import Codebook, entry_index, with_signs
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.spec import WIDTHS
+from vllm_matquant.kernels import ops
 from vllm_matquant.quantize import codebook_fit
 from vllm_matquant.quantize.codebook_fit import CodebookFit, LinearCodebook, find_entries, group_scales, start_books
+from vllm_matquant.quantize.codebook_sums import gathered_levels, gathered_sums
 from vllm_matquant.quantize.fours import FourSolver
 
 GROUP = 16
@@ -197,14 +199,56 @@ def test_scales_depend_on_no_other_rows(random_layer: Callable[..., Layer], monk
     torch.testing.assert_close(parts.scale, whole.scale, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])  # of one chunk, and of several
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_transpose(width: int) -> None:
+def test_the_transpose(width: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(width)
-    codes = some_codes(7, 24, width, seed=width)
+    codes = some_codes(rows, 48, width, seed=width)
     values = torch.randn(width - 1, 64, 4, generator=generator)
-    book = Codebook(values[0], values[1:], torch.rand(7, 3, generator=generator))
-    linear, weights = LinearCodebook(codes, book), torch.randn(7, 24, generator=generator)
+    book = Codebook(values[0], values[1:], torch.rand(rows, 3, generator=generator))
+    linear, weights = LinearCodebook(codes, book), torch.randn(rows, 48, generator=generator)
     assert torch.equal(linear.values(), values)
     torch.testing.assert_close(linear.expand(values), book.decode(codes), rtol=1e-5, atol=1e-6)
     forwards = (linear.expand(values).double() * weights).sum()
     torch.testing.assert_close((linear.collect(weights).double() * values).sum(), forwards, rtol=1e-5, atol=1e-5)
+    ones = torch.ones_like(weights)
+    diagonal = (linear.scale.double().square() * torch.arange(48.0)).sum()  # of the levels: every weight has one
+    torch.testing.assert_close(linear.diagonal(torch.arange(48.0).diag())[0].double().sum(), diagonal)
+    assert int(ops.codebook_sums(codes, ones, width)[0].sum()) == codes.numel()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_the_cpu_does_is_what_other_devices_do(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    codes, planes = some_codes(40, 64, width, seed=1), torch.randn(width - 1, 256, 4, generator=generator)
+    weights = torch.randn(40, 64, generator=generator)
+    torch.testing.assert_close(ops.codebook_levels(codes, planes), gathered_levels(codes, planes))
+    torch.testing.assert_close(ops.codebook_sums(codes, weights, width), gathered_sums(codes, weights, width))
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    codes, weights = some_codes(500, 64, 4, seed=0), torch.randn(500, 64)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(ops.codebook_sums(codes, weights, 4))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("codes", "planes", "message"),
+    [
+        (torch.zeros(2, 24, dtype=torch.uint8), torch.zeros(1, 256, 4), "codes: found 24 columns, expected a multiple"),
+        (torch.zeros(2, 16), torch.zeros(1, 256, 4), "codes: found dtype Float, expected Byte"),
+        (torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(1, 64, 4), r"planes: found shape \[1, 64, 4\]"),
+        (torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(8, 256, 4), "width: found 9, expected 2 to 8"),
+    ],
+)
+def test_refuses(codes: torch.Tensor, planes: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.codebook_levels(codes, planes)
+    if "planes" not in message:
+        with pytest.raises(RuntimeError, match=message):
+            ops.codebook_sums(codes, torch.zeros(codes.shape), len(planes) + 1)

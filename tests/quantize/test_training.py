@@ -102,7 +102,7 @@ def test_steps_of_a_codebook_are_those_of_torch(width: int, seed: int) -> None:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_training_begins_with_any_decoder(kind: DecoderKind, width: int) -> None:
     decoder = random_decoder(kind, width, 5, 3, torch.Generator().manual_seed(0))
-    codes = torch.randint(2**width, (5, 24), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    codes = torch.randint(2**width, (5, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     given: list[tuple[int, ...]] = []
 
     def allocate(shape: tuple[int, ...]) -> torch.Tensor:

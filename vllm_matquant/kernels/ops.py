@@ -357,6 +357,44 @@ def solve_fours(
     return result
 
 
+def codebook_levels(codes: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+    """What codes decode to with a codebook, before scaling (on the CPU).
+
+    Args:
+        codes: uint8 [rows, columns], each of as many bits as planes has matrices and one more; columns is a multiple
+            of 16.
+        planes: float32 [width - 1, 256, 4], the levels of each index, then what each further bit adds.
+
+    Returns:
+        float32 [rows, columns].
+
+    Raises:
+        RuntimeError: an argument contradicts another.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.codebook_levels(codes, planes)
+    return result
+
+
+def codebook_sums(codes: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
+    """The transpose of :func:`codebook_levels`: sums of what has each index, and each further bit besides (on the CPU).
+
+    Args:
+        codes: uint8 [rows, columns], each of ``width`` bits; columns is a multiple of 16.
+        weights: float32 [rows, columns], what is summed, in float64.
+        width: of the codes, in 2..8.
+
+    Returns:
+        float32 [width - 1, 256, 4].
+
+    Raises:
+        RuntimeError: an argument contradicts another.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.codebook_sums(codes, weights, width)
+    return result
+
+
 def read_memory(data: torch.Tensor) -> int:
     """Read memory with all threads and do nothing else (on the CPU): what benchmarks measure kernels against.
 

@@ -10,20 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import embedding
 
 from vllm_matquant.checkpoint.codebook import (
     ENTRIES,
     PLACES,
     Codebook,
-    by_column,
     by_four,
-    collect_signs,
-    entry_index,
     signs,
     with_signs,
 )
 from vllm_matquant.checkpoint.decoder import Decoder, DecoderKind
+from vllm_matquant.quantize.codebook_sums import codebook_levels, squares_by_entry, sums_by_entry
 
 SAMPLE = 2**15  # fours that entries are found from
 _ROUNDS = 20  # of k-means
@@ -192,7 +189,7 @@ class CodebookFit:
 
     def _scales_of(self, rows: slice, codes: torch.Tensor, book: Codebook) -> torch.Tensor:
         """Those of some rows: [rows, groups]."""
-        levels, before = book.unscaled(codes), book.scale[rows]
+        levels, before = codebook_levels(codes, _planes(book)), book.scale[rows]
         groups, size = book.groups, levels.shape[1] // book.groups
         normal = torch.empty(len(levels), groups, groups, dtype=torch.float64)
         by_group = self._hessian.unflatten(0, (groups, size))
@@ -212,48 +209,39 @@ class CodebookFit:
 
 
 class LinearCodebook:
-    """The decoded weight as a linear function of levels and increments [width - 1, 64, 4], codes and scales fixed."""
+    """The decoded weight as a linear function of levels and increments [width - 1, 64, 4], codes and scales fixed.
+
+    Args:
+        codes: uint8 [out_features, in_features], of the book's width.
+        book: whose scales are used, and with whose levels and increments :meth:`values` begins.
+    """
 
     def __init__(self, codes: torch.Tensor, book: Codebook) -> None:
-        self._book, self._index = book, entry_index(codes, book.width).long()
+        self._codes, self._book = codes, book
         self.scale = book.scale.float().repeat_interleave(codes.shape[1] // book.groups, 1)
-        further, fours = book.width - 2, by_four(codes)
-        self._bits = [(fours >> (further - bit) & 1).float() for bit in range(1, further + 1)]
 
     def values(self) -> torch.Tensor:
-        return torch.cat([self._book.levels[None], self._book.increments]).float()
+        """The book's levels and increments: float32 [width - 1, 64, 4]."""
+        return _planes(self._book)
+
+    def decode(self) -> torch.Tensor:
+        """What the book's own values decode to: float32 [out_features, in_features]."""
+        return self.expand(self.values())
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
         """What values decode to: float32 [out_features, in_features]."""
-        return self.levels(values).mul_(self.scale)
-
-    def levels(self, values: torch.Tensor) -> torch.Tensor:
-        """The same before scaling."""
-        values = with_signs(values)
-        total = embedding(self._index, values[0])
-        for bits, increments in zip(self._bits, values[1:], strict=True):
-            total.addcmul_(embedding(self._index, increments), bits)
-        return by_column(total, self.scale.shape[1])
+        return codebook_levels(self._codes, values).mul_(self.scale)
 
     def collect(self, weights: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`expand`, of float32 [out_features, in_features]: sums over what has each level and
         increment."""
-        return collect_signs(self._by_index(weights * self.scale))
+        return sums_by_entry(self._codes, weights * self.scale, self._book.width)
 
     def diagonal(self, hessian: torch.Tensor) -> torch.Tensor:
         """The second derivative of half the error by each level and increment, but for what a row's columns do to each
         other."""
-        by_index = self._by_index(self.scale.square() * hessian.diagonal())
-        return by_index.unflatten(1, (-1, ENTRIES)).sum(1)  # a sign changes no square
+        return squares_by_entry(self._codes, self.scale.square() * hessian.diagonal(), self._book.width)
 
-    def _by_index(self, weights: torch.Tensor) -> torch.Tensor:
-        """Sums over what has each index, and over what has each further bit besides: float32 [width - 1, 256, 4]."""
-        fours, index = by_four(weights), self._index.flatten()
-        parts = [fours, *(fours * bits for bits in self._bits)]
 
-        def sums(part: torch.Tensor) -> torch.Tensor:
-            # Place by place: rows of four numbers would be added one by one.
-            places = part.flatten(0, -2).unbind(1)
-            return torch.stack([torch.bincount(index, each.contiguous(), 4 * ENTRIES) for each in places], 1)
-
-        return torch.stack([sums(part) for part in parts]).float()
+def _planes(book: Codebook) -> torch.Tensor:
+    return torch.cat([book.levels[None], book.increments]).float()

@@ -11,6 +11,7 @@ from vllm_matquant.checkpoint.codebook import PLACES, Codebook, by_four, with_si
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.kernels import ops
+from vllm_matquant.quantize.codebook_fit import LinearCodebook
 from vllm_matquant.quantize.columns import BLOCK, chunks_of_rows, inverse_factor, rows_last
 
 
@@ -87,7 +88,7 @@ class FourSolver:
             coupling[start : start + PLACES, start : start + PLACES] = 0
 
         def wanted(book: Codebook, width: int) -> torch.Tensor:
-            decoded = book.decode(slice_codes(codes, PARENT_BITS, width))
+            decoded = LinearCodebook(slice_codes(codes, PARENT_BITS, width), book).decode()
             asked = torch.empty_like(decoded)
             asked[:, order] = (weight - decoded)[:, order] @ solved
             return decoded + asked

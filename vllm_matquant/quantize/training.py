@@ -13,6 +13,7 @@ from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook, Codeboo
 from vllm_matquant.checkpoint.decoder_form import Decoder, DecoderForm, Values
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.codebook_fit import LinearCodebook
+from vllm_matquant.quantize.codebook_sums import codebook_levels
 
 _BETAS = 0.9, 0.99  # of Adam
 _TINY = 1e-12
@@ -163,13 +164,13 @@ class TrainedCodebook(TrainedDecoder):
         return Codebook(self._planes[0], self._planes[1:], self._scale)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.values.decode(codes)
+        return LinearCodebook(codes, self.values).expand(self._planes)
 
     def slopes(self, gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """float32 [out_features * groups + values of the codebook]."""
         gradient, values = gradient.float(), self.values
         linear = LinearCodebook(codes, values)
-        by_scale = linear.levels(self._planes).mul_(gradient).unflatten(1, (values.groups, -1)).sum(2)
+        by_scale = codebook_levels(codes, self._planes).mul_(gradient).unflatten(1, (values.groups, -1)).sum(2)
         by_planes = linear.collect(gradient) * self._unit
         return torch.cat([(by_scale * self._start_scale).flatten(), by_planes.flatten()])
 
