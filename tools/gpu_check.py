@@ -300,8 +300,9 @@ def summary(report: Row) -> str:
         if row["m"] == 1:
             peers = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in row["peer_seconds"].items())
             lines.append(
-                f"{row['n']} x {row['k']}, 1 token, {row['bits']} bits: {1e6 * row['seconds']:.1f} us, "
-                f"{row['roofline']:.2f} of a copy's {row['read_gb_per_s']:.0f} GB/s ({peers})"
+                f"{row['n']} x {row['k']}, 1 token, {row['bits']} bits, {row['decoders']}: "
+                f"{1e6 * row['seconds']:.1f} us, {row['roofline']:.2f} of a copy's "
+                f"{row['read_gb_per_s']:.0f} GB/s ({peers})"
             )
     return "\n".join(lines)
 

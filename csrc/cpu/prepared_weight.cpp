@@ -34,7 +34,7 @@ void check_layout(const Weight& weight, const Segment& segment) {
 void add_segment(int64_t id, const Tensor& planes, const Tensor& decoders, const Tensor& active_width,
                  const std::vector<int64_t>& decoder_widths, const std::vector<int64_t>& output_sizes) {
     const std::shared_ptr<const Weight> before = weight_of(id);
-    if (before->layout == cuda::kLayout) {  // for an emulator, which has no memory of its own
+    if (before->layout == cuda::layout_of(before->decoder_kind)) {  // for an emulator, which has no memory of its own
         return cuda::add_segment(id, planes, decoders, active_width, decoder_widths, output_sizes);
     }
     STD_TORCH_CHECK(planes.dim() == 4, "planes: found ", planes.dim(), " dimensions, expected 4");

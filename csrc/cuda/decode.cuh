@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/multiply.cuh"
+#include "cuda/multiply_codebook.cuh"
 #include "cuda/sums.cuh"
 
 namespace matquant::cuda {
@@ -67,10 +68,15 @@ __device__ void decode(const Arguments<Element>& arguments, const Shape& shape, 
                          static_cast<int>(static_cast<long long>(worker + 1) * steps / workers)};
 
     Sums results[token_tiles][kRowTiles] = {};
-#define MATQUANT_WIDTH(bits)                                                                                   \
-    case bits:                                                                                                 \
-        multiply_steps<Element, kind, bits, token_tiles, groups>(                                              \
-            arguments, shape, share, memory + warp * stages(bits) * stage_bytes(kind, bits, groups), results); \
+#define MATQUANT_WIDTH(bits)                                                                                       \
+    case bits:                                                                                                     \
+        if constexpr (kind == DecoderKind::kCodebook) {                                                            \
+            multiply_fours<Element, bits, token_tiles, groups>(arguments, shape, share, partition.index, memory,   \
+                                                               results);                                           \
+        } else {                                                                                                   \
+            multiply_steps<Element, kind, bits, token_tiles, groups>(                                              \
+                arguments, shape, share, memory + warp * stages(bits) * stage_bytes(kind, bits, groups), results); \
+        }                                                                                                          \
         break;
     switch (first_decoders == kNone ? 0 : width) {
         MATQUANT_WIDTH(2)

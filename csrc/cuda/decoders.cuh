@@ -1,7 +1,7 @@
 // The decoders of a lane's rows: what a group's give in a product, what they give for one weight.
 //
 // Weights are scale * c + offset (float16), or scale * (c - middle) + centre, with scale and centre whole multiples of
-// two steps that a row has (int8).
+// two steps that a row has (int8), or such a scale times the level that a codebook gives a code.
 #pragma once
 
 #include "cuda/shape.cuh"
@@ -20,6 +20,13 @@ constexpr float kMiddle = ((1 << width) - 1) / 2.0f;
 
 // What centres are more in memory, so that they have no sign.
 constexpr float kCentreBias = 128.0f;
+
+// One instruction, and none of the integer pipe: but only of bytes without a sign, and only if it is put this way.
+__device__ inline float float_of_byte(uint32_t word, int index) {
+    uint32_t bits;
+    asm("bfe.u32 %0, %1, %2, 8;" : "=r"(bits) : "r"(word), "r"(8 * index));
+    return __uint2float_rn(bits);
+}
 
 // Those of one group, of rows g and g + 8 of each row tile; `memory` is what the lanes of row g read.
 template <DecoderForm form>
@@ -67,14 +74,28 @@ class GroupDecoders<DecoderForm::kInt8> {
     }
 
   private:
-    // One instruction, and none of the integer pipe: but only of bytes without a sign, and only if it is put this way.
-    __device__ float byte(int word, int index) const {
-        uint32_t bits;
-        asm("bfe.u32 %0, %1, %2, 8;" : "=r"(bits) : "r"(words_[word]), "r"(8 * index));
-        return __uint2float_rn(bits);
-    }
+    __device__ float byte(int word, int index) const { return float_of_byte(words_[word], index); }
 
     uint32_t words_[4];
+};
+
+// Scales alone, those of codebooks.
+template <>
+class GroupDecoders<DecoderForm::kCodebook> {
+  public:
+    __device__ void load(const uint8_t* memory) {
+        const uint2 run = __ldg(reinterpret_cast<const uint2*>(memory));
+        words_[0] = run.x;
+        words_[1] = run.y;
+    }
+    // Multiples of the rows' steps.
+    __device__ float2 scale(int row_tile) const {
+        return {float_of_byte(words_[row_tile / 2], row_tile % 2 * 2),
+                float_of_byte(words_[row_tile / 2], row_tile % 2 * 2 + 1)};
+    }
+
+  private:
+    uint32_t words_[2];
 };
 
 // The steps of decoders in int8, of rows g and g + 8 of a row tile.
@@ -92,6 +113,12 @@ struct RowSteps {
         centre = {__uint_as_float(words[0] & 0xffff0000), __uint_as_float(words[1] & 0xffff0000)};
     }
 };
+
+// The steps of a codebook's scales, of rows g and g + 8 of a row tile; `memory` is where a row of tiles begins.
+__device__ inline float2 scale_steps(const uint8_t* memory, int g, int row_tile) {
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(memory) + g * kRowTiles + row_tile);
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000)};
+}
 
 __device__ inline float2 multiply(const float2& a, const float2& b) { return {a.x * b.x, a.y * b.y}; }
 

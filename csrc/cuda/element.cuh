@@ -38,6 +38,11 @@ struct Half {
     MATQUANT_MMA("f16")
     __device__ static Type from_float(float value) { return __float2half_rn(value); }
     __device__ static float to_float(Type value) { return __half2float(value); }
+    // Two values each.
+    __device__ static uint32_t add(uint32_t a, uint32_t b) {
+        const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+        return *reinterpret_cast<const uint32_t*>(&sum);
+    }
 };
 
 struct BFloat16 {
@@ -47,6 +52,12 @@ struct BFloat16 {
     MATQUANT_MMA("bf16")
     __device__ static Type from_float(float value) { return __float2bfloat16_rn(value); }
     __device__ static float to_float(Type value) { return __bfloat162float(value); }
+    __device__ static uint32_t add(uint32_t a, uint32_t b) {
+        const auto *first = reinterpret_cast<const __nv_bfloat162*>(&a),
+                   *second = reinterpret_cast<const __nv_bfloat162*>(&b);
+        const __nv_bfloat162 sum = __hadd2(*first, *second);
+        return *reinterpret_cast<const uint32_t*>(&sum);
+    }
 };
 
 #undef MATQUANT_MMA

@@ -30,6 +30,10 @@
 #define MATQUANT_AFFINE_INT8(LIST, INSTANCE)                \
     LIST(INSTANCE, float16, Half, affine_int8, kAffineInt8) \
     LIST(INSTANCE, bfloat16, BFloat16, affine_int8, kAffineInt8)
+#define MATQUANT_CODEBOOK(LIST, INSTANCE)                 \
+    LIST(INSTANCE, float16, Half, codebook_4d, kCodebook) \
+    LIST(INSTANCE, bfloat16, BFloat16, codebook_4d, kCodebook)
 #define MATQUANT_ALL_DECODERS(LIST, INSTANCE) \
     MATQUANT_AFFINE_FLOAT16(LIST, INSTANCE)   \
-    MATQUANT_AFFINE_INT8(LIST, INSTANCE)
+    MATQUANT_AFFINE_INT8(LIST, INSTANCE)      \
+    MATQUANT_CODEBOOK(LIST, INSTANCE)

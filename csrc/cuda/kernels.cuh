@@ -14,10 +14,10 @@
             {input, planes, decoders, active_widths, bias, output, partial_sums, arrivals, slots}, shape, memory); \
     }
 
-// Six blocks fit a multiprocessor: without a number the compiler aims at more, and spills.
-#define MATQUANT_DEQUANTIZE_KERNEL(name, element, kind, groups)                                   \
-    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads, 6)                     \
-        name(MATQUANT_DEQUANTIZE_PARAMETERS(matquant::cuda::element::Type)) {                     \
-        matquant::cuda::dequantize<matquant::cuda::element, matquant::DecoderKind::kind, groups>( \
-            planes, decoders, active_width, output, shape);                                       \
+#define MATQUANT_DEQUANTIZE_KERNEL(name, element, kind, groups)                                                  \
+    extern "C" __global__ void __launch_bounds__(matquant::cuda::kThreads,                                       \
+                                                 matquant::cuda::dequantize_blocks(matquant::DecoderKind::kind)) \
+        name(MATQUANT_DEQUANTIZE_PARAMETERS(matquant::cuda::element::Type)) {                                    \
+        matquant::cuda::dequantize<matquant::cuda::element, matquant::DecoderKind::kind, groups>(                \
+            planes, decoders, active_width, output, shape);                                                      \
     }

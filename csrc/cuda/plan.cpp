@@ -40,8 +40,9 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& planes) 
 }
 
 void check_layout(const Weight& weight) {
-    STD_TORCH_CHECK(weight.layout == kLayout, "weight: found the layout \"", weight.layout, "\", expected \"", kLayout,
-                    "\"");
+    const char* expected = layout_of(weight.decoder_kind);
+    STD_TORCH_CHECK(weight.layout == expected, "weight: found the layout \"", weight.layout, "\", expected \"",
+                    expected, "\"");
 }
 
 // A segment of a weight, as far as it does not depend on the product.
@@ -97,8 +98,6 @@ Layer describe(const Weight& weight, const Segment& segment) {
         STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), "output_sizes: found ",
                         to_string(segment.output_sizes), ", expected a sum below 2^31");
     }
-    STD_TORCH_CHECK(weight.decoder_kind != DecoderKind::kCodebook, "decoder_kind: found \"codebook-4d\", expected \"",
-                    to_string(DecoderKind::kAffineFloat16), "\" or \"", to_string(DecoderKind::kAffineInt8), "\"");
     const int64_t tile_columns = ceil_div(weight.columns, kTileColumns);
     STD_TORCH_CHECK(kBaseBits <= segment.resident_width && segment.resident_width <= kMaxWidth, "planes: found ",
                     segment.resident_width, " planes, expected ", kBaseBits, " to ", kMaxWidth);
@@ -112,6 +111,7 @@ Layer describe(const Weight& weight, const Segment& segment) {
             shape.first_decoders[width - kMinWidth] = static_cast<uint32_t>(decoder_bytes);
         }
         const DecoderForm form = form_of(weight.decoder_kind, width);
+        decoder_bytes += shape.partitions * shared_decoder_bytes(weight.decoder_kind, static_cast<int>(width));
         decoder_bytes += tile_rows * (step_bytes(form) + weight.groups() * group_bytes(form));
     }
     check_tensor("decoders", segment.decoders, ScalarType::Byte, {decoder_bytes});

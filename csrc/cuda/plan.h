@@ -16,7 +16,8 @@
 
 namespace matquant::cuda {
 
-inline constexpr char kLayout[] = "cuda";
+// The layout of weights with a kind of decoders. (With codebooks columns have another order.)
+constexpr const char* layout_of(DecoderKind kind) { return kind == DecoderKind::kCodebook ? "cuda-codebook" : "cuda"; }
 
 // Adds a segment, in this layout, to the weight with this number; the weight's device does not matter.
 void add_segment(int64_t id, const torch::stable::Tensor& planes, const torch::stable::Tensor& decoders,

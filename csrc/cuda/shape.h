@@ -20,10 +20,15 @@ constexpr int kStepColumns = kStepTiles * kTileColumns;
 
 // Bytes of the decoders of a row of tiles: before its groups, and of each group.
 MATQUANT_HOST_DEVICE constexpr int step_bytes(DecoderForm form) {
-    return form == DecoderForm::kInt8 ? 2 * kTileRows * 2 : 0;
+    return form == DecoderForm::kFloat16 ? 0 : (form == DecoderForm::kInt8 ? 2 : 1) * kTileRows * 2;
 }
 MATQUANT_HOST_DEVICE constexpr int group_bytes(DecoderForm form) {
-    return 2 * kTileRows * (form == DecoderForm::kInt8 ? 1 : 2);
+    return form == DecoderForm::kCodebook ? kTileRows : 2 * kTileRows * (form == DecoderForm::kInt8 ? 1 : 2);
+}
+
+// Bytes of what a partition's rows share of the decoders of a width: its codebook, if it has one. They come first.
+MATQUANT_HOST_DEVICE constexpr int shared_decoder_bytes(DecoderKind kind, int width) {
+    return kind == DecoderKind::kCodebook ? codebook_planes(width) * kEntryPlaneBytes : 0;
 }
 
 // A segment of a weight and a product, as the host describes them.
@@ -62,9 +67,15 @@ MATQUANT_HOST_DEVICE constexpr int stage_bytes(DecoderKind kind, int width, int 
 
 MATQUANT_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// Shared memory of the tables of a codebook, see levels.cuh.
+MATQUANT_HOST_DEVICE constexpr int table_bytes(int width) { return 1024 * (width > kCoarseBits ? 48 : 32); }
+
 // Shared memory of a block that multiplies `tokens` with a layer that has slices of up to this width: the stages of its
-// warps, then their sums.
+// warps or, of codebooks, the tables, then the warps' sums.
 MATQUANT_HOST_DEVICE constexpr int shared_bytes(DecoderKind kind, int tokens, int groups, int width) {
+    if (kind == DecoderKind::kCodebook) {
+        return larger(table_bytes(width), kWarps * kTileRows * tokens * 4);
+    }
     const int narrow = width < 4 ? width : 4;
     const int staged = larger(stages(narrow) * stage_bytes(kind, narrow, groups),
                               width <= 4 ? 0 : stages(width) * stage_bytes(kind, width, groups));

@@ -14,7 +14,8 @@
 // Decoders, for each width, row of tiles and group [8 (g), 2 (scale, offset or centre), 8 (row tile, row g or g + 8)]:
 // of a group a lane reads one run of bytes. Of affine-float16 the values are float16; of affine-int8 they are bytes,
 // centres + 128, and a row of tiles begins with its rows' steps, bfloat16 [8 (g), 8 (row tile, row g or g + 8), 2 (of
-// scale, of centre)].
+// scale, of centre)]. With codebooks there are scales alone, and the codebook of each partition before all rows of
+// tiles; lanes have other columns then (codebook.cuh).
 #pragma once
 
 #ifdef __CUDACC_RTC__

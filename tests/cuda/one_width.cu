@@ -11,8 +11,12 @@ __global__ void __launch_bounds__(kWarps* kLanes, token_tiles == 1 ? 3 : 2)
     const int steps = shape.steps();
     const Share share = {static_cast<int>(blockIdx.x), 0, 0, warp * steps / kWarps, (warp + 1) * steps / kWarps};
     Sums results[token_tiles][kRowTiles] = {};
-    multiply_steps<Element, kind, width, token_tiles, groups>(
-        arguments, shape, share, memory + warp * stages(width) * stage_bytes(kind, width, groups), results);
+    if constexpr (kind == matquant::DecoderKind::kCodebook) {
+        multiply_fours<Element, width, token_tiles, groups>(arguments, shape, share, 0, memory, results);
+    } else {
+        multiply_steps<Element, kind, width, token_tiles, groups>(
+            arguments, shape, share, memory + warp * stages(width) * stage_bytes(kind, width, groups), results);
+    }
     __syncthreads();
     const BlockSums<token_tiles> sums(memory);
     sums.store(warp, threadIdx.x % kLanes, results);

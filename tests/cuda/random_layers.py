@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.kernels.random_layers import ROUNDING, affine_of, make_decoder, make_input, stored_segment
+from tests.kernels.random_layers import ROUNDING, affine_of, look_up, make_decoder, make_input, stored_segment
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, Decoder, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.kernel import Kernel
@@ -54,8 +54,12 @@ class Layer:
     def weights(self, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [N, K], and the same of |scale| * code + |offset|, what rounding errors are relative to."""
         parts, first = [], 0
-        for size, width in zip(self.output_sizes, widths, strict=True):
+        for partition, (size, width) in enumerate(zip(self.output_sizes, widths, strict=True)):
             rows = slice(first, first + size)
+            if not self.weight.decoder_kind.affine:
+                parts.append(self._levels(partition, rows, width))
+                first += size
+                continue
             codes = (self.codes[rows] >> (8 - width)).double()
             scale, offset = (
                 torch.from_numpy(values[rows]).repeat_interleave(self.group_size, 1)[:, : codes.shape[1]]
@@ -64,6 +68,15 @@ class Layer:
             parts.append((scale * codes + offset, scale.abs() * codes + offset.abs()))
             first += size
         return torch.cat([weight for weight, _ in parts]), torch.cat([absolute for _, absolute in parts])
+
+    def _levels(self, partition: int, rows: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a partition with a codebook: scale times level, and |scale| times what is looked up for it."""
+        stored = self.decoders[width].parts
+        planes = stored["codebook"].unflatten(0, (len(self.output_sizes), -1))[partition].double().numpy()
+        scale = (stored["scale"].double() * stored["step"].double())[rows].repeat_interleave(self.group_size, 1)
+        levels = torch.from_numpy(look_up(self.codes[rows].numpy() >> (8 - width), planes, width))
+        scale = scale[:, : levels.shape[1]]
+        return scale * levels, scale * (levels.abs() + 255)
 
     def check(
         self,
@@ -119,12 +132,21 @@ def make_segments(
     output_sizes = [size for sizes, _ in segments for size in sizes]
     rows, groups = sum(output_sizes), -(-columns // group_size)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
-    decoders = {width: make_decoder(kind, width, rows, groups, generator) for width in WIDTHS}
-    stored, first = [], 0
+    decoders = {width: make_decoder(kind, width, rows, groups, generator, len(output_sizes)) for width in WIDTHS}
+    stored, first, partition = [], 0, 0
     for sizes, widths in segments:
         own = slice(first, first + sum(sizes))
-        stored.append(stored_segment(codes[own], {w: decoders[w][own] for w in WIDTHS}, list(sizes), widths))
-        first = own.stop
+        layers = range(partition, partition + len(sizes)), len(output_sizes)
+        parts = {width: of_layers(decoders[width][own], *layers) for width in WIDTHS}
+        stored.append(stored_segment(codes[own], parts, list(sizes), widths))
+        first, partition = own.stop, partition + len(sizes)
     # One group is as good as groups of any size to a kernel.
     weight = kernel.pack(stored, columns, min(group_size, max(columns, 128)), device)
     return Layer(codes, decoders, output_sizes, group_size, weight)
+
+
+def of_layers(decoder: Decoder, layers: range, count: int) -> Decoder:
+    """The decoder with the codebooks of some of ``count`` layers, if it has any."""
+    own = slice(layers.start, layers.stop)
+    shared = {name: decoder.parts[name].unflatten(0, (count, -1))[own].flatten(0, 1) for name in decoder.form.shared}
+    return replace(decoder, parts={**decoder.parts, **shared})

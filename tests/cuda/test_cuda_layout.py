@@ -9,10 +9,12 @@ import torch
 
 from tests.cuda.random_layers import CUDA, KINDS, make_layer
 from tests.kernels.random_layers import make_decoder
-from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, DecoderKind
+from vllm_matquant.checkpoint.codebook import entry_index
+from vllm_matquant.checkpoint.decoder import AFFINE_KINDS, CODEBOOK, FLOAT16, INT8, DecoderKind
 from vllm_matquant.checkpoint.packing import pack_codes
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout
+from vllm_matquant.kernels.cuda_layout import CODEBOOK_LAYOUT
 
 FIELDS = [1, 3, 5, 7, 2, 4, 6, 0]
 
@@ -52,6 +54,27 @@ def test_every_bit_has_its_place(width: int, columns: int, output_sizes: list[in
                 assert bit_of_plane(planes, plane, padded, column) == expected
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_index_and_what_is_added_to_it_follow_each_other(width: int) -> None:
+    codes = torch.randint(0, 256, (70, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(width))
+    planes = CODEBOOK_LAYOUT.pack_planes(*pack_codes(codes, width), [70])
+    words = planes.view(torch.int32).long() & 0xFFFFFFFF  # [tile rows, tile columns, width, 128]
+    index = entry_index(codes, 8)  # four after four, of four of each 16 columns
+    for row, four in itertools.product(range(0, 70, 9), range(25)):
+        tile, (i, h, g) = words[row // 64, four // 16], (row % 64 // 16, row % 16 // 8, row % 8)
+        t, j = four % 16 // 4, four % 4
+
+        base = int(tile[:2].flatten()[((i // 2 * 32 + 4 * g + t) * 2 + i % 2) * 2 + h])
+        assert base >> 8 * j & 0xFF == index[row, four]
+        for plane in range(2, width):
+            word = int(tile[plane, (4 * g + t) * 4 + i])
+            word = (word | word << 32) >> (32 - h) & 0xFFFFFFFF  # turned left by h
+            for place in range(4):
+                column = four // 4 * 16 + j + 4 * place
+                found = word >> (8 * j + (0, 4, 2, 6)[place] + 1 - plane % 2) & 1
+                assert found == int(codes[row, column]) >> (7 - plane) & 1 if column < 100 else found == 0
+
+
 def test_rows_are_repacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 256, (300, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = cuda_layout.pack_planes(*pack_codes(codes), [200, 100])
@@ -68,7 +91,7 @@ def padded_row(row: int, output_sizes: list[int]) -> int:
 @pytest.mark.parametrize("groups", [1, 3])
 def test_every_value_of_a_decoder_has_its_place(groups: int, output_sizes: list[int]) -> None:
     generator, rows = torch.Generator().manual_seed(groups), sum(output_sizes)
-    for kind in KINDS:
+    for kind in AFFINE_KINDS:
         decoders = [make_decoder(kind, width, rows, groups, generator) for width in (2, 5)]
         packed = cuda_layout.pack_decoders(decoders, output_sizes)
         sizes = [256 + 128 * groups if decoder.form is INT8 else 256 * groups for decoder in decoders]
@@ -86,6 +109,25 @@ def test_every_value_of_a_decoder_has_its_place(groups: int, output_sizes: list[
             assert of_tile[at + 8].item() - 128 == parts["centre"][row, group]
             steps = of_tile[32 * g + 4 * place : 32 * g + 4 * place + 4]
             assert steps.view(torch.bfloat16).tolist() == parts["step"][row].tolist()
+
+
+@pytest.mark.parametrize("output_sizes", [[1], [64], [70, 3]])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_scale_of_codebooks_has_its_place(groups: int, output_sizes: list[int]) -> None:
+    generator, rows = torch.Generator().manual_seed(groups), sum(output_sizes)
+    decoders = [make_decoder(CODEBOOK, width, rows, groups, generator, len(output_sizes)) for width in (3, 8)]
+    packed = cuda_layout.pack_decoders(decoders, output_sizes)
+    tiles = padded_row(rows - 1, output_sizes) // 64 + 1
+    sizes = [size for planes in (2, 12) for size in (len(output_sizes) * planes * 256, tiles * (128 + 64 * groups))]
+    books, rows_of_tiles = (packed.split(sizes)[first::2] for first in (0, 1))
+    for decoder, book, each in zip(decoders, books, rows_of_tiles, strict=True):
+        assert torch.equal(book, decoder.parts["codebook"].flatten())
+        for row, group in itertools.product(range(0, rows, 5), range(groups)):
+            padded = padded_row(row, output_sizes)
+            of_tile, g, place = each.view(tiles, -1)[padded // 64], padded % 8, padded % 64 // 8
+            assert of_tile[128 + 64 * group + 8 * g + place] == decoder.parts["scale"][row, group]
+            at = 16 * g + 2 * place
+            assert of_tile[at : at + 2].view(torch.bfloat16) == decoder.parts["step"][row]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

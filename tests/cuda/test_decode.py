@@ -1,4 +1,4 @@
-"""The CUDA kernels, executed by an emulator."""
+"""The CUDA kernels for scales and offsets, executed by an emulator; test_decode_codebook.py has those for codebooks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.cuda.emulation import SOURCES, Emulated, compile_ptx, emulator_module, skip_without_tools
-from tests.cuda.random_layers import KINDS, ROUNDING, Layer, make_input, make_layer, make_segments
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from tests.cuda.random_layers import ROUNDING, Layer, make_input, make_layer, make_segments
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, AFFINE_KINDS, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels.cuda_launch import kernel_definitions
 
@@ -21,7 +21,7 @@ GROUP_SIZES = (32, 64, 128, 256, 10**6)
 REAL_COLUMNS = (576, 640, 1536, 2048)
 
 
-@pytest.fixture(scope="session", params=KINDS, ids=lambda kind: kind.name)
+@pytest.fixture(scope="session", params=AFFINE_KINDS, ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> DecoderKind:
     return request.param
 

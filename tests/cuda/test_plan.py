@@ -11,7 +11,7 @@ import torch
 
 from tests.cuda.emulation import SOURCES, Recorder
 from tests.cuda.random_layers import CUDA, KINDS, Layer, make_input, make_layer, make_segments
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, CODEBOOK
 from vllm_matquant.kernels import cuda_launch, ops
 from vllm_matquant.kernels.cuda_launch import Launch, Memory, kernel_definitions
 from vllm_matquant.kernels.support import KERNELS
@@ -48,7 +48,9 @@ def test_every_kernel_is_listed_once() -> None:
         assert re.fullmatch(rf"MATQUANT_(DECODE|DEQUANTIZE)_KERNEL\({name}, [\w, ]+\)", definition)
 
 
-VARIANTS = [(kind, dtype) for kind in ("affine_float16", "affine_int8") for dtype in ("float16", "bfloat16")]
+VARIANTS = [
+    (kind, dtype) for kind in ("affine_float16", "affine_int8", "codebook_4d") for dtype in ("float16", "bfloat16")
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -108,6 +110,10 @@ def test_columns_are_divided_until_the_device_is_full(rows, columns, tokens, gri
         (AFFINE_INT8, 64, 1, 5, 4 * 3 * (4 * 1024 + 2 * 128)),
         (AFFINE_INT8, 128, 24, 2, 4 * 3 * (2 * 1024 + 128)),
         (AFFINE_FLOAT16, 128, 65, 8, 0),
+        (CODEBOOK, 128, 1, 4, 32 * 1024),
+        (CODEBOOK, 32, 24, 6, 32 * 1024),  # the sums of 24 tokens, or 16, take less
+        (CODEBOOK, 64, 1, 7, 48 * 1024),
+        (CODEBOOK, 64, 65, 8, 0),
     ],
 )
 def test_shared_memory(kind, group_size, tokens, width, expected) -> None:
@@ -135,6 +141,12 @@ def test_the_shape_that_kernels_are_passed() -> None:
     wide, narrow = 2 * 5 * 256, 2 * (256 + 5 * 128)
     numbers = list(struct.unpack("<10i8i8i7I", launch.shape))
     assert numbers[26:] == [none, wide, none, 0, none, none, wide + narrow]
+
+    # Two codebooks, of 1 and of 12 planes, then rows of tiles.
+    launch = launch_of(make_segments([([100, 30], (2, 8, 3))], 1100, 256, kind=CODEBOOK), 3)
+    rows = 3 * (128 + 5 * 64)
+    numbers = list(struct.unpack("<10i8i8i7I", launch.shape))
+    assert numbers[26:] == [0, 2 * 256 * 13 + 2 * rows, none, none, none, none, 2 * 256 + rows]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +179,8 @@ def changed(tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Call
         resident = segment.resident
         tensors = {"planes": resident.planes, "decoders": resident.decoders, "active_width": segment.active_width}
         tensors[tensor] = change(tensors[tensor])
-        number = ops.new_weight(layer.weight.in_features, layer.group_size, layer.weight.decoder_kind.name, "cuda")
+        weight = layer.weight
+        number = ops.new_weight(weight.in_features, layer.group_size, weight.decoder_kind.name, weight.layout.name)
         ops.add_segment(number, *tensors.values(), resident.decoder_widths, resident.output_sizes)
 
     return add
@@ -320,6 +333,16 @@ def test_a_weight_for_another_device_is_refused() -> None:
     number = ops.new_weight(200, 64, "affine-float16", "cpu-pairs")
     with pytest.raises(RuntimeError, match="planes: found shape"):
         ops.add_segment(number, segment.resident.planes, segment.resident.decoders, segment.active_width, [4], [70])
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("codebook-4d", "cuda"), ("affine-int8", "cuda-codebook")])
+def test_a_weight_in_the_order_of_another_kind_is_refused(kind, layout) -> None:
+    [segment] = make_layer([70], 200, 64, [4]).weight.segments
+    number = ops.new_weight(200, 64, kind, layout)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    tensors = (segment.resident.planes, segment.resident.decoders, segment.active_width)
+    with pytest.raises(RuntimeError, match=f'weight: found the layout "{layout}", expected "cuda'):
+        torch.ops.matquant.add_segment.default.redispatch(keys, number, *tensors, [4], [70])
 
 
 def test_the_cpu_refuses_a_weight_for_a_gpu() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from tests.cuda.random_layers import KINDS, TRITON, make_input, make_layer, make_segments
+from tests.cuda.random_layers import TRITON, make_input, make_layer, make_segments
 from vllm_matquant.checkpoint.spec import WIDTHS
 
 LAYERS = ((32, 136, [70, 30]), (64, 320, [64]), (96, 200, [20]), (10**6, 100, [40]))
@@ -21,7 +21,7 @@ def run(layer, x, widths, bias=None):
     layer.activate(widths)
     return TRITON.linear(x, layer.weight.handle, layer.weight.out_features, bias)
 
-for index, kind in enumerate(KINDS):
+for index, kind in enumerate(TRITON.decoder_kinds):
     for width in WIDTHS:
         # Each kind in either dtype at every other width.
         dtype = (torch.float16, torch.bfloat16)[(width + index) % 2]

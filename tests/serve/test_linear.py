@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 
 from tests.checkpoint.samples import decoder_bytes, decoder_names
 from tests.serve.tiny_models import quantize, served_at, served_widths
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, AFFINE_KINDS, CODEBOOK, KINDS
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, KINDS
 from vllm_matquant.checkpoint.errors import ConfigError, MissingTensorError
 from vllm_matquant.checkpoint.names import plane_name
 from vllm_matquant.checkpoint.packing import pack_codes, slice_codes
@@ -412,10 +412,9 @@ def test_activations_are_rounded_to_the_bits_of_the_model(activation_bits: int |
     torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", AFFINE_KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("slicing", ["truncate", "round"])
+@KINDS_SLICED
 @pytest.mark.parametrize("widths", [(4, 4, 4), (3, 8, 2), (7, 5, 5)])
-def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any, kind: Any, monkeypatch: Any) -> None:
+def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], kind: Any, slicing: Any, monkeypatch: Any) -> None:
     [kernel] = [kernel for kernel in KERNELS if kernel.name == "cuda-jit"]
     monkeypatch.setattr("vllm_matquant.serve.linear.select_kernel", lambda request: kernel)
     source = Source(Format(group_size=32, slicing=slicing, decoder_kind=kind))
@@ -423,7 +422,7 @@ def test_a_cuda_kernel_gets_its_own_layout(widths: tuple[int, ...], slicing: Any
     source.load(layer)
     layer.quant_method.process_weights_after_loading(layer)
     weight = layer.quant_method.weight
-    assert weight.layout.name == "cuda"
+    assert weight.layout.name == ("cuda" if kind.affine else "cuda-codebook")
     for segment in weight.segments:
         resident = segment.resident
         assert resident.planes.shape == cuda_layout.planes_shape(resident.width, resident.output_sizes, COLUMNS)

@@ -142,7 +142,7 @@ def test_the_parts_that_compare_products(part: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(random_layers.CUDA), "linear", staticmethod(linear), raising=False)
     scale = 1.0
     rows = list((gpu_check.PARTS | gpu_check.HIDDEN_PARTS)[part].run())
-    assert {row["decoders"] for row in rows} == {"affine-float16", "affine-int8"}
+    assert {row["decoders"] for row in rows} == {"affine-float16", "affine-int8", "codebook-4d"}
     scale = 1.1
     with pytest.raises(AssertionError, match="times the tolerance"):
         list((gpu_check.PARTS | gpu_check.HIDDEN_PARTS)[part].run())
@@ -170,9 +170,15 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cuda.ops, "linear", linear)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(bench_cuda, "PEERS", {"torch-bfloat16": bench_cuda.torch_bfloat16, "vllm-marlin-int4": refuse})
+    monkeypatch.setattr(bench_cuda, "CODEBOOK_SHAPES", [(70, 256)])
     refusals: list[str] = []
     rows = list(bench_cuda.bench_cuda([(70, 256)], [1, 3], [2, 5], report=refusals.append))
+    rows, of_codebooks = rows[:4], rows[4:]
     assert [(row["bits"], row["m"]) for row in rows] == [(2, 1), (2, 3), (5, 1), (5, 3)]
+    assert [(row["bits"], row["m"]) for row in of_codebooks] == [(2, 1), (5, 1)]
+    assert {row["decoders"] for row in of_codebooks} == {"codebook-4d"}
+    # A codebook of 256 bytes; of a row of tiles 128 bytes and 64 of a group.
+    assert of_codebooks[0]["bytes"] == 2 * 4 * 2 * 512 + 256 + 2 * (128 + 2 * 64)
     assert rows[0]["bytes"] == 2 * 4 * 2 * 512 + 2 * (
         256 + 2 * 128
     )  # tiles of 512 bytes a bit, decoders of 128 a group after 256

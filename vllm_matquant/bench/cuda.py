@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, DecoderKind
+from vllm_matquant.bench.kernel import ROTATED_BYTES, copies_of, random_decoder
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cuda_layout, ops
-from vllm_matquant.kernels.cuda_layout import CUDA_LAYOUT, TILE_ROWS
+from vllm_matquant.kernels.cuda_layout import TILE_ROWS
+from vllm_matquant.kernels.layout import pack_shared
 from vllm_matquant.kernels.support import CUDA
 from vllm_matquant.kernels.weight import PackedSegment, PackedWeight, ResidentSegment
 
@@ -24,6 +25,7 @@ SHAPES = (
     *((11264, 2048), (2048, 5632), (2560, 2048), (2048, 2048)),
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+CODEBOOK_SHAPES, CODEBOOK_BATCHES = SHAPES[3:4], (1, 8, 64)  # as much as shows what look-ups take
 ROUNDS = 20
 DEVICE = "cuda"
 
@@ -34,17 +36,19 @@ class Layer:
     def __init__(self, rows: int, columns: int, width: int, group_size: int, kind: DecoderKind = AFFINE_INT8) -> None:
         self.rows = rows
         shape = cuda_layout.planes_shape(width, [rows], columns)
+        layout = cuda_layout.layout_of(kind)
         # Those of one tile's rows, as often as there are tiles: to pack them all takes longer than to measure.
-        tiles = -(-rows // TILE_ROWS)
-        values = Affine(*torch.rand(2, TILE_ROWS, -(-columns // group_size)))
-        decoders = CUDA_LAYOUT.pack_decoders([kind.encode(values, width)], [TILE_ROWS]).to(DEVICE).repeat(tiles)
+        decoder = random_decoder(kind, width, TILE_ROWS, -(-columns // group_size))
+        shared = pack_shared(decoder).flatten()
+        of_tile = layout.pack_decoders([decoder], [TILE_ROWS])[len(shared) :]
+        decoders = torch.cat([shared, of_tile.repeat(-(-rows // TILE_ROWS))]).to(DEVICE)
         active_width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
         self.weights = []
         for _ in range(copies_of(rows * columns * width // 8)):
             planes = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
             resident = ResidentSegment(planes, decoders.clone(), (width,), (rows,), width)
             segments = (PackedSegment(resident, active_width),)
-            self.weights.append(PackedWeight(CUDA, CUDA_LAYOUT, kind, columns, group_size, segments))
+            self.weights.append(PackedWeight(CUDA, layout, kind, columns, group_size, segments))
         self.uses = 0
 
     @property
@@ -167,9 +171,10 @@ def bench_cuda(
                     peer_seconds[batch][name] = seconds_of(lambda call=peer, x=x: call(x))  # type: ignore[misc]
             except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
                 report(f"{name} refuses {rows} x {columns}: {str(error).splitlines()[0]}")
-        for width in widths:
-            layer = Layer(rows, columns, width, group_size)
-            for batch in batches:
+        kinds = [AFFINE_INT8, *([CODEBOOK] if (rows, columns) in CODEBOOK_SHAPES else [])]
+        for kind, width in itertools.product(kinds, widths):
+            layer = Layer(rows, columns, width, group_size, kind)
+            for batch in batches if kind.affine else sorted({*batches} & {*CODEBOOK_BATCHES}):
                 x = torch.randn(batch, columns, device=DEVICE).bfloat16()
                 seconds = seconds_of(lambda layer=layer, x=x: layer.multiply(x))  # type: ignore[misc]
                 gb_per_s = layer.bytes_read / seconds / 1e9
@@ -182,6 +187,7 @@ def bench_cuda(
                     "n": rows,
                     "k": columns,
                     "group_size": group_size,
+                    "decoders": kind.name,
                     "threads": 0,
                     "seconds": seconds,
                     "bytes": layer.bytes_read,

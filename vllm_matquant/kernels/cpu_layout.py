@@ -40,7 +40,7 @@ from vllm_matquant.checkpoint.codebook import CodebookForm
 from vllm_matquant.checkpoint.decoder import FLOAT16, INT8, Decoder, DecoderForm
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.kernels import ops
-from vllm_matquant.kernels.layout import ceil_div, pad_to_tiles, tile_count
+from vllm_matquant.kernels.layout import ceil_div, pack_shared, pad_to_tiles, tile_count
 from vllm_matquant.kernels.memory import WeightMemory
 
 TILE_ROWS = 16
@@ -126,12 +126,6 @@ def strip_padding(tiles: torch.Tensor, output_sizes: Sequence[int]) -> torch.Ten
     return torch.cat([part.flatten(0, 1)[:size] for part, size in zip(parts, output_sizes, strict=True)])
 
 
-def pack_shared(decoder: Decoder) -> torch.Tensor:
-    """What all rows of a partition share of the decoders of one width: uint8 [partitions, bytes], maybe none."""
-    shared = [decoder.parts[name].flatten() for name in sorted(decoder.form.shared)]
-    return torch.cat(shared) if shared else torch.empty(0, dtype=torch.uint8)
-
-
 def pack_decoder(decoder: Decoder, output_sizes: Sequence[int]) -> torch.Tensor:
     """What each row has of the decoders of one width: uint8 [tile rows, bytes of a row of tiles].
 
@@ -173,18 +167,6 @@ def unpack_decoder(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.T
     steps = packed[:, :STEP_BYTES].contiguous().view(torch.bfloat16).unflatten(1, (2, TILE_ROWS))
     scale, centre = packed[:, STEP_BYTES:].unflatten(1, (-1, 2, TILE_ROWS)).permute(2, 0, 3, 1)
     return {"scale": scale, "centre": centre.contiguous().view(torch.int8), "step": steps.transpose(1, 2)}
-
-
-def unpack_shared(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a decoder that all rows of a partition share, as their form names them.
-
-    Args:
-        form: of the decoders.
-        packed: uint8 [bytes], of one partition and width.
-    """
-    parts = {name: spec for name, spec in form.parts(0, 0).items() if name in form.shared}
-    split = packed.split([spec.nbytes for spec in parts.values()]) if parts else ()
-    return {name: each.view(spec.shape) for (name, spec), each in zip(parts.items(), split, strict=True)}
 
 
 def split_planes(planes: torch.Tensor, paired: bool) -> list[torch.Tensor]:

@@ -13,9 +13,9 @@ from vllm_matquant.kernels.cpu_layout import (
     CpuLayout,
     split_planes,
     unpack_decoder,
-    unpack_shared,
     unpack_steps,
 )
+from vllm_matquant.kernels.layout import unpack_shared
 from vllm_matquant.kernels.operators import define_embedding
 from vllm_matquant.kernels.weight import PackedWeight
 

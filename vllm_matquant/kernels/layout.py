@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_matquant.checkpoint.decoder_form import Decoder, DecoderForm
+
 
 def ceil_div(value: int, divisor: int) -> int:
     """``value / divisor``, rounded up."""
@@ -34,3 +36,21 @@ def pad_to_tiles(rows: torch.Tensor, output_sizes: Sequence[int], tile_rows: int
         padded[tile:].flatten(0, 1)[: len(part)] = part
         tile += ceil_div(len(part), tile_rows)
     return padded
+
+
+def pack_shared(decoder: Decoder) -> torch.Tensor:
+    """What all rows of a partition share of the decoders of one width: uint8 [partitions, bytes], maybe none."""
+    shared = [decoder.parts[name].flatten() for name in sorted(decoder.form.shared)]
+    return torch.cat(shared) if shared else torch.empty(0, dtype=torch.uint8)
+
+
+def unpack_shared(form: DecoderForm, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a decoder that all rows of a partition share, as their form names them.
+
+    Args:
+        form: of the decoders.
+        packed: uint8 [bytes], of one partition and width.
+    """
+    parts = {name: spec for name, spec in form.parts(0, 0).items() if name in form.shared}
+    split = packed.split([spec.nbytes for spec in parts.values()]) if parts else ()
+    return {name: each.view(spec.shape) for (name, spec), each in zip(parts.items(), split, strict=True)}

@@ -18,10 +18,9 @@ from vllm_matquant.kernels.cpu_layout import (
     split_planes,
     strip_padding,
     unpack_decoder,
-    unpack_shared,
     unpack_tiles,
 )
-from vllm_matquant.kernels.layout import ceil_div
+from vllm_matquant.kernels.layout import ceil_div, unpack_shared
 from vllm_matquant.kernels.operators import define_linear
 from vllm_matquant.kernels.weight import PackedWeight
 

@@ -46,7 +46,7 @@ class TableKernel:
         dtypes: dtypes of activations that it takes.
         decoder_kinds: that it reads.
         group_multiple: what the group size must be a multiple of, where a row has more than one group.
-        choose_layout: the layout of a weight, from each segment's resident width and widths that have decoders.
+        choose_layout: the layout of a weight, from its segments.
         multiply: what :meth:`linear` calls; ``torch.compile`` must be able to trace it.
         look_up: what :meth:`embedding` calls; ``torch.compile`` must be able to trace it.
         multiply_by_row: what :meth:`linear_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
@@ -64,7 +64,7 @@ class TableKernel:
     dtypes: tuple[torch.dtype, ...]
     decoder_kinds: tuple[DecoderKind, ...]
     group_multiple: int
-    choose_layout: Callable[[Sequence[tuple[int, Sequence[int]]]], Layout]
+    choose_layout: Callable[[Sequence[StoredSegment]], Layout]
     multiply: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
     look_up: Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], torch.Tensor]
     multiply_by_row: Callable[..., torch.Tensor] | None = None
@@ -107,8 +107,9 @@ class TableKernel:
         shared: SharedPlanes | None = None,
     ) -> PackedWeight:
         """A weight in this kernel's layout, see :meth:`vllm_matquant.kernels.kernel.Kernel.pack`."""
-        layout = self.choose_layout([(segment.resident_width, segment.decoder_widths) for segment in segments])
-        return pack_segments(self, layout, segments, in_features, group_size, device, activation_bits, shared)
+        return pack_segments(
+            self, self.choose_layout(segments), segments, in_features, group_size, device, activation_bits, shared
+        )
 
     def linear(
         self, x: torch.Tensor, handle: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
@@ -192,6 +193,10 @@ def _multiply_triton(
     return triton_linear.linear(x, handle, rows, bias)
 
 
+def _choose_cpu_layout(segments: Sequence[StoredSegment]) -> Layout:
+    return cpu_layout.choose_layout([(segment.resident_width, segment.decoder_widths) for segment in segments])
+
+
 _KINDS = tuple(KINDS.values())
 REFERENCE = TableKernel(
     "reference",
@@ -200,7 +205,7 @@ REFERENCE = TableKernel(
     dtypes=DTYPES,
     decoder_kinds=_KINDS,
     group_multiple=1,
-    choose_layout=cpu_layout.choose_layout,
+    choose_layout=_choose_cpu_layout,
     multiply=reference.reference_linear,
     look_up=reference_embedding,
     multiply_by_row=define_linear_by_row("reference_linear_by_row", reference.reference_linear),
@@ -213,7 +218,7 @@ CPU = TableKernel(
     dtypes=DTYPES,
     decoder_kinds=_KINDS,
     group_multiple=cpu_layout.STEP_COLUMNS,
-    choose_layout=cpu_layout.choose_layout,
+    choose_layout=_choose_cpu_layout,
     multiply=ops.linear,
     look_up=ops.embedding,
     multiply_by_row=ops.linear_by_row,
@@ -227,9 +232,9 @@ CUDA = TableKernel(
     device_type="cuda",
     widths=WIDTHS,
     dtypes=(torch.bfloat16, torch.float16),
-    decoder_kinds=AFFINE_KINDS,
+    decoder_kinds=_KINDS,
     group_multiple=32,
-    choose_layout=lambda resident: cuda_layout.CUDA_LAYOUT,
+    choose_layout=cuda_layout.choose_layout,
     multiply=ops.linear,
     look_up=_look_up_cuda,
     multiply_by_row=ops.linear_by_row,
@@ -253,6 +258,7 @@ KERNELS = (
     replace(
         CUDA,
         name="triton",
+        decoder_kinds=AFFINE_KINDS,
         group_multiple=1,
         multiply=_multiply_triton,
         multiply_by_row=None,
