@@ -120,7 +120,8 @@ class CupyLauncher:
         shape = np.frombuffer(launch.shape, np.uint8)  # CuPy passes what an array holds by value
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with cupy.cuda.Device(self.device), cupy.cuda.ExternalStream(stream):
-            if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
+            # What there is without asking may count the kernel's own variables or not.
+            if launch.shared_bytes >= function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = launch.shared_bytes
             function(launch.grid, (launch.threads,), (*pointers, shape), shared_mem=launch.shared_bytes)
 
