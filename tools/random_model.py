@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from vllm_matquant.checkpoint.decoder import AFFINE_INT8, Affine, Decoder
+from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook
+from vllm_matquant.checkpoint.decoder import AFFINE_INT8, CODEBOOK, KINDS, Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.decoder_form import Values
 from vllm_matquant.checkpoint.errors import CheckpointError
 from vllm_matquant.checkpoint.spec import PARENT_BITS, WIDTHS, Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
@@ -58,21 +60,32 @@ LARGEST = 3 * STANDARD_DEVIATION  # the codes stand for weights of up to this ma
 
 
 def random_layer(
-    rows: int, columns: int, group_size: int, generator: torch.Generator
+    rows: int, columns: int, group_size: int, generator: torch.Generator, kind: DecoderKind = AFFINE_INT8
 ) -> tuple[torch.Tensor, dict[int, Decoder]]:
     """Random parent codes, uint8 [rows, columns], and decoders to the middle of what a slice stands for."""
     codes = torch.randint(0, 2**PARENT_BITS, (rows, columns), dtype=torch.uint8, generator=generator)
     whole = torch.ones(rows, columns // group_size)
-    step = 2 * LARGEST / (2**PARENT_BITS - 1)
-    decoders = {}
-    for width in WIDTHS:
-        merged = 2 ** (PARENT_BITS - width)
-        values = Affine(whole * (step * merged), whole * (step * (merged - 1) / 2 - LARGEST))
-        decoders[width] = AFFINE_INT8.encode(values, width)
-    return codes, decoders
+    entries = torch.rand(ENTRIES, PLACES, generator=generator) * LARGEST
+    return codes, {width: kind.encode(_values(kind, width, whole, entries), width) for width in WIDTHS}
 
 
-def write_models(shape: str, output: Path, group_size: int, seed: int, head_bits: int | None = None) -> None:
+def _values(kind: DecoderKind, width: int, whole: torch.Tensor, entries: torch.Tensor) -> Values:
+    if kind == CODEBOOK:  # around an entry as far as half of the largest weight
+        steps = LARGEST / 2 ** torch.arange(1.0, width - 1).view(-1, 1, 1)
+        increments = steps.expand(-1, ENTRIES, PLACES)
+        return Codebook(entries - increments.sum(0) / 2, increments, whole)
+    step, merged = 2 * LARGEST / (2**PARENT_BITS - 1), 2 ** (PARENT_BITS - width)
+    return Affine(whole * (step * merged), whole * (step * (merged - 1) / 2 - LARGEST))
+
+
+def write_models(
+    shape: str,
+    output: Path,
+    group_size: int,
+    seed: int,
+    head_bits: int | None = None,
+    kind: DecoderKind = AFFINE_INT8,
+) -> None:
     """Write OUTPUT/bf16 and OUTPUT/nested, whose output head is quantized if it is to have ``head_bits``.
 
     Raises:
@@ -80,7 +93,7 @@ def write_models(shape: str, output: Path, group_size: int, seed: int, head_bits
     """
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
     torch.manual_seed(seed)
-    format_ = Format(group_size=group_size)
+    format_ = Format(group_size=group_size, decoder_kind=kind)
     if head_bits is not None:
         format_ = replace(format_, ignored_layers=(), layer_widths={HEAD: (head_bits,)})
     with CheckpointWriter(output / "nested", format_) as writer:
@@ -92,7 +105,7 @@ def write_models(shape: str, output: Path, group_size: int, seed: int, head_bits
             layer = name.removesuffix(".weight")
             if layer in quantized:
                 rows, columns = tensor.shape
-                codes, decoders = random_layer(rows, columns, group_size, generator)
+                codes, decoders = random_layer(rows, columns, group_size, generator, kind)
                 own = {width: decoders[width] for width in format_.widths_of(layer)}
                 writer.add_layer(layer, codes, own)
             else:
@@ -113,10 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="BITS",
         help="quantize the output head too, to this width alone (default: bfloat16)",
     )
+    parser.add_argument(
+        "--decoders",
+        choices=KINDS,
+        default=AFFINE_INT8.name,
+        help="how codes become weights, see docs/reference/format.md (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        write_models(options.shape, options.output, options.group_size, options.seed, options.head_bits)
+        kind = KINDS[options.decoders]
+        write_models(options.shape, options.output, options.group_size, options.seed, options.head_bits, kind)
     except (CheckpointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(options.output / "nested")

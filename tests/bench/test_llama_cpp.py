@@ -9,7 +9,7 @@ import gguf
 import pytest
 
 import vllm_matquant
-from vllm_matquant.bench.llama_cpp import HEAD_TYPES, TYPE_OF_WIDTH, LlamaCpp, instruction_sets, misfit
+from vllm_matquant.bench.llama_cpp import HEAD_TYPES, TYPES_OF_WIDTH, LlamaCpp, instruction_sets, misfit
 
 CONFIG = {
     "hidden_size": 256,
@@ -28,14 +28,16 @@ def program(folder: Path, script: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("width", TYPE_OF_WIDTH)
-def test_the_model_has_the_shape_and_the_type(tmp_path: Path, width: int) -> None:
-    peer = LlamaCpp(Path("none"), tmp_path, CONFIG, width, threads=2)
+@pytest.mark.parametrize(("width", "type_"), [(w, each) for w, types in TYPES_OF_WIDTH.items() for each in types])
+def test_the_model_has_the_shape_and_the_type(tmp_path: Path, width: int, type_: str) -> None:
+    peer = LlamaCpp(Path("none"), tmp_path, CONFIG, type_, threads=2)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(peer.file).tensors}
     assert len(tensors) == 3 + 2 * (2 + 7)
     down = tensors["blk.1.ffn_down.weight"]
     assert list(down.shape) == [512, 256]
-    assert down.tensor_type.name == peer.type
+    assert down.tensor_type.name == peer.type == type_
+    values = gguf.quants.dequantize(down.data, down.tensor_type)
+    assert 0 < abs(values).max() < 1  # scales where the type has them
     assert list(tensors["blk.0.attn_k.weight"].shape) == [256, 128]
     assert tensors["output.weight"].tensor_type.name == "BF16"
     assert 8 * down.n_bytes / (512 * 256) == peer.bits_per_weight
@@ -44,7 +46,7 @@ def test_the_model_has_the_shape_and_the_type(tmp_path: Path, width: int) -> Non
 
 @pytest.mark.parametrize("width", HEAD_TYPES)
 def test_the_head_has_its_own_type(tmp_path: Path, width: int) -> None:
-    peer = LlamaCpp(Path("none"), tmp_path, CONFIG, 4, threads=2, head_width=width)
+    peer = LlamaCpp(Path("none"), tmp_path, CONFIG, "Q4_0", threads=2, head_width=width)
     head = {tensor.name: tensor for tensor in gguf.GGUFReader(peer.file).tensors}["output.weight"]
     assert head.tensor_type.name == peer.head_type
     assert list(head.shape) == [256, 300]
@@ -55,7 +57,7 @@ def test_the_head_has_its_own_type(tmp_path: Path, width: int) -> None:
 def test_measure_reads_the_programs_lines(tmp_path: Path) -> None:
     line = '{"pp": 16, "tg": 8, "pl": 3, "speed_pp": 90.5, "speed_tg": 12.25}'
     peer = LlamaCpp(
-        program(tmp_path, f"echo loading; echo '{line}'; echo $* > {tmp_path}/asked"), tmp_path, CONFIG, 4, 2
+        program(tmp_path, f"echo loading; echo '{line}'; echo $* > {tmp_path}/asked"), tmp_path, CONFIG, "Q4_0", 2
     )
     assert peer.measure(3, 16, 8) == {"prompt_tokens_per_s": 90.5, "decode_tokens_per_s": 12.25}
     asked = (tmp_path / "asked").read_text()
@@ -86,7 +88,7 @@ def test_shapes_and_widths_without_a_type(hidden: int, width: int, head: int | N
     ],
 )
 def test_a_program_that_fails(tmp_path: Path, script: str, said: str) -> None:
-    peer = LlamaCpp(program(tmp_path, script), tmp_path, CONFIG, 4, 2)
+    peer = LlamaCpp(program(tmp_path, script), tmp_path, CONFIG, "Q4_0", 2)
     with pytest.raises(ValueError, match=re.escape(f"llama-batched-bench failed at Q4_0 {said}")):
         peer.measure(1, 16, 8)
 

@@ -14,8 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-TYPE_OF_WIDTH = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
-HEAD_TYPES = TYPE_OF_WIDTH | {7: "Q8_0", 6: "Q6_K", 5: "Q6_K"}
+TYPES_OF_WIDTH = {8: ("Q8_0",), 4: ("Q4_0",), 3: ("Q3_K",), 2: ("Q2_K", "IQ2_XS")}
+HEAD_TYPES = {width: types[0] for width, types in TYPES_OF_WIDTH.items()} | {7: "Q8_0", 6: "Q6_K", 5: "Q6_K"}
 _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
     "attn_q": ("heads", "hidden"),
     "attn_k": ("kv", "hidden"),
@@ -26,7 +26,7 @@ _LAYER_TENSORS = {  # rows and columns, in multiples of the sizes below
     "ffn_down": ("hidden", "intermediate"),
 }
 # Bytes of a block at which float16 scales lie; all other bytes are codes and small integers.
-_SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82)}
+_SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82), "IQ2_XS": (0,)}
 _SCALE = 2.0**-12
 # Instructions that tell what a program was built for, as objdump writes them.
 _INSTRUCTIONS = {
@@ -44,7 +44,7 @@ class LlamaCpp:
         program: its llama-batched-bench.
         folder: where the model is written; some gigabytes for a large shape.
         config: the model's shape, as transformers' config.json has it.
-        width: its layers' type is the one of about so many bits, of :data:`TYPE_OF_WIDTH`.
+        type_: of its layers, one of :data:`TYPES_OF_WIDTH`.
         threads: to compute with.
         head_width: its head's type is the one of at least so many bits, of :data:`HEAD_TYPES`; by default bfloat16.
     """
@@ -54,12 +54,12 @@ class LlamaCpp:
         program: Path,
         folder: Path,
         config: dict[str, Any],
-        width: int,
+        type_: str,
         threads: int,
         head_width: int | None = None,
     ) -> None:
         self.program, self.threads = program, threads
-        self.type = TYPE_OF_WIDTH[width]
+        self.type = type_
         self.head_type = "BF16" if head_width is None else HEAD_TYPES[head_width]
         self.file = folder / f"{self.type}.gguf"
         write_gguf(self.file, config, self.type, self.head_type)
@@ -95,10 +95,10 @@ def head_width(config: dict[str, Any], widths: Mapping[str, int]) -> int | None:
 
 
 def misfit(config: dict[str, Any], width: int, head_width: int | None = None) -> str | None:
-    """Why llama.cpp has no types for a shape whose layers and head have these widths, None if it has them."""
-    if width not in TYPE_OF_WIDTH:
+    """Why llama.cpp lacks a type for a shape whose layers and head have these widths, None if it lacks none."""
+    if width not in TYPES_OF_WIDTH:
         return f"no type of about {width} bits"
-    wanted = [(TYPE_OF_WIDTH[width], config["hidden_size"]), (TYPE_OF_WIDTH[width], config["intermediate_size"])]
+    wanted = [(name, config[size]) for name in TYPES_OF_WIDTH[width] for size in ("hidden_size", "intermediate_size")]
     if head_width is not None:
         wanted.append((HEAD_TYPES[head_width], config["hidden_size"]))
     for name, columns in wanted:

@@ -279,7 +279,7 @@ def bench_serve(
         load: what is asked of them.
         reference: folder of a model that is not quantized; its row comes first.
         llama_cpp: a program llama-batched-bench, which decodes with random weights of the same shape in turn with the
-            widths for which it has a type; their rows follow.
+            widths for which it has types; their rows follow.
         elastic: whether one engine serves all slices, switched from each to the next.
 
     Raises:
@@ -300,33 +300,35 @@ def _rows_of_engine(
         for part, answer in zip(served, answers, strict=True):
             choice = choice_of(part) if part and len(parts) > 1 else None
             with TemporaryDirectory(prefix="matquant-") as temporary:
-                peer = _peer_of(part, folder, llama_cpp, Path(temporary))
-                ours, theirs = [], []
+                peers = _peers_of(part, folder, llama_cpp, Path(temporary))
+                ours: list[dict[str, float]] = []
+                theirs: list[list[dict[str, float]]] = [[] for _ in peers]
                 for _ in range(load.rounds):
                     ours.append(pool.submit(_measure, choice).result())
-                    if peer:
+                    for peer, figures in zip(peers, theirs, strict=True):
                         prompt_tokens = load.prompt_tokens or PROMPT_TOKENS
-                        theirs.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
+                        figures.append(peer.measure(load.batch, prompt_tokens, load.output_tokens))
             named = part.label if part else {"bits": UNQUANTIZED_BITS}
             row = named | _summary(ours) | described | {"answer": answer}
             # An elastic server, or one with drafts, reads other bytes for a token.
             yield row if choice or load.speculate_bits is not None else row | _roofline(row)
-            if peer:
+            for peer, figures in zip(peers, theirs, strict=True):
                 model = f"llama.cpp {peer.type}, head {peer.head_type}"
                 named = {"model": model, "bits_per_weight": peer.bits_per_weight}
-                yield named | _summary(theirs) | {"batch": load.batch}
+                yield named | _summary(figures) | {"batch": load.batch}
 
 
-def _peer_of(part: Slice | None, folder: Path, program: Path | None, temporary: Path) -> LlamaCpp | None:
+def _peers_of(part: Slice | None, folder: Path, program: Path | None, temporary: Path) -> list[LlamaCpp]:
     if program is None or part is None:
-        return None
-    from vllm_matquant.bench.llama_cpp import LlamaCpp, head_width, misfit
+        return []
+    from vllm_matquant.bench.llama_cpp import TYPES_OF_WIDTH, LlamaCpp, head_width, misfit
 
     config = read_json(folder / CONFIG_FILE)
     head = head_width(config, part.widths)
     if part.width is None or misfit(config, part.width, head):
-        return None
-    return LlamaCpp(program, temporary, config, part.width, torch.get_num_threads(), head)
+        return []
+    threads = torch.get_num_threads()
+    return [LlamaCpp(program, temporary, config, each, threads, head) for each in TYPES_OF_WIDTH[part.width]]
 
 
 def _roofline(row: dict[str, Any]) -> dict[str, float]:

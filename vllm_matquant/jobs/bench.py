@@ -163,7 +163,8 @@ class BenchServe(Job[Rows]):
     llama_cpp: Path | str | None = field(
         default=None,
         metadata=argument(
-            "a llama-batched-bench: llama.cpp decodes random weights of this shape in turn with 8, 4, 3 and 2 bits",
+            "a llama-batched-bench: llama.cpp decodes random weights of this shape in turn with 8, 4, 3 and 2 bits "
+            "(Q8_0, Q4_0, Q3_K; Q2_K and IQ2_XS)",
             parse=Path,
             metavar="PROGRAM",
         ),
