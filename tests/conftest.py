@@ -17,6 +17,10 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+# Of each worker of pytest-xdist, and of what it starts: threads of several that take turns on a processor wait for each
+# other most of the time.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    SETTINGS["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
