@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_matquant.checkpoint.decoder import AFFINE_KINDS, KINDS, DecoderKind
+from vllm_matquant.checkpoint.decoder import KINDS, DecoderKind
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.kernels import cpu_layout, cuda_layout, ops, reference
 from vllm_matquant.kernels.embedding import reference_embedding
@@ -258,7 +258,6 @@ KERNELS = (
     replace(
         CUDA,
         name="triton",
-        decoder_kinds=AFFINE_KINDS,
         group_multiple=1,
         multiply=_multiply_triton,
         multiply_by_row=None,

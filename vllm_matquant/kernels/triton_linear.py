@@ -19,6 +19,7 @@ from vllm_matquant.kernels import cuda_layout
 from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
 from vllm_matquant.kernels.operators import define_linear
+from vllm_matquant.kernels.triton_codebook import codebook_kernel
 from vllm_matquant.kernels.weight import PackedWeight
 
 WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
@@ -27,10 +28,10 @@ CENTRE_BIAS = tl.constexpr(cuda_layout.CENTRE_BIAS)
 
 
 @triton.jit
-def _linear_kernel(  # type: ignore[no-untyped-def]
-    x, planes, decoders, halves, steps, active_width, rows_of_tiles, decoders_of_width, bias, output,
-    tokens, columns, output_stride, tile_rows, tile_columns, resident_width, groups, group_size,
-    HAS_BIAS: tl.constexpr, WIDEST_INT8: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+def _affine_kernel(  # type: ignore[no-untyped-def]
+    x, planes, decoders, steps, active_width, rows_of_tiles, decoders_of_width, bias, output,
+    tokens, columns, output_stride, tile_columns, resident_width, groups, group_size, halves,
+    HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IN_FLOAT32: tl.constexpr, WIDEST_INT8: tl.constexpr,
 ):  # fmt: skip
     """One row of tiles and BLOCK_TOKENS tokens; cuda_layout.py says where bits lie."""
     tile_row = tl.program_id(0)
@@ -132,22 +133,32 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) 
     output = x.new_empty(tokens, weight.out_features)
     widest_int8 = max((width for width in WIDTHS if weight.decoder_kind.form(width) == INT8), default=0)
     block_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    settings = {
+        "HAS_BIAS": bias is not None,
+        "BLOCK_TOKENS": block_tokens,
+        # Triton's interpreter takes bfloat16 for integers in a product.
+        "IN_FLOAT32": os.environ.get("TRITON_INTERPRET") == "1",
+    }
     first = 0
     for segment in weight.segments if tokens else ():
         resident = segment.resident
         tile_rows, tile_columns, resident_width, _ = resident.planes.shape
-        sizes = tuple((width, part.numel()) for width, part in weight.decoders_of(segment, TILE_ROWS).items())
-        tables = _tables(resident.output_sizes, sizes, resident_width, x.device)
-        _linear_kernel[(tile_rows, ceil_div(tokens, block_tokens))](
+        rows = weight.decoders_of(segment, TILE_ROWS).items()
+        shared = weight.shared_of(segment, TILE_ROWS)
+        sizes = tuple((width, shared[width].numel() + part.numel()) for width, part in rows)
+        arguments = (
             x.reshape(tokens, columns).contiguous(), resident.planes.view(torch.int32), resident.decoders,
-            resident.decoders.view(torch.float16), resident.decoders.view(torch.bfloat16),
-            segment.active_width, *tables, x if bias is None else bias[first:], output[:, first:],
-            tokens, columns, weight.out_features, tile_rows, tile_columns, resident_width, groups,
-            min(weight.group_size, columns), HAS_BIAS=bias is not None, WIDEST_INT8=widest_int8,
-            BLOCK_TOKENS=block_tokens,
-            # Triton's interpreter takes bfloat16 for integers in a product.
-            IN_FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",
+            resident.decoders.view(torch.bfloat16), segment.active_width,
+            *_tables(resident.output_sizes, sizes, resident_width, x.device), x if bias is None else bias[first:],
+            output[:, first:], tokens, columns, weight.out_features, tile_columns, resident_width, groups,
+            min(weight.group_size, columns),
         )  # fmt: skip
+        grid = (tile_rows, ceil_div(tokens, block_tokens))
+        if weight.decoder_kind.affine:
+            halves = resident.decoders.view(torch.float16)
+            _affine_kernel[grid](*arguments, halves, **settings, WIDEST_INT8=widest_int8)
+        else:
+            codebook_kernel[grid](*arguments, len(resident.output_sizes), **settings)
         first += sum(resident.output_sizes)
     return output.view(*x.shape[:-1], weight.out_features)
 
