@@ -44,9 +44,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         bits_per_weight = 4.5
 
         def __init__(
-            self, program: Path, folder: Path, config: dict[str, Any], width: int, threads: int, head: int | None
+            self, program: Path, folder: Path, config: dict[str, Any], type_: str, threads: int, head: int | None
         ) -> None:
-            self.type, self.head_type = f"Q{width}", "BF16" if head is None else f"Q{head}"
+            self.type, self.head_type = type_, "BF16" if head is None else f"Q{head}"
 
         def measure(self, batch: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
             measured.append(f"{self.type} {batch} {prompt_tokens} {output_tokens}")
@@ -69,17 +69,19 @@ def test_ours_and_llama_cpp_take_turns(nested: Path, order: list[str], tmp_path:
     load = Load(batch=2, output_tokens=8, prompt_tokens=32, rounds=3)
     rows = list(bench_serve(nested, slices, load, tmp_path, tmp_path / "llama-batched-bench"))
     names = [each.name for each in slices]
-    assert order == ["reference"] * 3 + [names[0], "Q2 2 32 8"] * 3 + [names[1], "Q4 2 32 8"] * 3 + [names[2]] * 3
-    assert [row.get("bits") for row in rows] == [16, 2, None, 4, None, 8]
+    of_2_bits = [names[0], "Q2_K 2 32 8", "IQ2_XS 2 32 8"]
+    assert order == ["reference"] * 3 + of_2_bits * 3 + [names[1], "Q4_0 2 32 8"] * 3 + [names[2]] * 3
+    assert [row.get("bits") for row in rows] == [16, 2, None, None, 4, None, 8]
+    assert [row["model"] for row in rows[2:4]] == ["llama.cpp Q2_K, head BF16", "llama.cpp IQ2_XS, head BF16"]
     assert rows[0]["output_tokens_per_s"] == 12.0
     assert rows[0]["output_tokens_per_s_range"] == [11.0, 13.0]
     assert rows[2] == {
-        "model": "llama.cpp Q2, head BF16",
+        "model": "llama.cpp Q2_K, head BF16",
         "bits_per_weight": 4.5,
         "prompt_tokens_per_s": 1.0,
         "prompt_tokens_per_s_range": [1.0, 1.0],
-        "decode_tokens_per_s": 7.0,
-        "decode_tokens_per_s_range": [5.0, 9.0],
+        "decode_tokens_per_s": 8.0,
+        "decode_tokens_per_s_range": [5.0, 11.0],
         "batch": 2,
     }
 
@@ -96,9 +98,9 @@ def test_the_peers_head_is_quantized_like_ours(
     tied: bool, widths: dict[str, int], head: str, order: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    peer = serving._peer_of(SimpleNamespace(width=4, widths=widths), tmp_path, tmp_path, tmp_path)  # type: ignore[arg-type]
-    assert peer is not None
-    assert (peer.type, peer.head_type) == ("Q4", head)
+    part = SimpleNamespace(width=4, widths=widths)
+    [peer] = serving._peers_of(part, tmp_path, tmp_path, tmp_path)  # type: ignore[arg-type]
+    assert (peer.type, peer.head_type) == ("Q4_0", head)
 
 
 def test_one_round_has_no_range(nested: Path, order: list[str]) -> None:
