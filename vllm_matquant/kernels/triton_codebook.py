@@ -8,8 +8,8 @@ import triton.language as tl
 from vllm_matquant.checkpoint import codebook
 from vllm_matquant.checkpoint.codebook import CodebookForm
 from vllm_matquant.kernels import cuda_layout
+from vllm_matquant.kernels.triton_tiles import WORDS, multiply_tile, store_sums
 
-WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
 STEP_BYTES = tl.constexpr(cuda_layout.STEP_BYTES // 2)  # of a row of tiles: one step for each row
 PLANE_BYTES = tl.constexpr(codebook.ENTRIES * codebook.PLACES)  # of a codebook
 MIDDLE = tl.constexpr(CodebookForm.MIDDLE)
@@ -74,16 +74,6 @@ def codebook_kernel(  # type: ignore[no-untyped-def]
         column = tile_column * 64 + c
         group = tl.minimum(column // group_size, groups - 1)
         scale = tl.load(decoders + row + STEP_BYTES + group * 64 + of_row).to(tl.float32) * step
-        weights = (scale * level).to(x.dtype.element_ty)
-        activations = tl.load(x + token * columns + column, mask=(token < tokens) & (column < columns), other=0.0)
-        if IN_FLOAT32:
-            activations, weights = activations.to(tl.float32), weights.to(tl.float32)
-        sums += tl.dot(activations, tl.trans(weights), out_dtype=tl.float32, input_precision="ieee")
+        sums += multiply_tile(x, scale * level, token, column, tokens, columns, IN_FLOAT32)
 
-    output_row = tl.arange(0, 64)[None, :]
-    wanted = (token < tokens) & (output_row < row_count)
-    if HAS_BIAS:
-        sums += tl.load(bias + first_row + output_row, mask=output_row < row_count, other=0.0).to(tl.float32)
-    # A width without decoders gives nothing that could be mistaken for a result.
-    sums = tl.where(first_byte >= 0, sums, float("nan"))
-    tl.store(output + token * output_stride + first_row + output_row, sums.to(output.dtype.element_ty), mask=wanted)
+    store_sums(output, sums, bias, token, tokens, first_row, row_count, output_stride, first_byte, HAS_BIAS)

@@ -20,9 +20,9 @@ from vllm_matquant.kernels.cuda_layout import TILE_ROWS, partition_starts
 from vllm_matquant.kernels.layout import ceil_div
 from vllm_matquant.kernels.operators import define_linear
 from vllm_matquant.kernels.triton_codebook import codebook_kernel
+from vllm_matquant.kernels.triton_tiles import WORDS, multiply_tile, store_sums
 from vllm_matquant.kernels.weight import PackedWeight
 
-WORDS = tl.constexpr(128)  # of 32 bits in a tile's plane
 STEP_BYTES = tl.constexpr(cuda_layout.STEP_BYTES)
 CENTRE_BIAS = tl.constexpr(cuda_layout.CENTRE_BIAS)
 
@@ -80,19 +80,10 @@ def _affine_kernel(  # type: ignore[no-untyped-def]
         else:
             values = halves + row // 2 + group * 128 + of_row
             scale, offset = tl.load(values).to(tl.float32), tl.load(values + 8).to(tl.float32)
-        weights = (scale * codes + offset).to(x.dtype.element_ty)
-        activations = tl.load(x + token * columns + column, mask=(token < tokens) & (column < columns), other=0.0)
-        if IN_FLOAT32:
-            activations, weights = activations.to(tl.float32), weights.to(tl.float32)
-        sums += tl.dot(activations, tl.trans(weights), out_dtype=tl.float32, input_precision="ieee")
+        weights = scale * codes + offset
+        sums += multiply_tile(x, weights, token, column, tokens, columns, IN_FLOAT32)
 
-    output_row = tl.arange(0, 64)[None, :]
-    wanted = (token < tokens) & (output_row < row_count)
-    if HAS_BIAS:
-        sums += tl.load(bias + first_row + output_row, mask=output_row < row_count, other=0.0).to(tl.float32)
-    # A width without decoders gives nothing that could be mistaken for a result.
-    sums = tl.where(first_byte >= 0, sums, float("nan"))
-    tl.store(output + token * output_stride + first_row + output_row, sums.to(output.dtype.element_ty), mask=wanted)
+    store_sums(output, sums, bias, token, tokens, first_row, row_count, output_stride, first_byte, HAS_BIAS)
 
 
 @functools.lru_cache(maxsize=1024)
