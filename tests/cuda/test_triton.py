@@ -62,3 +62,46 @@ def test_every_width_by_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout == "checked\n"
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_matquant.kernels import triton_linear
+
+ARGUMENTS = {
+    "x": "*fp16", "planes": "*i32", "decoders": "*u8", "steps": "*bf16", "active_width": "*i32",
+    "rows_of_tiles": "*i32", "decoders_of_width": "*i64", "bias": "*fp16", "output": "*fp16", "tokens": "i32",
+    "columns": "i32", "output_stride": "i32", "tile_columns": "i32", "resident_width": "i32", "groups": "i32",
+    "group_size": "i32",
+}
+SETTINGS = {"HAS_BIAS": True, "BLOCK_TOKENS": 16, "IN_FLOAT32": False}
+KERNELS = (
+    (triton_linear._affine_kernel, {"halves": "*fp16"}, {"WIDEST_INT8": 4}),
+    (triton_linear.codebook_kernel, {"partitions": "i32"}, {}),
+)
+for kernel, more, settings in KERNELS:
+    settings = SETTINGS | settings
+    arguments = ARGUMENTS | more | dict.fromkeys(settings, "constexpr")
+    constants = {(list(arguments).index(name),): value for name, value in settings.items()}
+    compiled = compile(ASTSource(kernel, arguments, constants), GPUTarget("cuda", 80, 32))
+    assert "mma.sync" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_the_compiler_takes_them(tmp_path: Path) -> None:
+    """For a GPU of the first generation that they serve, which need not be here; the interpreter takes more."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == "compiled\n"
