@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.cuda.emulation import Emulated, compile_ptx, skip_without_tools
-from tests.cuda.random_layers import ROUNDING, Layer, make_input, make_layer, make_segments
-from tests.cuda.test_decode import SMALLEST, broken_kernels, expect_failure, row_slots
+from tests.cuda.random_layers import Layer, make_input, make_layer, make_segments
+from tests.cuda.test_decode import broken_kernels, check_weights, expect_failure, row_slots
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.spec import WIDTHS
 
@@ -69,14 +69,6 @@ def test_every_width(kernels: Emulated, width: int) -> None:
 def test_dequantized_weights(kernels: Emulated, width: int) -> None:
     for dtype, group_size, columns in ((HALF, 10**6, 320), (HALF, 32, 176), (BFLOAT, 64, 1088), (BFLOAT, 128, 40)):
         check_weights(kernels, layer_of([70, 30], columns, group_size, seed=width), [width, 3], dtype)
-
-
-def check_weights(kernels: Emulated, layer: Layer, widths: list[int], dtype: torch.dtype) -> None:
-    result = kernels.dequantize(layer, widths, dtype).double()
-    expected, absolute = layer.weights(widths)
-    tolerance = expected.abs() * ROUNDING[dtype] + absolute * 2**-22 + SMALLEST[dtype]
-    assert ((result[:, : expected.shape[1]] - expected).abs() <= tolerance).all()
-    assert result.isfinite().all()  # what is past the columns meets zeros
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 65])
