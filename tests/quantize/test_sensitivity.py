@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.tiny_sources import VOCABULARY, random_model, write_source, write_tokenizer
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize import device, run, sensitivity
+from vllm_matquant.quantize.method import TrainedMethod
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.sensitivity import SensitivitySettings, random_change, random_signs, token_weights
@@ -159,22 +160,24 @@ def test_each_window_has_random_numbers_of_its_own(tmp_path: Path) -> None:
     assert not torch.allclose(first, second, rtol=0.01)
 
 
-@pytest.mark.parametrize("name", ["nested", "nested-tuned", "nested-vq"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs_calibration])
 def test_a_method_counts_tokens_by_their_weights(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    source, method = SourceModel(write_source(tmp_path / "model")), METHODS[name]((2, 4, 8))
-    method = with_settings(method, ["end_to_end.up_to=0", "sweeps=0"])
+    source = SourceModel(write_source(tmp_path / "model"))
+    method = METHODS[name]((4,) if name in ("gptq", "gptvq") else (2, 4, 8))
+    if isinstance(method, TrainedMethod):
+        method = with_settings(method, ["end_to_end.up_to=0", "sweeps=0"])
     text = CalibrationSettings(str(text_file), samples=4, sequence_length=32)
 
-    def codes(output: str, *settings: str) -> torch.Tensor:
-        own = with_settings(method, settings)
+    def codes(output: str, weighed: str) -> torch.Tensor:
+        own = with_settings(method, [f"sensitivity.tokens={weighed}"])
         quantize(source, tmp_path / output, own, plan_format(source, own, 32, []), text)
         checkpoint = open_checkpoint(tmp_path / output)
         return torch.cat([checkpoint.codes(layer, 8).flatten() for layer in checkpoint.layers])
 
-    weighed, same = codes("weighed"), codes("same", "sensitivity.tokens=false")
+    weighed, same = codes("weighed", "true"), codes("same", "false")
     assert (weighed != same).float().mean() > 0.01
     ones = {layer: torch.ones(4, 32) for layer in layers_of(source)}
     monkeypatch.setattr(run, "token_weights", lambda *_: ones)
-    assert torch.equal(codes("ones"), same)
+    assert torch.equal(codes("ones", "true"), same)

@@ -12,11 +12,11 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize.columns import ColumnSolver, damp, inverse_factor
 from vllm_matquant.quantize.decoders import cell_centres, parent_grid, rounded_levels
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.method import LayerMethod, WeighedMethod
 
 
 @dataclass(frozen=True)
-class MatGPTQ(LayerMethod):
+class MatGPTQ(WeighedMethod):
     """MatGPTQ (arXiv 2602.03537, algorithm 1): rounded slices on the parent's grid, one weight compensated for the mean
     of the widths' errors; here on the asymmetric min-max grid of each group, as every other method."""
 
@@ -37,7 +37,7 @@ class MatGPTQ(LayerMethod):
 
 
 @dataclass(frozen=True)
-class GPTQ(LayerMethod):
+class GPTQ(WeighedMethod):
     """GPTQ (arXiv 2210.17323) for one width alone on its own min-max grid: what a slice is measured against."""
 
     name: ClassVar[str] = "gptq"

@@ -13,7 +13,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
 from vllm_matquant.checkpoint.vectors import VectorForm, vector_codes
 from vllm_matquant.quantize.columns import damp
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.method import LayerMethod
+from vllm_matquant.quantize.method import WeighedMethod
 from vllm_matquant.quantize.vector_fit import VectorFit
 from vllm_matquant.quantize.vector_solver import VectorSolver
 
@@ -22,7 +22,7 @@ _WIDTHS = sorted({width for kind in _KINDS for width in kind.widths})
 
 
 @dataclass(frozen=True)
-class GPTVQ(LayerMethod):
+class GPTVQ(WeighedMethod):
     """GPTVQ (arXiv 2402.15319) for one width; how many columns a vector has is the kind of the decoders.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -135,6 +135,39 @@ class LayerMethod(Method):
     def slices(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """The codes of each width's slice, uint8 of the shape of the parent ``codes``."""
         return [slice_codes(codes, PARENT_BITS, width, self.slicing) for width in self.widths]
+
+
+@dataclass(frozen=True)
+class WeighedMethod(LayerMethod):
+    """A method whose Hessians may count each token by what an error there does to the model's predictions.
+
+    Attributes:
+        sensitivity: how tokens are weighed, see :mod:`vllm_matquant.quantize.sensitivity`; by default all count the
+            same.
+    """
+
+    sensitivity: SensitivitySettings = field(default_factory=lambda: SensitivitySettings(tokens=False))
+
+    @property
+    def weighing(self) -> SensitivitySettings | None:
+        return self.sensitivity if self.sensitivity.tokens else None
+
+
+@dataclass(frozen=True)
+class TrainedMethod(WeighedMethod):
+    """A method that knows the whole model twice: its Hessians weigh tokens, and its decoders are trained in the end.
+
+    Attributes:
+        sensitivity: how tokens are weighed, see :mod:`vllm_matquant.quantize.sensitivity`.
+        end_to_end: how decoders are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
+    """
+
+    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
+    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
+
+    @property
+    def training(self) -> EndToEndSettings:
+        return self.end_to_end
 
 
 def growing_weights(widths: Sequence[int], growth: float, widest_factor: float) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,16 +13,14 @@ from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import ColumnSolver, LayerInputs, shared
 from vllm_matquant.quantize.decoders import DecoderFit, cell_centres, parent_grid
-from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
-from vllm_matquant.quantize.method import LayerMethod, growing_weights
-from vllm_matquant.quantize.sensitivity import SensitivitySettings
+from vllm_matquant.quantize.method import TrainedMethod, growing_weights
 from vllm_matquant.quantize.sequential import measure_drift
 
 
 @dataclass(frozen=True)
-class Nested(LayerMethod):
+class Nested(TrainedMethod):
     """Truncated slices, error feedback of its own for each width, decoders refitted to their codes.
 
     A pass of GPTQ over all widths at once gives the first codes; the decoders are refitted to them; then sweeps of
@@ -39,9 +37,6 @@ class Nested(LayerMethod):
         sequential_up_to: widths up to this one make up for what the quantized layers before did to their inputs, see
             :mod:`vllm_matquant.quantize.sequential`; 0 for none.
         drift_tokens: calibration tokens to measure that on.
-        sensitivity: how tokens are weighed by what an error at each does to the model's predictions, see
-            :mod:`vllm_matquant.quantize.sensitivity`.
-        end_to_end: how decoders are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
     """
 
     growth: float = 2.5
@@ -51,22 +46,12 @@ class Nested(LayerMethod):
     sweeps: int = 2
     sequential_up_to: int = 0
     drift_tokens: int = 16384
-    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
-    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
 
     name: ClassVar[str] = "nested"
 
     @property
     def followed_widths(self) -> tuple[int, ...]:
         return tuple(width for width in self.widths if width <= self.sequential_up_to)
-
-    @property
-    def weighing(self) -> SensitivitySettings | None:
-        return self.sensitivity if self.sensitivity.tokens else None
-
-    @property
-    def training(self) -> EndToEndSettings:
-        return self.end_to_end
 
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         yield from self.solve_stages(task, self.collect(task))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,15 +12,13 @@ from vllm_matquant.checkpoint.decoder import CODEBOOK, DecoderKind
 from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.quantize.codebook_fit import SAMPLE, CodebookFit, start_books
 from vllm_matquant.quantize.columns import damp
-from vllm_matquant.quantize.end_to_end import EndToEndSettings
 from vllm_matquant.quantize.fours import FourSolver
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.method import LayerMethod, growing_weights
-from vllm_matquant.quantize.sensitivity import SensitivitySettings
+from vllm_matquant.quantize.method import TrainedMethod, growing_weights
 
 
 @dataclass(frozen=True)
-class NestedVQ(LayerMethod):
+class NestedVQ(TrainedMethod):
     """Nested codes of four columns at a time, with a codebook and error feedback of its own for each width.
 
     A pass of GPTQ over vectors for all widths at once gives the first codes; codebooks and scales are refitted to them;
@@ -30,28 +28,15 @@ class NestedVQ(LayerMethod):
         growth: lambda_r, the weight of width r in the choice of codes, is ``growth ** (r - 2)``.
         widest_factor: on top of that, for the widest width: the entries' reach limits it more than the choice of codes.
         sweeps: of descent.
-        sensitivity: how tokens are weighed by what an error at each does to the model's predictions, see
-            :mod:`vllm_matquant.quantize.sensitivity`.
-        end_to_end: how codebooks and scales are trained in the end, see :mod:`vllm_matquant.quantize.end_to_end`.
     """
 
     growth: float = 2.5
     widest_factor: float = 0.5
     sweeps: int = 2
-    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
-    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
 
     name: ClassVar[str] = "nested-vq"
     rows_apart: ClassVar[bool] = False
     decoder_kinds: ClassVar[tuple[DecoderKind, ...]] = (CODEBOOK,)
-
-    @property
-    def weighing(self) -> SensitivitySettings | None:
-        return self.sensitivity if self.sensitivity.tokens else None
-
-    @property
-    def training(self) -> EndToEndSettings:
-        return self.end_to_end
 
     def layer_bytes(self, rows: int, columns: int) -> int:
         weights = rows * columns
