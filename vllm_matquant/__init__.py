@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from vllm_matquant.jobs.simulate import Simulate, simulate
     from vllm_matquant.jobs.verify import Verify, verify
     from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
+    from vllm_matquant.quantize.gptvq import GPTVQ
     from vllm_matquant.quantize.method import Method
     from vllm_matquant.quantize.methods import METHODS
     from vllm_matquant.quantize.nested import Nested
     from vllm_matquant.quantize.nested_tuned import NestedTuned
+    from vllm_matquant.quantize.nested_vq import NestedVQ
+    from vllm_matquant.quantize.omni import MatQuantOmni, OmniQuant
 
 __all__ = [
     "GPTQ",
+    "GPTVQ",
     "METHODS",
     "BenchKernel",
     "BenchServe",
@@ -39,9 +43,12 @@ __all__ = [
     "Control",
     "Evaluate",
     "MatGPTQ",
+    "MatQuantOmni",
     "Method",
     "Nested",
     "NestedTuned",
+    "NestedVQ",
+    "OmniQuant",
     "Plot",
     "Quantize",
     "Recipe",
@@ -80,10 +87,13 @@ _MODULES = {
     "jobs.simulate": ("Simulate", "simulate"),
     "jobs.verify": ("Verify", "verify"),
     "quantize.baselines": ("GPTQ", "MatGPTQ", "RoundToNearest"),
+    "quantize.gptvq": ("GPTVQ",),
     "quantize.method": ("Method",),
     "quantize.methods": ("METHODS",),
     "quantize.nested": ("Nested",),
     "quantize.nested_tuned": ("NestedTuned",),
+    "quantize.nested_vq": ("NestedVQ",),
+    "quantize.omni": ("MatQuantOmni", "OmniQuant"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -130,16 +130,19 @@ def test_manifest(llama: Path, text_file: Path, tmp_path: Path) -> None:
         ("matgptq", (2, 3, 8)),
         ("rtn", (2, 3, 8)),
         ("gptq", (3,)),
+        ("matquant-omni", (2, 3, 4, 8)),
+        ("omniquant", (3,)),
     ],
 )
 def test_methods(method: str, widths: tuple[int, ...], llama: Path, text_file: Path, tmp_path: Path) -> None:
     errors = run(llama, tmp_path / "output", text_file, method=method, widths=widths)
     checkpoint = open_checkpoint(tmp_path / "output")
     assert checkpoint.format.widths == widths
-    assert checkpoint.format.slicing == ("round" if method == "matgptq" else "truncate")
+    rounded = method in ("matgptq", "matquant-omni")
+    assert checkpoint.format.slicing == ("round" if rounded else "truncate")
     assert all(result.passed for result in verify(tmp_path / "output"))
     for layer in checkpoint.layers:
-        for width in widths if method != "matgptq" else ():
+        for width in widths if not rounded else ():
             assert torch.equal(
                 checkpoint.codes(layer, width), checkpoint.codes(layer, widths[-1]) >> (widths[-1] - width)
             )
@@ -149,7 +152,7 @@ def test_methods(method: str, widths: tuple[int, ...], llama: Path, text_file: P
     expected = logits(llama)
     distances = [distance(logits(llama, checkpoint, width), expected) for width in reversed(widths)]
     assert distances == sorted(distances)
-    assert distances[0] < (0.5 if method in ("gptq", "matgptq") else LIMITS[8])
+    assert distances[0] < (LIMITS[8] if widths[-1] == 8 and method != "matgptq" else 0.5)
     assert set(errors) == (set() if method == "rtn" else set(checkpoint.layers))
     calibration = read_json(tmp_path / "output" / MANIFEST_FILE)["calibration"]
     assert (calibration is None) == (method == "rtn")

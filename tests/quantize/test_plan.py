@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoint.samples import decoder_bytes, random_decoder
 from tests.quantize.peak_memory import PeakBytes
-from tests.quantize.tiny_sources import byte_tokenizer, write_source
+from tests.quantize.tiny_sources import ONE_WIDTH, byte_tokenizer, write_source
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.checkpoint.names import shard_pattern
@@ -269,10 +269,10 @@ def test_fit_to_few_values_is_never_negative(count: int) -> None:
     assert max(found) > 0
 
 
-@pytest.mark.parametrize("method", ["nested", "nested-tuned", "nested-vq", "gptq", "gptvq", "rtn"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_time_grows_with_the_work(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_TRIALS", ((16, 64, 1), (64, 64, 1), (16, 256, 1)))
-    speed = measure_speed(METHODS[method]((4,) if method in ("gptq", "gptvq") else (2, 8)), 32, 32)
+    speed = measure_speed(METHODS[method]((4,) if method in ONE_WIDTH else (2, 8)), 32, 32)
     small = speed.seconds(64, 256, 32)
     assert 0 < small < speed.seconds(256, 1024, 32)
     assert 0 < speed.product < speed.decoding
@@ -306,7 +306,7 @@ class Chain(torch.nn.ModuleList):
 @pytest.mark.parametrize(("rows", "columns", "layers"), [(64, 512, 1), (256, 384, 3), (1024, 256, 1)])
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_of_a_block_is_foreseen(name: str, rows: int, columns: int, layers: int) -> None:
-    method = METHODS[name]((4,) if name in ("gptq", "gptvq") else (2, 3, 8))
+    method = METHODS[name]((4,) if name in ONE_WIDTH else (2, 3, 8))
     block = Chain(torch.nn.Linear(columns, rows, bias=False) for _ in range(layers))
     activations = None
     if method.needs_calibration:

@@ -10,10 +10,10 @@ import torch
 from torch.func import functional_call, hessian
 from transformers import AutoModelForCausalLM
 
-from tests.quantize.tiny_sources import VOCABULARY, random_model, write_source, write_tokenizer
+from tests.quantize.tiny_sources import ONE_WIDTH, VOCABULARY, random_model, write_source, write_tokenizer
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize import device, run, sensitivity
-from vllm_matquant.quantize.method import TrainedMethod
+from vllm_matquant.quantize.method import TrainedMethod, WeighedMethod
 from vllm_matquant.quantize.methods import METHODS, with_settings
 from vllm_matquant.quantize.pipeline import CalibrationSettings, plan_format, quantize
 from vllm_matquant.quantize.sensitivity import SensitivitySettings, random_change, random_signs, token_weights
@@ -160,12 +160,12 @@ def test_each_window_has_random_numbers_of_its_own(tmp_path: Path) -> None:
     assert not torch.allclose(first, second, rtol=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs_calibration])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, WeighedMethod)])
 def test_a_method_counts_tokens_by_their_weights(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     source = SourceModel(write_source(tmp_path / "model"))
-    method = METHODS[name]((4,) if name in ("gptq", "gptvq") else (2, 4, 8))
+    method = METHODS[name]((4,) if name in ONE_WIDTH else (2, 4, 8))
     if isinstance(method, TrainedMethod):
         method = with_settings(method, ["end_to_end.up_to=0", "sweeps=0"])
     text = CalibrationSettings(str(text_file), samples=4, sequence_length=32)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from tests.random_models import randomized
 from vllm_matquant.quantize.source import Source
 
+ONE_WIDTH = ("gptq", "gptvq", "omniquant")  # methods that make no parent of several widths
 VOCABULARY = 320
 _SHAPE = {
     "vocab_size": VOCABULARY,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
 from vllm_matquant.quantize.nested_vq import NestedVQ
+from vllm_matquant.quantize.omni import MatQuantOmni, OmniQuant
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Nested, NestedTuned, NestedVQ, MatGPTQ, GPTQ, GPTVQ, RoundToNearest)
+    method.name: method
+    for method in (Nested, NestedTuned, NestedVQ, MatQuantOmni, OmniQuant, MatGPTQ, GPTQ, GPTVQ, RoundToNearest)
 }
 
 
@@ -42,19 +44,18 @@ def with_settings(method: Method, settings: Sequence[str]) -> Method:
     Raises:
         ValueError: there is no such setting, or the value is none for it.
     """
+    known, changes = dict(settings_of(method)), {}
     for setting in settings:
         name, _, text = setting.partition("=")
-        known = dict(settings_of(method))
         if name not in known:
             raise ValueError(f"setting: found {setting!r}, expected NAME=VALUE with one of {', '.join(known)}")
         kind = type(known[name])
         try:
-            value = _SWITCH[text.lower()] if kind is bool else kind(text)
+            changes[name] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError) as cause:
             expected = "true or false" if kind is bool else f"one such as {known[name]}"
             raise ValueError(f"setting {name}: found {text!r}, expected {expected}") from cause
-        method = _replaced(method, name.split("."), value)
-    return method
+    return _replaced(method, changes)
 
 
 def check_devices(method: Method) -> None:
@@ -68,6 +69,15 @@ def check_devices(method: Method) -> None:
             check_device(f"setting {name}", str(value))
 
 
-def _replaced(part: Any, path: Sequence[str], value: int | float | str) -> Any:
-    name, *inner = path
-    return replace(part, **{name: _replaced(getattr(part, name), inner, value) if inner else value})
+def _replaced(part: Any, changes: Mapping[str, int | float | str]) -> Any:
+    """With other values, all at once: what one may be can depend on another."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, int | float | str]] = {}
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            own[first] = value
+    parts = {name: _replaced(getattr(part, name), within) for name, within in inner.items()}
+    return replace(part, **own, **parts)

@@ -11,7 +11,6 @@ gradient of its own width and, as a code decides in which cell the wider ones li
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +22,10 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
-from vllm_matquant.quantize.device import fast_products, to_device
+from vllm_matquant.quantize.block_training import BlockStep, train_block
 from vllm_matquant.quantize.layer import QuantizedLayer
-from vllm_matquant.quantize.runner import call_block, run_block
-from vllm_matquant.quantize.training import TrainedAffine, batches
+from vllm_matquant.quantize.runner import run_block
+from vllm_matquant.quantize.training import TrainedAffine
 
 _MARGIN = 0.05  # to the cell's border, from where a position starts
 
@@ -161,34 +160,24 @@ def tune_block(
         widths: ascending; followed by the task's activations, as the widest of the layers is for distillation.
     """
     settings = replace(settings, device=ranks.own_device(settings.device))
-    device = settings.device
-    activations, linears, block = task.calibration, task.linears, copy.deepcopy(task.block).to(device)
+    linears = task.linears
     tuned = {name: TunedLayer(linears[name].weight, layer, widths, settings) for name, layer in layers.items()}
-    sources = activations.outputs(task.block)
     teacher = _teacher(task, layers) if settings.distillation else None
-    arguments = to_device(activations.arguments, device)
-    order = batches(len(sources), settings.iterations, settings.sequences, settings.seed)
-    for step, batch in enumerate(order, start=1):
-        target = sources[batch].to(device)
-        weights = {name: layer.weights() for name, layer in tuned.items()}
-        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in tuned}
-        for place, width in enumerate(widths):
-            leaves = {name: weight[place].requires_grad_() for name, weight in weights.items()}
-            with torch.enable_grad():
-                hidden = activations.slices[width][batch].to(device)
-                with fast_products(device):
-                    outputs = call_block(block, hidden, arguments, task.local_names(leaves)).float()
-                loss = token_error(outputs, target).log()
-                if teacher is not None:
-                    loss = loss + settings.distillation * token_error(outputs, teacher[batch].to(device)).log()
-                found = ranks.means(torch.autograd.grad(loss, list(leaves.values())))
-            for name, gradient in zip(leaves, found, strict=True):
-                gradients[name].append(gradient)
-        remaining = 1 - (step - 1) / settings.iterations
-        for name, layer in tuned.items():
-            # The rates' mean is half the first one.
-            rate = 2 * settings.position_range / settings.iterations * remaining
-            layer.step(gradients[name], rate, settings.decoder_rate * remaining, step)
+
+    def loss(width: int, step: BlockStep) -> torch.Tensor:
+        found = token_error(step.outputs[width], step.target).log()
+        if teacher is not None:
+            taught = token_error(step.outputs[width], teacher[step.windows].to(settings.device)).log()
+            found = found + settings.distillation * taught
+        return found
+
+    def advance(layer: TunedLayer, gradients: Sequence[torch.Tensor], number: int) -> None:
+        remaining = 1 - (number - 1) / settings.iterations
+        # The rates' mean is half the first one.
+        rate = 2 * settings.position_range / settings.iterations * remaining
+        layer.step(gradients, rate, settings.decoder_rate * remaining, number)
+
+    train_block(task, tuned, widths, loss, advance, settings)
     return tuned
 
 
