@@ -3,10 +3,10 @@ BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test gpu-check lint format wheel clean
+.PHONY: help environment demo test test-mutations gpu-check lint format wheel clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
 environment:  ## make or update .venv (PYTHON=... chooses the interpreter)
 	@tools/environment.sh
@@ -16,6 +16,9 @@ demo: environment  ## quantize a small real model and let it answer through vLLM
 
 test: environment lint  ## check the style, then run every test, as many at once as there are processors
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-mutations: environment  ## break the kernels' sources line by line: the checks of the tests must notice each time
+	@$(BIN)/python -m pytest -m mutation -n auto
 
 # Runs where there is no network, in the Python that PYTHON names, or the one of .venv, or the machine's own.
 GPU_PYTHON = $(or $(PYTHON),$(wildcard $(BIN)/python),python3)

@@ -366,42 +366,51 @@ def run_int8_checks(kernels: Emulated) -> None:
     assert (error <= tolerance).all()
 
 
-def broken_kernels(mutation: tuple[str, str, str] | None, kernels: list[str], folder: Path) -> Emulated:
-    """Kernels of sources in which one text is replaced."""
+def changed_source(mutation: tuple[str, str, str]) -> str:
+    """A source in which one text is replaced."""
+    name, before, after = mutation
+    text = (SOURCES / "cuda" / name).read_text()
+    assert before in text, f"{name} has no longer what is to be changed"
+    return text.replace(before, after)
+
+
+def broken_kernels(mutation: tuple[str, str, str], kernels: list[str], folder: Path) -> Emulated:
+    """Kernels of sources of which one is changed."""
     skip_without_tools()
     sources = folder / "csrc"
     shutil.copytree(SOURCES / "cuda", sources / "cuda")
     shutil.copy(SOURCES / "decoder.h", sources)
-    if mutation is not None:
-        name, before, after = mutation
-        file = sources / "cuda" / name
-        text = file.read_text()
-        assert before in text, f"{name} has no longer what is to be changed"
-        file.write_text(text.replace(before, after))
+    (sources / "cuda" / mutation[0]).write_text(changed_source(mutation))
     return Emulated(compile_ptx(folder, "sm_80", kernels, sources))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
+def test_the_checks_pass_on_whole_kernels(kernels: Emulated, kind: DecoderKind) -> None:
+    (run_int8_checks if kind is AFFINE_INT8 else run_checks)(kernels)
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *INT8_MUTATIONS])
+def test_the_sources_have_what_is_to_be_changed(mutation: str) -> None:
+    changed_source((MUTATIONS | INT8_MUTATIONS)[mutation])
+
+
+@pytest.mark.slow
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
     forms = ("float16_8_1", "float16_8_2", "float16_16_1", "float16_24_2", "bfloat16_8_1")
     names = [f"matquant_decode_affine_float16_{form}" for form in forms]
-    kernels = broken_kernels(MUTATIONS.get(mutation), names, tmp_path)
-    if mutation == "none":
-        run_checks(kernels)
-        return
+    kernels = broken_kernels(MUTATIONS[mutation], names, tmp_path)
     expect_failure(lambda: run_checks(kernels))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["none", *INT8_MUTATIONS])
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", INT8_MUTATIONS)
 def test_broken_kernels_for_int8_decoders_are_noticed(mutation: str, tmp_path: Path) -> None:
     forms = [f"decode_affine_int8_float16_{form}" for form in ("8_1", "8_2", "16_1", "16_2", "24_1", "24_2")]
     names = [f"matquant_{form}" for form in (*forms, "dequantize_affine_int8_float16_1")]
-    kernels = broken_kernels(INT8_MUTATIONS.get(mutation), names, tmp_path)
-    if mutation == "none":
-        run_int8_checks(kernels)
-        return
+    kernels = broken_kernels(INT8_MUTATIONS[mutation], names, tmp_path)
     expect_failure(lambda: run_int8_checks(kernels))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.cuda.emulation import Emulated, compile_ptx, skip_without_tools
 from tests.cuda.random_layers import Layer, make_input, make_layer, make_segments
-from tests.cuda.test_decode import broken_kernels, check_weights, expect_failure, row_slots
+from tests.cuda.test_decode import broken_kernels, changed_source, check_weights, expect_failure, row_slots
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.spec import WIDTHS
 
@@ -174,21 +174,30 @@ def check_products(kernels: Emulated) -> None:
             layer.check(kernels.multiply(layer, x, [width, 3], **race), x, [width, 3])
 
 
+def run_checks(kernels: Emulated, forms: tuple[str, ...]) -> None:
+    """Those that concern some of the kernels DECODE and DEQUANTIZE."""
+    if forms != DEQUANTIZE:
+        check_products(kernels)
+    if forms != DECODE:
+        check_weights(kernels, layer_of([40], 320, 256), [8], HALF)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["none", *MUTATIONS])
+def test_the_checks_pass_on_whole_kernels(tmp_path: Path) -> None:
+    skip_without_tools()
+    names = [f"matquant_{form}" for form in DECODE + DEQUANTIZE]
+    run_checks(Emulated(compile_ptx(tmp_path, "sm_80", names)), DECODE + DEQUANTIZE)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_sources_have_what_is_to_be_changed(mutation: str) -> None:
+    changed_source(MUTATIONS[mutation])
+
+
+@pytest.mark.slow
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_kernels_are_noticed(mutation: str, tmp_path: Path) -> None:
-    change = MUTATIONS.get(mutation)
-    of_weights = change is not None and change[0] == "dequantize_layer.cuh"
-    forms = DEQUANTIZE if of_weights else DECODE if change else DECODE + DEQUANTIZE
-    kernels = broken_kernels(change, [f"matquant_{form}" for form in forms], tmp_path)
-
-    def run_checks() -> None:
-        if forms != DEQUANTIZE:
-            check_products(kernels)
-        if forms != DECODE:
-            check_weights(kernels, layer_of([40], 320, 256), [8], HALF)
-
-    if change is None:
-        run_checks()
-    else:
-        expect_failure(run_checks)
+    forms = DEQUANTIZE if MUTATIONS[mutation][0] == "dequantize_layer.cuh" else DECODE
+    kernels = broken_kernels(MUTATIONS[mutation], [f"matquant_{form}" for form in forms], tmp_path)
+    expect_failure(lambda: run_checks(kernels, forms))

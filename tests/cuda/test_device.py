@@ -79,12 +79,22 @@ def test_the_runtime_is_asked_for_what_the_emulator_runs(others: list[Path], tmp
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_line_is_noticed(name: str, others: list[Path], tmp_path: Path) -> None:
+def changed_source(name: str) -> str:
     source = (SOURCES / "cuda" / "device.cu").read_text()
     before, after = MUTATIONS[name]
     assert source.count(before) == 1
-    (tmp_path / "device.cu").write_text("#include <iterator>\n" + source.replace(before, after))
+    return source.replace(before, after)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_source_has_what_is_to_be_changed(name: str) -> None:
+    changed_source(name)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_line_is_noticed(name: str, others: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "device.cu").write_text("#include <iterator>\n" + changed_source(name))
     done = run(link(tmp_path, [*others, *compile_objects(tmp_path, [tmp_path / "device.cu"])]))
     assert done.returncode
     assert "AssertionError" in done.stderr
