@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cuda.emulator_protocol import EmulatorModule
+from tests.cuda.emulator_protocol import Emulator, EmulatorModule
 from tests.cuda.random_layers import Layer
 from vllm_matquant.kernels import cuda_jit, cuda_launch
 from vllm_matquant.kernels.cuda_launch import Launch, Memory
@@ -72,7 +73,8 @@ class Emulated:
 
     def __init__(self, ptx: str) -> None:
         module = emulator_module()
-        self.emulator, self.out = module.Emulator(ptx), module.Out
+        self.out = module.Out
+        self.emulators: dict[str, Emulator] = dict.fromkeys(re.findall(r"\.entry (\w+)", ptx), module.Emulator(ptx))
         self.options: dict[str, Any] = {}
         self.written: list[np.ndarray] = []  # by kernels that dequantize
 
@@ -85,7 +87,7 @@ class Emulated:
         ]
         arguments = [*passed, launch.shape]
         options = {"shared": launch.shared_bytes, **self.options}
-        self.emulator.launch(launch.kernel, launch.grid, launch.threads, arguments, **options)
+        self.emulators[launch.kernel].launch(launch.kernel, launch.grid, launch.threads, arguments, **options)
         if launch.dequantizes:
             self.written.append(arrays[3].copy())
         else:

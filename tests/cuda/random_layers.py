@@ -54,28 +54,27 @@ class Layer:
     def weights(self, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [N, K], and the same of |scale| * code + |offset|, what rounding errors are relative to."""
         parts, first = [], 0
+        group = torch.arange(self.codes.shape[1]) // self.group_size
         for partition, (size, width) in enumerate(zip(self.output_sizes, widths, strict=True)):
             rows = slice(first, first + size)
             if not self.weight.decoder_kind.affine:
-                parts.append(self._levels(partition, rows, width))
+                parts.append(self._levels(partition, rows, width, group))
                 first += size
                 continue
             codes = (self.codes[rows] >> (8 - width)).double()
-            scale, offset = (
-                torch.from_numpy(values[rows]).repeat_interleave(self.group_size, 1)[:, : codes.shape[1]]
-                for values in affine_of(self.decoders[width])
-            )
+            scale, offset = (torch.from_numpy(values[rows])[:, group] for values in affine_of(self.decoders[width]))
             parts.append((scale * codes + offset, scale.abs() * codes + offset.abs()))
             first += size
         return torch.cat([weight for weight, _ in parts]), torch.cat([absolute for _, absolute in parts])
 
-    def _levels(self, partition: int, rows: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(
+        self, partition: int, rows: slice, width: int, group: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same of a partition with a codebook: scale times level, and |scale| times what is looked up for it."""
         stored = self.decoders[width].parts
         planes = stored["codebook"].unflatten(0, (len(self.output_sizes), -1))[partition].double().numpy()
-        scale = (stored["scale"].double() * stored["step"].double())[rows].repeat_interleave(self.group_size, 1)
+        scale = (stored["scale"].double() * stored["step"].double())[rows][:, group]
         levels = torch.from_numpy(look_up(self.codes[rows].numpy() >> (8 - width), planes, width))
-        scale = scale[:, : levels.shape[1]]
         return scale * levels, scale * (levels.abs() + 255)
 
     def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +28,24 @@ def kind(request: pytest.FixtureRequest) -> DecoderKind:
 
 
 @pytest.fixture(scope="session")
-def kernels(kind: DecoderKind, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    """All kernels for decoders of a kind; of affine-int8 also those that weights of wide slices alone take."""
+def program_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DecoderKind], Emulated]:
+    """All kernels for decoders of a kind."""
     skip_without_tools()
-    wanted = [each.name.replace("-", "_") for each in (kind, AFFINE_FLOAT16)]
-    names = [name for name in kernel_definitions() if any(each in name for each in wanted)]
-    return Emulated(compile_ptx(tmp_path_factory.mktemp("ptx"), "sm_80", names))
+
+    @functools.cache
+    def program(kind: DecoderKind) -> Emulated:
+        names = [name for name in kernel_definitions() if kind.name.replace("-", "_") in name]
+        return Emulated(compile_ptx(tmp_path_factory.mktemp("ptx"), "sm_80", names))
+
+    return program
+
+
+@pytest.fixture(scope="session")
+def kernels(kind: DecoderKind, program_of: Callable[[DecoderKind], Emulated]) -> Emulated:
+    """All kernels for decoders of a kind; of affine-int8 also those that weights of wide slices alone take."""
+    own = program_of(kind)
+    own.emulators |= program_of(AFFINE_FLOAT16).emulators
+    return own
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
