@@ -22,7 +22,7 @@ from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS, Format, GroupSize
 from vllm_matquant.checkpoint.tensor_parallel import misfits
 from vllm_matquant.measure.text import TextError
-from vllm_matquant.quantize import probe
+from vllm_matquant.quantize import pipeline, probe
 from vllm_matquant.quantize.activations import Activations
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.methods import METHODS, with_settings
@@ -213,7 +213,8 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_70b(llama_70b: Path, text_file: Path, tmp_path: Path) -> None:
+def test_70b(llama_70b: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "check_values", lambda *_: None)  # to read 140 GB of zeros takes minutes
     source, method = SourceModel(llama_70b), METHODS["nested"]((2, 4, 8))
     format_ = plan_format(source, method, 128, [])
     settings = CalibrationSettings(str(text_file), samples=2, sequence_length=128)
