@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -237,14 +238,19 @@ int main() {
                                  {52, 130, 32}, {20, 300, 300}, {77, 416, 96}, {48, 7, 512}};
     constexpr float kNever = std::numeric_limits<float>::infinity();
     const std::pair<int, float> roundings[] = {{8, kNever}, {8, 1.2f}, {16, kNever}, {24, kNever}};
+    const int64_t tokens_of[] = {1, 2, 3, 4, 7, 8, 9, 13, 31, 33};
     Comparison comparison;
+    int turn = 0;
     for (const auto& [outputs, columns, group_size] : shapes) {
+        // Each number of tokens meets every third shape, of whole tiles at least one.
+        ++turn;
         for (int width = kMinWidth; width <= kMaxWidth; ++width) {
             for (const auto& [bits, outlier] : roundings) {
                 if (outlier != kNever && width > kMostWidthOf8Bits) {
                     continue;
                 }
-                for (const int64_t tokens : {1, 2, 3, 4, 7, 8, 9, 13, 31, 33}) {
+                for (size_t index = (turn + width) % 3; index < std::size(tokens_of); index += 3) {
+                    const int64_t tokens = tokens_of[index];
                     const Element element = static_cast<Element>((tokens + width) % 3);
                     const bool paired = (tokens + bits / 8) % 2 != 0;
                     for (const DecoderKind kind :
