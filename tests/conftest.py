@@ -28,18 +28,19 @@ WORKER_BYTES = 4 * 2**30  # of memory for a worker and what it starts
 # Dealt first, for each of them takes minutes: a worker that got one last would work on alone.
 LONGEST = (
     "tests/end_to_end/test_real_model.py",
-    "tests/cuda/test_decode.py",
-    "tests/kernels/test_compare_kernels.py",
-    "tests/serve/elastic/test_elastic_engine.py",
-    "tests/serve/speculation/test_speculation_engine.py",
-    "tests/serve/elastic/test_server.py",
     "tests/serve/test_engine.py",
     "tests/test_packaging.py",
-    "tests/test_python_guide.py",
-    "tests/end_to_end/test_lm_eval.py",
-    "tests/kernels/test_isa.py",
-    "tests/cuda/test_triton.py",
+    "tests/kernels/test_compare_kernels.py",
+    "tests/serve/elastic/test_elastic_engine.py",
+    "tests/serve/elastic/test_server.py",
+    "tests/serve/speculation/test_speculation_engine.py",
     "tests/cuda/test_static.py",
+    "tests/kernels/test_isa.py",
+    "tests/cuda/test_decode.py",
+    "tests/end_to_end/test_lm_eval.py",
+    "tests/cuda/test_triton.py",
+    "tests/test_python_guide.py",
+    "tests/cuda/test_decode_codebook.py",
 )
 
 
