@@ -26,14 +26,15 @@ PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
 DOORS = {"bench", "jobs", "cli", "plugin"}
 FORBIDDEN = {
-    "checkpoint": {"kernels", "measure", "quantize", "search", "research", "serve", *DOORS},
-    "kernels": {"measure", "quantize", "search", "research", "serve", *DOORS},
-    "measure": {"quantize", "search", "research", "serve", *DOORS},
-    "quantize": {"search", "research", "serve", *DOORS},
-    "search": {"quantize", "research", "serve", *DOORS},
+    "checkpoint": {"kernels", "measure", "quantize", "train", "search", "research", "serve", *DOORS},
+    "kernels": {"measure", "quantize", "train", "search", "research", "serve", *DOORS},
+    "measure": {"quantize", "train", "search", "research", "serve", *DOORS},
+    "quantize": {"train", "search", "research", "serve", *DOORS},
+    "train": {"search", "research", "serve", *DOORS},
+    "search": {"quantize", "train", "research", "serve", *DOORS},
     "research": {"serve", *DOORS},
-    "serve": {"measure", "quantize", "search", "research", *DOORS},
-    "bench": {"measure", "quantize", "search", "research", "jobs", "cli", "plugin"},
+    "serve": {"measure", "quantize", "train", "search", "research", *DOORS},
+    "bench": {"measure", "quantize", "train", "search", "research", "jobs", "cli", "plugin"},
     "jobs": {"cli", "plugin"},
     "cli": {"serve", "plugin"},
 }
@@ -97,7 +98,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in ("checkpoint", "kernels", "measure", "quantize", "search", "research", "bench", "jobs", "cli"):
+        for part in "checkpoint kernels measure quantize train search research bench jobs cli".split():
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 if module.name != "vllm_matquant.bench.llama_cpp":

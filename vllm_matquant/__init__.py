@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm_matquant.jobs.quantize import Quantize, quantize
     from vllm_matquant.jobs.search import Search, search
     from vllm_matquant.jobs.simulate import Simulate, simulate
+    from vllm_matquant.jobs.train import Train, train
     from vllm_matquant.jobs.verify import Verify, verify
     from vllm_matquant.quantize.baselines import GPTQ, MatGPTQ, RoundToNearest
     from vllm_matquant.quantize.gptvq import GPTVQ
@@ -56,6 +57,7 @@ __all__ = [
     "Search",
     "Simulate",
     "Slice",
+    "Train",
     "Verify",
     "__version__",
     "bench_kernel",
@@ -70,6 +72,7 @@ __all__ = [
     "serve",
     "simulate",
     "switch",
+    "train",
     "verify",
 ]
 
@@ -85,6 +88,7 @@ _MODULES = {
     "jobs.quantize": ("Quantize", "quantize"),
     "jobs.search": ("Search", "search"),
     "jobs.simulate": ("Simulate", "simulate"),
+    "jobs.train": ("Train", "train"),
     "jobs.verify": ("Verify", "verify"),
     "quantize.baselines": ("GPTQ", "MatGPTQ", "RoundToNearest"),
     "quantize.gptvq": ("GPTVQ",),
@@ -132,5 +136,5 @@ class _CallablePackage(ModuleType):
         return self._function().__signature__
 
 
-for _name in ("quantize", "search", "serve"):
+for _name in ("quantize", "search", "serve", "train"):
     importlib.import_module(f"{__name__}.{_name}").__class__ = _CallablePackage

@@ -246,6 +246,38 @@ def split_windows(
     ]
 
 
+def every_window(
+    source: str | None, tokenizer: TextTokenizer, *, most: int, sequence_length: int, text_column: str = "text"
+) -> Windows:
+    """All windows of a text, one after the other, to train on; what is left at its end makes none.
+
+    Args:
+        source: where the text is from, see :func:`vllm_matquant.measure.text.read_source`.
+        tokenizer: the model's.
+        most: how many windows to give at the most; of a text that holds far more only a part is read.
+        sequence_length: tokens of each, the beginning-of-text token included.
+        text_column: the text's field in a line, or column in a data set.
+
+    Raises:
+        TextError: no such file, a line without text, a text shorter than one window, windows that hold nothing to
+            predict, or no ``datasets`` package.
+        OSError: the text cannot be read.
+    """
+    _check_predicted(sequence_length)
+    count, name = tokenizer.text_length(sequence_length), source or _BUILTIN
+    text = read_source(source, most * count * _CHARACTERS_PER_TOKEN, text_column, tokenizer.render)
+    ids = torch.tensor(tokenizer.ids(text), dtype=torch.int64)
+    if len(ids) < count:
+        raise TextError(
+            f"{name}: found {len(ids):,} tokens, expected at least {count:,}, one window. Give a longer text, or ask "
+            "for shorter windows (--sequence-length)"
+        )
+    windows = min(most, len(ids) // count)
+    tokens = tokenizer.windows(ids, range(0, windows * count, count), sequence_length)
+    name = name if name.startswith(HUB) else Path(name).name
+    return Windows(tokens, _described(name, text, windows, sequence_length, tokenizer))
+
+
 def spread_windows(
     path: Path | None, tokenizer: TextTokenizer, *, samples: int, sequence_length: int, text_column: str = "text"
 ) -> Windows:
@@ -264,8 +296,7 @@ def spread_windows(
             holds no text.
         OSError: the file cannot be read.
     """
-    if sequence_length < 2:
-        raise TextError(f"sequence_length: found {sequence_length}, expected at least 2: the first token is given")
+    _check_predicted(sequence_length)
     count, source = tokenizer.text_length(sequence_length), str(path or _BUILTIN)
     if path is None:
         text = held_out_text()
@@ -291,6 +322,11 @@ def _tokenize(
     _check_count(name, len(ids), samples, count)
     name = name if name.startswith(HUB) else Path(name).name
     return ids, _described(name, text, samples, sequence_length, tokenizer)
+
+
+def _check_predicted(sequence_length: int) -> None:
+    if sequence_length < 2:
+        raise TextError(f"sequence_length: found {sequence_length}, expected at least 2: the first token is given")
 
 
 def _check_count(name: str, found: int, samples: int, count: int) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, served_width
+from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
 from vllm_matquant.measure.divergence import divergences, log_probabilities
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import allocate
@@ -32,7 +32,7 @@ from vllm_matquant.quantize.layer import QuantizedLayer
 from vllm_matquant.quantize.runner import call_block
 from vllm_matquant.quantize.selection import Selection
 from vllm_matquant.quantize.source import head_weight
-from vllm_matquant.quantize.training import TrainedDecoder, batches, begin_training
+from vllm_matquant.quantize.training import TrainedDecoder, batches, begin_training, relative_rate
 
 HEAD_TOKENS = 128  # for which logits are computed at a time
 
@@ -175,7 +175,7 @@ class EndToEnd:
         return layer.decode(width, self._selection.format.slicing)
 
     def _rate(self, width: int, step: int) -> float:
-        first = self._settings.rate * 2 ** ((BASE_BITS - width) / 2)
+        first = self._settings.rate * relative_rate(width)
         return first * (1 - (step - 1) / self._steps) ** 0.5
 
     def _outer_layer(self, name: str | None) -> QuantizedLayer | None:

@@ -35,8 +35,11 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def started() -> Iterator[None]:
+def started(backend: str = "gloo") -> Iterator[None]:
     """Join the ranks that ``torchrun`` started, if there are several, for the ``with`` statement.
+
+    Args:
+        backend: of torch.distributed. What this module exchanges lies on the CPU, where gloo is needed.
 
     Raises:
         LostRankError: another rank ended before it joined.
@@ -47,7 +50,7 @@ def started() -> Iterator[None]:
     # By this signal torchrun ends the ranks when one has failed: they shall clean up as after any other error.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _together():
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield
     finally:
@@ -59,9 +62,14 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Which rank this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first() -> bool:
     """Whether this rank is the one that writes files and shows progress."""
-    return _rank() == 0
+    return own_rank() == 0
 
 
 def wait() -> None:
@@ -93,7 +101,7 @@ def check_windows(windows: int, option: str) -> None:
 
 def spread(windows: Windows) -> Windows:
     """This rank's windows: every ``count()``-th, so that of the first few each rank has as many as any other."""
-    return windows[_rank() :: count()]
+    return windows[own_rank() :: count()]
 
 
 def sum_(*tensors: torch.Tensor) -> None:
@@ -139,7 +147,7 @@ def check_same(value: object, message: str) -> None:
 
 def own_rows(rows: int) -> slice:
     """Which of a layer's ``rows`` this rank solves; some ranks may have none."""
-    return _rows_of(_rank(), rows)
+    return _rows_of(own_rank(), rows)
 
 
 def gather_rows(part: torch.Tensor, rows: int) -> torch.Tensor:
@@ -162,10 +170,6 @@ def own_device(device: str) -> str:
 
 def _launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _rows_of(rank: int, rows: int) -> slice:

@@ -42,15 +42,15 @@ class ResumeError(CheckpointError):
     """There is unfinished work that this run cannot go on from, or was not asked to."""
 
 
-class WorkFolder:
-    """The work folder of a run.
+class UnfinishedWork:
+    """A folder of unfinished work, and what that work depends on.
 
     Args:
-        output: the output folder.
+        path: of the folder.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.path = output / WORK_FOLDER
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @property
     def exists(self) -> bool:
@@ -79,6 +79,27 @@ class WorkFolder:
             if before.get(field) != now.get(field):
                 hint = "Run with what the unfinished work began with, or start again: --overwrite without --resume"
                 raise ResumeError(path, field, now.get(field), before.get(field), hint)
+
+    def begin_publishing(self) -> None:
+        """Note that the checkpoint's files are about to come to the output folder."""
+        (self.path / _PUBLISHING).touch()
+        sync_folder(self.path)
+
+    def remove(self) -> None:
+        """Remove the folder; from the first step on it counts as gone."""
+        (self.path / _SETTINGS).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class WorkFolder(UnfinishedWork):
+    """The work folder of a quantization.
+
+    Args:
+        output: the output folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(output / WORK_FOLDER)
 
     def finished(self, blocks: Iterable[str]) -> int:
         """How many of ``blocks`` are finished, counted up to the first that is not."""
@@ -152,16 +173,6 @@ class WorkFolder:
                 for name in sorted({tensor.rpartition(".")[0] for tensor in file.keys()}):  # noqa: SIM118
                     layers[name].decoders[width] = _decoder(file, name, width, kind)
         return layers
-
-    def begin_publishing(self) -> None:
-        """Note that the checkpoint's files are about to come to the output folder."""
-        (self.path / _PUBLISHING).touch()
-        sync_folder(self.path)
-
-    def remove(self) -> None:
-        """Remove the folder; from the first step on it counts as gone."""
-        (self.path / _SETTINGS).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"

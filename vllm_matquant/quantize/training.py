@@ -11,11 +11,12 @@ import torch
 from vllm_matquant.checkpoint.affine import Affine, middle_code
 from vllm_matquant.checkpoint.codebook import ENTRIES, PLACES, Codebook, CodebookForm
 from vllm_matquant.checkpoint.decoder_form import Decoder, DecoderForm, Values
+from vllm_matquant.checkpoint.spec import BASE_BITS
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.codebook_fit import LinearCodebook
 from vllm_matquant.quantize.codebook_sums import codebook_levels
 
-_BETAS = 0.9, 0.99  # of Adam
+BETAS = 0.9, 0.99  # of Adam
 _TINY = 1e-12
 
 Allocate = Callable[[tuple[int, ...]], torch.Tensor]
@@ -86,10 +87,45 @@ def kept_bytes(form: DecoderForm, out_features: int, groups: int) -> int:
 def _change(moments: torch.Tensor, slopes: torch.Tensor, rate: float, step: int) -> torch.Tensor:
     """By how much one step of Adam changes things; ``moments`` are the two, [2, ...], as of the steps before."""
     first, second = moments
-    first.lerp_(slopes, 1 - _BETAS[0])
-    second.lerp_(slopes.square(), 1 - _BETAS[1])
-    change = first / (1 - _BETAS[0] ** step) / ((second / (1 - _BETAS[1] ** step)).sqrt() + _TINY)
+    first.lerp_(slopes, 1 - BETAS[0])
+    second.lerp_(slopes.square(), 1 - BETAS[1])
+    change = first / (1 - BETAS[0] ** step) / ((second / (1 - BETAS[1] ** step)).sqrt() + _TINY)
     return change.mul_(-rate)
+
+
+def relative_rate(width: int) -> float:
+    """The rate of a width's decoders relative to that at 2 bits: there is less to mend with every bit more."""
+    return float(2 ** ((BASE_BITS - width) / 2))
+
+
+def decode_around(codes: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, middle: float) -> torch.Tensor:
+    """Weights by their scale and the weight in the middle of the codes.
+
+    Args:
+        codes: uint8 [out_features, in_features].
+        scale, centre: float32 [out_features, groups].
+        middle: of the codes, see :func:`vllm_matquant.checkpoint.affine.middle_code`.
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    grouped = (codes.float() - middle).unflatten(1, (scale.shape[1], -1))
+    return grouped.mul_(scale.unsqueeze(2)).add_(centre.unsqueeze(2)).flatten(1)
+
+
+def slopes_around(
+    gradient: torch.Tensor, codes: torch.Tensor, groups: int, middle: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss's derivatives by scale and centre of :func:`decode_around`, float32 [out_features, groups] each.
+
+    Args:
+        gradient: of the loss by the weights, float32 [out_features, in_features].
+        codes: uint8 of the same shape.
+        groups: of columns.
+        middle: of the codes.
+    """
+    by_scale = (gradient * (codes.float() - middle)).unflatten(1, (groups, -1)).sum(dim=2)
+    return by_scale, gradient.unflatten(1, (groups, -1)).sum(dim=2)
 
 
 class TrainedAffine(TrainedDecoder):
@@ -120,15 +156,12 @@ class TrainedAffine(TrainedDecoder):
         return Affine(self._scale, self._centre - self.middle * self._scale)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        grouped = (codes.float() - self.middle).unflatten(1, (self._scale.shape[1], -1))
-        return grouped.mul_(self._scale.unsqueeze(2)).add_(self._centre.unsqueeze(2)).flatten(1)
+        return decode_around(codes, self._scale, self._centre, self.middle)
 
     def slopes(self, gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """float32 [2, out_features, groups], of the scale and the centre."""
-        groups = (self._scale.shape[1], -1)
-        gradient = gradient.float()
-        by_scale = (gradient * (codes.float() - self.middle)).unflatten(1, groups).sum(dim=2)
-        return torch.stack([by_scale, gradient.unflatten(1, groups).sum(dim=2)]) * self._start_scale
+        found = slopes_around(gradient.float(), codes, self._scale.shape[1], self.middle)
+        return torch.stack(found) * self._start_scale
 
     def step(self, slopes: torch.Tensor, rate: float, step: int) -> None:
         change = _change(self._moments, slopes, rate, step).mul_(self._start_scale)
@@ -190,7 +223,18 @@ def batches(windows: int, steps: int, size: int, seed: int) -> Iterator[list[int
         size: windows in a step, over all ranks; rounded up to as many on each.
         seed: of the order.
     """
-    size = -(-size // ranks.count())
+    return epochs(windows, steps, -(-size // ranks.count()), seed)
+
+
+def epochs(windows: int, steps: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Places of windows in each step: epochs in random order, without the few windows that are left at an epoch's end.
+
+    Args:
+        windows: how many there are.
+        steps: how many batches to give.
+        size: windows in a step.
+        seed: of the order.
+    """
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):

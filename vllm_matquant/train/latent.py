@@ -1,0 +1,219 @@
+"""A layer while it is trained: positions, decoders, and the straight-through derivative between them and its weight.
+
+Every weight has a *position*, a real number in units of the parent's code. It starts in the middle of the code's cell,
+and the parent's code is its floor; the r-bit code is the parent's prefix, ``floor(position / 2^(8 - r))``, so that all
+slices are prefixes of one code at every step. The weight of a slice is ``scale_r * (code_r - middle_r) + centre_r``.
+Its derivative passes straight through the floor (MatQuant, arXiv 2502.06786, section 3.1): by the position it is
+``scale_r / 2^(8 - r)``.
+
+What an optimizer moves is how far things are from the parent: the shift of each position, and changes of scales and
+centres relative to the scale that they started with. So a decay of what is moved pulls it back to the parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_matquant.checkpoint.affine import Affine, middle_code
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.quantize.training import decode_around, slopes_around
+from vllm_matquant.train.terms import SOURCE
+
+_LEVELS = 2**PARENT_BITS
+_HIGHEST = _LEVELS - 2.0**-8  # of a position: the largest float32 below 256 with some room for rounding
+
+
+@dataclass
+class Switch:
+    """What a model's layers are now: a width, or SOURCE for the weights of the model that was quantized.
+
+    One switch is shared by all layers of a model.
+
+    Attributes:
+        width: of the model; a layer without it takes its next wider one, or else its widest.
+    """
+
+    width: int = SOURCE
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A layer of the parent.
+
+    Attributes:
+        codes: uint8 [out_features, in_features], parent codes; bits that the parent does not store are zero.
+        stored: how many bits of each code the parent stores.
+        widths: of the layer, ascending.
+        decoders: scales and offsets of the widths that will be run, [out_features, groups].
+    """
+
+    codes: torch.Tensor
+    stored: int
+    widths: Sequence[int]
+    decoders: Mapping[int, Affine]
+
+
+def moved_codes(codes: torch.Tensor, shift: torch.Tensor, stored: int, widest: int) -> torch.Tensor:
+    """Parent codes of positions.
+
+    Bits below the widest trained width follow no gradient. They stay as near to what they were as the bits above them
+    allow, so that wider slices pay for those codes alone whose leading bits have changed.
+
+    Args:
+        codes: uint8 [out_features, in_features], where the positions started.
+        shift: float32 of the same shape, how far they are from there, in units of the parent's code.
+        stored: bits of ``codes`` that are known: a position starts in the middle of what these leave open.
+        widest: the widest width that is trained.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    positions = codes + 2 ** (PARENT_BITS - stored) / 2 + shift
+    moved = positions.floor_().clamp_(0, _LEVELS - 1).to(torch.uint8)
+    if widest == PARENT_BITS:
+        return moved
+    cell = 2 ** (PARENT_BITS - widest)
+    lowest = moved & (_LEVELS - cell)
+    return codes.clamp(lowest, lowest + (cell - 1))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The weight of a slice, whose derivative takes the floor between positions and codes for the identity."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        centre: torch.Tensor,
+        codes: torch.Tensor,
+        width: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        context.save_for_backward(scale, codes)
+        context.width = width
+        return decode_around(_sliced(codes, width), scale, centre, middle_code(width)).to(dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale, codes = context.saved_tensors
+        gradient, groups, width = gradients[0].float(), scale.shape[1], context.width
+        by_scale, by_centre = slopes_around(gradient, _sliced(codes, width), groups, middle_code(width))
+        per_code = (scale / 2 ** (PARENT_BITS - width)).unsqueeze(2)
+        by_shift = (gradient.unflatten(1, (groups, -1)) * per_code).flatten(1)
+        return by_shift, by_scale, by_centre, None, None, None
+
+
+class NestedWeight(torch.nn.Module):
+    """The weight of one layer at every width that is run: takes the place of a layer's ``weight``.
+
+    Attributes:
+        shift: float32 [out_features, in_features], how far each position is from where it started; None of a layer
+            that is not trained.
+        changes: for each trained width, as a text, float32 [out_features, groups, 2]: by how much scale and centre have
+            changed, relative to the scale at the start.
+
+    Args:
+        parent: the layer.
+        trained: the widths of the model that are trained; none for a layer that stays as it is.
+        switch: of the model.
+    """
+
+    codes: torch.Tensor
+
+    def __init__(self, parent: Parent, trained: Iterable[int], switch: Switch) -> None:
+        super().__init__()
+        self.switch, self.stored, self.widths = switch, parent.stored, tuple(parent.widths)
+        self.trained = sorted({served_width(self.widths, width) for width in trained})
+        self.register_buffer("codes", parent.codes)
+        for width, values in parent.decoders.items():
+            self.register_buffer(f"scale{width}", values.scale.float())
+            self.register_buffer(f"centre{width}", values.centre(width).float())
+        self._moved: torch.Tensor | None = None  # parent codes as they are now, once they were asked for
+        self.shift: torch.nn.Parameter | None = None
+        self.changes = torch.nn.ParameterDict()
+        if self.trained:
+            self.shift = torch.nn.Parameter(torch.zeros_like(parent.codes, dtype=torch.float32))
+            for width in self.trained:
+                start = parent.decoders[width].scale
+                self.changes[str(width)] = torch.nn.Parameter(
+                    torch.zeros(*start.shape, 2, dtype=torch.float32, device=start.device)
+                )
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """The weight at the switch's width, in the dtype of ``source``, the layer's weight in the source.
+
+        Codes are cut once after each step: :meth:`project` tells that positions have moved.
+        """
+        if self.switch.width == SOURCE:
+            return source
+        width = served_width(self.widths, self.switch.width)
+        scale, centre = self.decoder(width)
+        if self._moved is None:
+            with torch.no_grad():
+                self._moved = self.parent_codes()
+        if width in self.trained:
+            weight: torch.Tensor = _StraightThrough.apply(self.shift, scale, centre, self._moved, width, source.dtype)
+            return weight
+        return decode_around(_sliced(self._moved, width), scale, centre, middle_code(width)).to(source.dtype)
+
+    def parent_codes(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Parent codes as they are now: uint8 [rows, in_features].
+
+        Args:
+            rows: of the layer, those that ``shift`` has: of several processes each may have a part.
+        """
+        if self.shift is None:
+            return self.codes[rows]
+        return moved_codes(self.codes[rows], _local(self.shift), self.stored, self.trained[-1])
+
+    def decoder(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale, and weight in the middle of the codes, as they are now: float32 [out_features, groups] each."""
+        scale, centre = getattr(self, f"scale{width}"), getattr(self, f"centre{width}")
+        if width not in self.trained:
+            return scale, centre
+        return changed(scale, centre, self.changes[str(width)])
+
+    @torch.no_grad()
+    def project(self, rows: slice = slice(None)) -> None:
+        """Put positions back between the first and the last code, and scales back from below zero, after a step."""
+        if self.shift is None:
+            return
+        self._moved = None
+        start = self.codes[rows] + 2 ** (PARENT_BITS - self.stored) / 2
+        shift = _local(self.shift)
+        shift.copy_(shift.clamp(-start, _HIGHEST - start))
+        for change in self.changes.values():
+            _local(change)[..., 0].clamp_(min=-1)
+
+    @torch.no_grad()
+    def changed_codes(self, width: int, rows: slice = slice(None)) -> int:
+        """How many codes of a width are others than the parent's."""
+        if self.shift is None:
+            return 0
+        drop = PARENT_BITS - served_width(self.widths, width)
+        return int(((self.parent_codes(rows) ^ self.codes[rows]) >> drop).count_nonzero())
+
+
+def changed(scale: torch.Tensor, centre: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and centre after a change.
+
+    Args:
+        scale, centre: at the start, float32 [out_features, groups].
+        change: see :attr:`NestedWeight.changes`.
+    """
+    return scale * (1 + change[..., 0]), centre + scale * change[..., 1]
+
+
+def _sliced(codes: torch.Tensor, width: int) -> torch.Tensor:
+    return slice_codes(codes, PARENT_BITS, width)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that several share; the tensor itself if they do not."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,127 @@
+"""The source model with the parent's layers in place: one model that is run at any width, or as the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.checkpoint.names import CONFIG_FILE
+from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.skeleton import build_skeleton
+from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.train.latent import NestedWeight, Parent, Switch
+
+LoadParent = Callable[[str], Parent]
+"""Gives the parent's layer of a name."""
+
+
+class NestedModel:
+    """A causal language model whose layers have the source's weights or those of a slice, whichever is asked for.
+
+    Attributes:
+        model: transformers' model.
+        layers: the parent's layers, in the model's order, each with what takes the place of its weight.
+        trained: the widths of the model that are trained, ascending.
+        device: where it is, see :func:`vllm_matquant.train.distributed.place`.
+        sharded: whether this process has a part of it alone.
+
+    Args:
+        model: the source, with its own weights; none of them will be trained.
+        checkpoint: the parent.
+        trained: the widths of the model that are trained.
+        load: gives the parent's layers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, trained: Iterable[int], load: LoadParent
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.trained = tuple(sorted(trained))
+        self.device, self.sharded = "cpu", False
+        self._switch = Switch()
+        skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
+        outer = skeleton.embeddings.keys() | {name.removesuffix(".weight") for name in skeleton.tied}
+        head = _name_of(model, model.get_output_embeddings())
+        self.layers: dict[str, NestedWeight] = {}
+        for name in checkpoint.layers:
+            fixed = name in outer or name == head
+            nested = NestedWeight(load(name), () if fixed else self.trained, self._switch)
+            tied = [
+                other.removesuffix(".weight") for other, first in skeleton.tied.items() if first == f"{name}.weight"
+            ]
+            for place in (name, *tied):
+                parametrize.register_parametrization(model.get_submodule(place), "weight", nested, unsafe=True)
+            self.layers[name] = nested
+
+    @property
+    def weights(self) -> int:
+        """How many weights have positions."""
+        return sum(nested.codes.numel() for nested in self.layers.values() if nested.trained)
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """What is trained, by name: ``LAYER.shift``, and ``LAYER.changes.R`` of each trained width R of a layer."""
+        for name, nested in self.layers.items():
+            for own, parameter in nested.named_parameters():
+                yield f"{name}.{own}", parameter
+
+    def logits(self, tokens: torch.Tensor, width: int) -> torch.Tensor:
+        """The logits of every position.
+
+        Until they have been differentiated the model must not be run at another width, if blocks are run once more for
+        their derivatives.
+
+        Args:
+            tokens: int64 [windows, length].
+            width: of the model, or :data:`vllm_matquant.train.terms.SOURCE`.
+
+        Returns:
+            [windows, length, vocabulary] in the model's dtype.
+        """
+        self._switch.width = width
+        found: torch.Tensor = self.model(tokens, use_cache=False).logits
+        return found
+
+    def keep_no_activations(self) -> None:
+        """Keep of each block its inputs alone, and run it once more for its derivatives."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # of the block itself: what is in it drops nothing out
+
+
+def load_model(
+    source: Path, checkpoint: Checkpoint, trained: Iterable[int], run: Iterable[int], dtype: torch.dtype
+) -> NestedModel:
+    """Load source and parent.
+
+    Args:
+        source: folder of the model that was quantized.
+        checkpoint: the parent.
+        trained: the widths of the model that are trained.
+        run: the widths of the model that are run.
+        dtype: of weights and activations.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        source, config=build_config(checkpoint.config), dtype=dtype, trust_remote_code=False
+    )
+    widths = tuple(run)
+    return NestedModel(model, checkpoint, trained, lambda layer: read_parent(checkpoint, layer, widths))
+
+
+def read_parent(checkpoint: Checkpoint, layer: str, run: Iterable[int]) -> Parent:
+    """A layer of the parent, with the decoders of the widths that it has where the model is at one of ``run``."""
+    widths = checkpoint.format.widths_of(layer)
+    stored = checkpoint.format.stored_width(widths[-1])
+    codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
+    own = sorted({served_width(widths, width) for width in run})
+    return Parent(codes, stored, widths, {width: checkpoint.decoder(layer, width).affine for width in own})
+
+
+def _name_of(model: PreTrainedModel, module: torch.nn.Module | None) -> str | None:
+    return next((name for name, each in model.named_modules() if each is module), None)
