@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.test_plan import NO_TIME, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
@@ -20,6 +19,7 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.checkpoint.verify import verify
+from vllm_matquant.measure.peak import PeakBytes
 from vllm_matquant.measure.windows import draw_windows, load_tokenizer
 from vllm_matquant.quantize import embeddings
 from vllm_matquant.quantize.block import BlockTask

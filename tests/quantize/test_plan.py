@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoint.samples import decoder_bytes, random_decoder
-from tests.quantize.peak_memory import PeakBytes
 from tests.quantize.tiny_sources import ONE_WIDTH, byte_tokenizer, write_source
 from vllm_matquant.checkpoint.decoder import CODEBOOK
 from vllm_matquant.checkpoint.errors import OutputError
@@ -21,6 +20,7 @@ from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
 from vllm_matquant.checkpoint.spec import WIDTHS, Format, GroupSize
 from vllm_matquant.checkpoint.tensor_parallel import misfits
+from vllm_matquant.measure.peak import PeakBytes
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.quantize import pipeline, probe
 from vllm_matquant.quantize.activations import Activations

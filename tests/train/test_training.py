@@ -145,7 +145,7 @@ def test_accumulated_batches_are_one_larger_batch(train: Run, tmp_path: Path, mo
     first: dict[str, list[torch.Tensor]] = {}
     step = Optimizer.step
 
-    def recorded(self: Optimizer, number: int) -> float:
+    def recorded(self: Optimizer, number: int) -> torch.Tensor:
         if number == 0:
             first[name] = [parameter.grad.clone() for parameter in self.trained]
         return step(self, number)
@@ -170,7 +170,7 @@ def cut_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     step = Optimizer.step
 
     def set_end(steps: int) -> None:
-        def limited(self: Optimizer, number: int) -> float:
+        def limited(self: Optimizer, number: int) -> torch.Tensor:
             if number == steps:
                 raise Cut
             return step(self, number)

@@ -26,6 +26,7 @@ class Skeleton:
         embeddings: (tokens, hidden size) of the input embedding, by its name.
         prefix: what the names of the parameters below the head begin with, such as "model."; files of such a model
             that were saved without a head lack it.
+        head: full name of the layer that gives the logits, None if the model has none.
     """
 
     parameters: dict[str, tuple[int, ...]]
@@ -33,6 +34,7 @@ class Skeleton:
     linears: dict[str, tuple[int, int]]
     embeddings: dict[str, tuple[int, int]]
     prefix: str = ""
+    head: str | None = None
 
     def quantized_layers(self, format: Format, where: Path | str = CONFIG_FILE) -> dict[str, tuple[int, int]]:
         """Shape of every layer that a checkpoint of this format has codes of, in the model's order.
@@ -96,7 +98,7 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
         name: first.setdefault(id(parameter), name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return Skeleton(
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied={name: earlier for name, earlier in names.items() if earlier != name},
@@ -111,4 +113,5 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
             if module is embedding and isinstance(module, torch.nn.Embedding)
         },
         prefix=f"{model.base_model_prefix}.",
+        head=next((name for name, module in model.named_modules() if module is head), None),
     )

@@ -12,14 +12,15 @@ from typing import Any, cast
 from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.jobs.arguments import float_list, positive
-from vllm_matquant.jobs.job import Job, Say, argument, command_of, running, silent
+from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
 from vllm_matquant.jobs.reference import locate_reference
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import check_device
 from vllm_matquant.train.distributed import backend_of
-from vllm_matquant.train.pipeline import Outcome, Work, check_parent, read_texts
+from vllm_matquant.train.pipeline import Outcome, Work, check_disk, check_parent, check_work, read_texts
 from vllm_matquant.train.pipeline import train as train_parent
+from vllm_matquant.train.plan import TrainingPlan, make_plan
 from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, TrainingSettings
 from vllm_matquant.train.state import TrainingFolder
 from vllm_matquant.train.terms import GRAMMAR, Term, parse_terms
@@ -51,7 +52,7 @@ def _count(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Train(Job[Outcome]):
+class Train(PlannedJob[Outcome]):
     """Train all widths of a nested checkpoint together: codes and decoders follow the gradient of a loss over widths.
 
     Quantization-aware training as MatQuant (arXiv 2502.06786) does it, with slices that are prefixes of one code at
@@ -261,6 +262,14 @@ class Train(Job[Outcome]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._settings()  # refuses numbers that do not fit together
+
+    def plan(self) -> TrainingPlan:
+        work = self._work()
+        check_work(work, overwrite=self.overwrite, resume=self.resume)
+        return make_plan(work)
+
+    def check_plan(self, plan: TrainingPlan) -> None:
+        check_disk(Path(self.output), plan.disk)
 
     def run(self, say: Say = silent) -> Outcome:
         check_device("device", self.device)

@@ -138,13 +138,17 @@ def disk_bytes(
     return total + (max(_activations(selection, method, calibration, held_out).values()) if on_disk else 0)
 
 
-def free_bytes(output: Path) -> int | None:
+def free_bytes(output: Path, work_folder: str = WORK_FOLDER) -> int | None:
     """Bytes free on the disk of the folder ``output``, None if its file system does not tell.
 
     Unfinished work in the folder counts as free: it is either a part of what is needed or removed first.
+
+    Args:
+        output: the folder, which need not be there.
+        work_folder: name of the folder in it that holds unfinished work.
     """
     usage = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists()))
-    kept = (path for folder in (WORK_FOLDER, STAGING_FOLDER) for path in (output / folder).rglob("*"))
+    kept = (path for folder in (work_folder, STAGING_FOLDER) for path in (output / folder).rglob("*"))
     return usage.free + sum(path.stat().st_size for path in kept if path.is_file()) if usage.total else None
 
 
@@ -159,11 +163,25 @@ def check_room(output: Path, needed: int, *, on_disk: bool = False) -> None:
     Raises:
         OutputError: it has less than ``needed`` bytes free.
     """
-    free = free_bytes(output)
-    if free is None or needed <= free:
-        return
     hint = "Write to another disk (--output), or offer fewer widths (--bits)"
     hint += ", or leave out --activations-on-disk" if on_disk else ""
+    need_room(output, needed, free_bytes(output), hint)
+
+
+def need_room(output: Path, needed: int, free: int | None, hint: str) -> None:
+    """Refuse a disk that is too small.
+
+    Args:
+        output: the folder to name in an error.
+        needed: bytes.
+        free: bytes, see :func:`free_bytes`.
+        hint: what helps.
+
+    Raises:
+        OutputError: it has less than ``needed`` bytes free.
+    """
+    if free is None or needed <= free:
+        return
     raise OutputError(output, "disk", f"{free:,} bytes free", f"at least {needed:,} until the end of the work", hint)
 
 

@@ -125,7 +125,7 @@ class Training:
                     f"training: the term {name} is {value} in step {step + 1}, expected a finite loss; a smaller "
                     f"--code-rate than {settings.code_rate} or --decoder-rate than {settings.decoder_rate} may help"
                 )
-        rates, norm = self._optimizer.rates(step), self._optimizer.step(step)
+        rates, norm = self._optimizer.rates(step), float(self._optimizer.step(step))
         for nested in self._model.layers.values():
             nested.project(own_rows(nested))
         return Progress(step + 1, losses, rates, norm)

@@ -9,12 +9,14 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
-from vllm_matquant.checkpoint.skeleton import build_skeleton
+from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
 from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.quantize import ranks
 from vllm_matquant.train.latent import NestedWeight, Parent, Switch
 
 LoadParent = Callable[[str], Parent]
@@ -33,25 +35,27 @@ class NestedModel:
 
     Args:
         model: the source, with its own weights; none of them will be trained.
-        checkpoint: the parent.
+        skeleton: of the model.
+        layers: names of the parent's layers.
         trained: the widths of the model that are trained.
         load: gives the parent's layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, checkpoint: Checkpoint, trained: Iterable[int], load: LoadParent
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        layers: Iterable[str],
+        trained: Iterable[int],
+        load: LoadParent,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.trained = tuple(sorted(trained))
         self.device, self.sharded = "cpu", False
         self._switch = Switch()
-        skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
-        outer = skeleton.embeddings.keys() | {name.removesuffix(".weight") for name in skeleton.tied}
-        head = _name_of(model, model.get_output_embeddings())
         self.layers: dict[str, NestedWeight] = {}
-        for name in checkpoint.layers:
-            fixed = name in outer or name == head
-            nested = NestedWeight(load(name), () if fixed else self.trained, self._switch)
+        for name in layers:
+            nested = NestedWeight(load(name), () if is_fixed(name, skeleton) else self.trained, self._switch)
             tied = [
                 other.removesuffix(".weight") for other, first in skeleton.tied.items() if first == f"{name}.weight"
             ]
@@ -107,11 +111,21 @@ def load_model(
         run: the widths of the model that are run.
         dtype: of weights and activations.
     """
+    skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
+    if not ranks.is_first():
+        logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         source, config=build_config(checkpoint.config), dtype=dtype, trust_remote_code=False
     )
     widths = tuple(run)
-    return NestedModel(model, checkpoint, trained, lambda layer: read_parent(checkpoint, layer, widths))
+    return NestedModel(
+        model, skeleton, checkpoint.layers, trained, lambda layer: read_parent(checkpoint, layer, widths)
+    )
+
+
+def is_fixed(layer: str, skeleton: Skeleton) -> bool:
+    """Whether a layer is not trained, as it is an embedding or the output head."""
+    return layer in skeleton.embeddings or layer == skeleton.head
 
 
 def read_parent(checkpoint: Checkpoint, layer: str, run: Iterable[int]) -> Parent:
@@ -121,7 +135,3 @@ def read_parent(checkpoint: Checkpoint, layer: str, run: Iterable[int]) -> Paren
     codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
     own = sorted({served_width(widths, width) for width in run})
     return Parent(codes, stored, widths, {width: checkpoint.decoder(layer, width).affine for width in own})
-
-
-def _name_of(model: PreTrainedModel, module: torch.nn.Module | None) -> str | None:
-    return next((name for name, each in model.named_modules() if each is module), None)

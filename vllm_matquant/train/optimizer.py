@@ -63,14 +63,14 @@ class Optimizer:
             rates[name] = first * factor
         return rates
 
-    def step(self, step: int) -> float:
+    def step(self, step: int) -> torch.Tensor:
         """Move along the gradients, and forget them.
 
         Args:
             step: counts from 0.
 
         Returns:
-            The norm of all gradients together before it was limited.
+            The norm of all gradients together before it was limited, a scalar.
         """
         rates = self.rates(step)
         for group in self._adam.param_groups:
@@ -78,7 +78,7 @@ class Optimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self._settings.clip_norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What must be kept of a parameter from step to step: its value and moments, this process's part of them."""

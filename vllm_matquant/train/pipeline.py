@@ -17,22 +17,24 @@ from vllm_matquant.checkpoint.errors import CheckpointError, MissingFileError
 from vllm_matquant.checkpoint.manifest import describe_files, versions
 from vllm_matquant.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
+from vllm_matquant.checkpoint.skeleton import build_skeleton
 from vllm_matquant.checkpoint.staging import check_output
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.measure.text import TextError
 from vllm_matquant.measure.windows import TextTokenizer, Windows, every_window
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import check_device
+from vllm_matquant.quantize.plan import free_bytes, need_room
 from vllm_matquant.quantize.resume import ResumeError
 from vllm_matquant.quantize.values import checking
 from vllm_matquant.train.distributed import place
 from vllm_matquant.train.log import Log, check_logger
 from vllm_matquant.train.loop import Progress, Training
-from vllm_matquant.train.model import load_model
+from vllm_matquant.train.model import is_fixed, load_model
 from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.publish import left_behind, publish, trained_format, trained_layers
 from vllm_matquant.train.settings import TrainingSettings
-from vllm_matquant.train.state import TrainingFolder
+from vllm_matquant.train.state import WORK_FOLDER, TrainingFolder
 from vllm_matquant.train.terms import named_widths, trained_widths
 
 _LOGGER = logging.getLogger(__name__)
@@ -119,6 +121,29 @@ def check_parent(parent: Checkpoint, settings: TrainingSettings) -> None:
         form.check_width(width, where)
 
 
+def state_bytes(parent: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of a kept state: of all that is trained, in float32, and of two moments."""
+    skeleton, values = build_skeleton(parent.config, parent.folder / CONFIG_FILE), 0
+    for name, (rows, columns) in parent.layers.items():
+        if not is_fixed(name, skeleton):
+            groups = columns // parent.format.group_size_of(columns, name)
+            widths = {parent.format.width_of(name, width) for width in trained_widths(settings.terms)}
+            values += rows * (columns + 2 * groups * len(widths))
+    return 3 * torch.float32.itemsize * values
+
+
+def disk_bytes(parent: Checkpoint, settings: TrainingSettings) -> tuple[int, int]:
+    """Bytes on the output's disk at the worst, a state while the next one or the checkpoint is written; and in the end.
+
+    Args:
+        parent: the checkpoint to train.
+        settings: how to train it.
+    """
+    state = state_bytes(parent, settings)
+    output = sum((parent.folder / name).stat().st_size for name in set(parent.weight_map.values()))
+    return state + max(state, output), output
+
+
 def read_texts(
     texts: Sequence[str | None], tokenizer: TextTokenizer, settings: TrainingSettings, text_column: str = "text"
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -180,6 +205,19 @@ def check_work(work: Work, *, overwrite: bool = False, resume: bool = False) -> 
     check_output(work.output, overwrite or folder.publishing)
 
 
+def check_disk(output: Path, needed: int) -> None:
+    """Refuse a disk that is too small.
+
+    Args:
+        output: folder of the checkpoint.
+        needed: bytes, see :func:`disk_bytes`.
+
+    Raises:
+        OutputError: it has too little room.
+    """
+    need_room(output, needed, free_bytes(output, WORK_FOLDER), "Write to another disk (--output)")
+
+
 def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, resume: bool = False) -> Outcome:
     """Train a parent, and write a checkpoint of the same format.
 
@@ -199,17 +237,20 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         ValueError: the loss is no longer finite, the device is not there, or a batch cannot be shared out.
         MissingLoggerError: logs were asked for, and the package that writes them is not installed.
         LostRankError: another rank has ended.
+        OutputError: the disk has too little room.
         WriteError: the disk is full, or the folder cannot be written to.
         KeyboardInterrupt: with what is kept.
     """
     check_work(work, overwrite=overwrite, resume=resume)
+    check_disk(work.output, disk_bytes(work.parent, work.settings)[0])
     parent, settings = work.parent, work.settings
     folder = TrainingFolder(work.output)
-    origin = _origin(work)
-    ranks.check_same(origin, "the ranks have other settings or texts than each other, expected the same for all")
+    depends_on = _depends_on(work)
+    ranks.check_same(depends_on, "the ranks have other settings or texts than each other, expected the same for all")
     with ExitStack() as stack:
-        writer = None
+        writer, origin = None, dict[str, Any]()
         if ranks.is_first():
+            origin = depends_on | _files(work)
             replaces = overwrite or folder.publishing
             writer = stack.enter_context(CheckpointWriter(work.output, trained_format(parent), overwrite=replaces))
             if resume and folder.exists:
@@ -219,8 +260,7 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         ranks.wait()  # for the work folder
         stack.enter_context(_kept_when_interrupted(folder))
         device = ranks.own_device(settings.device)
-        widths = {*named_widths(settings.terms), *(parent.format.widths if work.held_out else ())}
-        model = load_model(work.source, parent, trained_widths(settings.terms), widths, settings.dtype)
+        model = load_model(work.source, parent, trained_widths(settings.terms), run_widths(work), settings.dtype)
         if settings.gradient_checkpointing:
             model.keep_no_activations()
         place(model, device)
@@ -234,11 +274,17 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         )
         if ranks.is_first():
             folder.begin_publishing()
-        manifest = {"command": list(command), **{name: origin[name] for name in ("parent", "source", "training")}}
+        told = {name: each for name, each in origin.items() if name in ("parent", "source", "training")}
+        manifest = {"command": list(command), **told}
         publish(writer, trained_layers(model, parent), parent, manifest)
         if ranks.is_first():
             folder.remove()
     return replace(outcome, left_behind=left_behind(parent))
+
+
+def run_widths(work: Work) -> set[int]:
+    """The widths that the model is run at: those that terms name, and all that are measured."""
+    return {*named_widths(work.settings.terms), *(work.parent.format.widths if work.held_out else ())}
 
 
 def _steps(work: Work, training: Training, done: int, save: Any) -> Outcome:
@@ -274,17 +320,20 @@ def _steps(work: Work, training: Training, done: int, save: Any) -> Outcome:
     return Outcome(settings.steps, losses, training.changed(), measured, seconds=seconds)
 
 
-def _origin(work: Work) -> dict[str, Any]:
-    """All that the result depends on."""
+def _files(work: Work) -> dict[str, Any]:
+    """Size and SHA-256 of the files of parent and source."""
     parent, source = work.parent.folder, work.source
     of_parent = [parent / CONFIG_FILE, parent / INDEX_FILE]
     of_parent += [parent / name for name in sorted(set(work.parent.weight_map.values()))]
     of_source = [source / CONFIG_FILE, *sorted(source.glob("*.safetensors"))]
     with checking(sum(path.stat().st_size for path in (*of_parent, *of_source))) as progress:
         described = [describe_files(files, progress.update) for files in (of_parent, of_source)]
+    return {"parent": described[0], "source": described[1]}
+
+
+def _depends_on(work: Work) -> dict[str, Any]:
+    """What the result depends on besides these."""
     return {
-        "parent": described[0],
-        "source": described[1],
         "training": work.settings.describe() | {"texts": list(work.texts)},
         "tokens": hashlib.sha256(work.tokens.numpy().tobytes()).hexdigest(),
         "versions": versions(),
