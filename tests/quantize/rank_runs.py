@@ -51,7 +51,7 @@ class ThePlan:
         return "the plan"
 
 
-def launch(count: int, arguments: list[str], words: Path, hook: Hook) -> list[int | None]:
+def launch(count: int, arguments: list[str], words: Path, hook: Hook, command: str = "quantize") -> list[int | None]:
     """Exit codes of the ranks; None of one that had to be killed since it hung."""
     port, children = free_port(), []
     for rank in range(count):
@@ -65,7 +65,7 @@ def launch(count: int, arguments: list[str], words: Path, hook: Hook) -> list[in
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 hook(rank)
-                code = cli.main(["quantize", *arguments])
+                code = cli.main([command, *arguments])
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else 1
             except BaseException:
