@@ -57,6 +57,8 @@ def main(folder: Path, text: Path) -> None:
     run("three", 3, "--gradient-checkpointing")  # whose parts of 64 and of 32 rows differ
     run("embedded_one", 1)
     run("embedded_two", 2)
+    run("rounded_one", 1, "--form", "rounded")
+    run("rounded_two", 2, "--form", "rounded")
     run("cut", 2, hook=end_in_step(5))
     run("other_count", 1, "--resume", output="cut")
     run("resumed", 2, "--resume", output="cut")

@@ -32,7 +32,9 @@ def measured_bytes(job: Train) -> int:
     """The most that tensors take while a model is trained for two steps."""
     work = job._work()
     settings = work.settings
-    model = load_model(work.source, work.parent, trained_widths(settings.terms), run_widths(work), settings.dtype)
+    model = load_model(
+        work.source, work.parent, trained_widths(settings.terms), run_widths(work), settings.dtype, settings.form
+    )
     if settings.gradient_checkpointing:
         model.keep_no_activations()
     kept = sum(tensor.nbytes for tensor in (*model.model.parameters(), *model.model.buffers()))
@@ -50,6 +52,7 @@ def measured_bytes(job: Train) -> int:
         ("llama", {"terms": "8,2", "gradient_checkpointing": True, "sequence_length": 64}),
         ("qwen3", {"terms": "8:text,2", "accumulate": 3}),
         ("gemma2", {"terms": "4->2", "batch": 1}),
+        ("llama", {"terms": "8,2", "form": "rounded"}),
     ],
 )
 def test_memory(model_type: str, options: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
@@ -60,6 +63,7 @@ def test_memory(model_type: str, options: dict[str, Any], text_file: Path, tmp_p
     plan = job.plan()
     assert not (tmp_path / "out").exists()
     assert sum(plan.memory.values()) == pytest.approx(measured_bytes(job), rel=0.15)
+    assert state_bytes(job._work().parent, job._settings()) == 12 * plan.trained
     assert plan.memory["gradients"] == plan.memory["positions"] == 4 * plan.trained
 
 

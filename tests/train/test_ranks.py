@@ -33,7 +33,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, request: pyt
 
 @pytest.mark.parametrize(
     ("name", "alone", "parent"),
-    [("two", "one", "parent"), ("three", "one", "parent"), ("embedded_two", "embedded_one", "embedded")],
+    [
+        ("two", "one", "parent"),
+        ("three", "one", "parent"),
+        ("embedded_two", "embedded_one", "embedded"),
+        ("rounded_two", "rounded_one", "parent"),
+    ],
 )
 def test_close_to_one_process(runs: Runs, name: str, alone: str, parent: str) -> None:
     assert runs.codes[name] == [0] * len(runs.codes[name]), runs.words(name)

@@ -21,7 +21,7 @@ from vllm_matquant.train.distributed import backend_of
 from vllm_matquant.train.pipeline import Outcome, Work, check_disk, check_parent, check_work, read_texts
 from vllm_matquant.train.pipeline import train as train_parent
 from vllm_matquant.train.plan import TrainingPlan, make_plan
-from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, TrainingSettings
+from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, SLICINGS, TrainingSettings
 from vllm_matquant.train.state import TrainingFolder
 from vllm_matquant.train.terms import GRAMMAR, Term, parse_terms
 
@@ -124,6 +124,16 @@ class Train(PlannedJob[Outcome]):
             "what each term counts, such as 0.1,0.1,1,1 (default: 1 each)",
             parse=float_list,
             metavar="LIST",
+            group="loss",
+        ),
+    )
+    form: str = field(
+        default=_DEFAULT.form,
+        metadata=argument(
+            "native: slices are prefixes, each width with decoders of its own; rounded: MatQuant's own latent weights "
+            "and rounded slices, there only to compare with the paper: such a slice reads one bit more (default: "
+            "%(default)s)",
+            choices=tuple(SLICINGS),
             group="loss",
         ),
     )
@@ -313,6 +323,7 @@ class Train(PlannedJob[Outcome]):
             precision=self.precision,
             gradient_checkpointing=self.gradient_checkpointing,
             device=self.device,
+            form=self.form,
         )
 
     def _work(self) -> Work:

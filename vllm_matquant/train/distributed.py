@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_matquant.quantize import ranks
-from vllm_matquant.train.latent import NestedWeight
+from vllm_matquant.train.latent import LatentWeight
 from vllm_matquant.train.model import NestedModel
 
 
@@ -39,11 +39,11 @@ def place(model: NestedModel, device: str) -> None:
     model.device = device
 
 
-def own_rows(nested: NestedWeight) -> slice:
+def own_rows(latent: LatentWeight) -> slice:
     """The rows of a layer whose positions this process has."""
-    if nested.shift is None or not hasattr(nested.shift, "to_local"):
+    if latent.shift is None or not hasattr(latent.shift, "to_local"):
         return slice(None)
-    rows = nested.shift.shape[0]
+    rows = latent.shift.shape[0]
     part = -(-rows // ranks.count())  # as torch.chunk cuts
     start = min(rows, part * ranks.own_rank())
     return slice(start, min(rows, start + part))

@@ -12,7 +12,8 @@ centres relative to the scale that they started with. So a decay of what is move
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,16 @@ import torch
 
 from vllm_matquant.checkpoint.affine import Affine, middle_code
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
 from vllm_matquant.quantize.training import decode_around, slopes_around
 from vllm_matquant.train.terms import SOURCE
 
 _LEVELS = 2**PARENT_BITS
 _HIGHEST = _LEVELS - 2.0**-8  # of a position: the largest float32 below 256 with some room for rounding
+
+
+Whole = Callable[[torch.Tensor], torch.Tensor]
+"""Gives the whole of a tensor of which this process has a part."""
 
 
 @dataclass
@@ -50,12 +55,14 @@ class Parent:
         stored: how many bits of each code the parent stores.
         widths: of the layer, ascending.
         decoders: scales and offsets of the widths that will be run, [out_features, groups].
+        slicing: how codes are cut; what is trained so has truncated slices.
     """
 
     codes: torch.Tensor
     stored: int
     widths: Sequence[int]
     decoders: Mapping[int, Affine]
+    slicing: Slicing = "truncate"
 
 
 def moved_codes(codes: torch.Tensor, shift: torch.Tensor, stored: int, widest: int) -> torch.Tensor:
@@ -109,14 +116,71 @@ class _StraightThrough(torch.autograd.Function):
         return by_shift, by_scale, by_centre, None, None, None
 
 
-class NestedWeight(torch.nn.Module):
+class LatentWeight(torch.nn.Module, ABC):
     """The weight of one layer at every width that is run: takes the place of a layer's ``weight``.
 
     Attributes:
+        codes: uint8 [out_features, in_features], parent codes at the start.
         shift: float32 [out_features, in_features], how far each position is from where it started; None of a layer
             that is not trained.
         changes: for each trained width, as a text, float32 [out_features, groups, 2]: by how much scale and centre have
-            changed, relative to the scale at the start.
+            changed, relative to the scale at the start; empty where decoders follow from positions.
+        trained: the widths of the layer that are trained, ascending.
+
+    Args:
+        codes: see the attribute.
+        widths: of the layer, ascending.
+        trained: the widths of the model that are trained; none for a layer that stays as it is.
+        switch: of the model.
+    """
+
+    codes: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, widths: Sequence[int], trained: Iterable[int], switch: Switch) -> None:
+        super().__init__()
+        self.switch, self.widths = switch, tuple(widths)
+        self.trained = sorted({served_width(self.widths, width) for width in trained})
+        self.register_buffer("codes", codes)
+        self.shift: torch.nn.Parameter | None = None
+        self.changes = torch.nn.ParameterDict()
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """The weight at the switch's width, in the dtype of ``source``, the layer's weight in the source."""
+        if self.switch.width == SOURCE:
+            return source
+        return self.decode(served_width(self.widths, self.switch.width), source.dtype)
+
+    @abstractmethod
+    def decode(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight at one of the layer's widths: [out_features, in_features]."""
+
+    @abstractmethod
+    def project(self, rows: slice = slice(None)) -> None:
+        """Put what is trained back where it may be, after a step.
+
+        Args:
+            rows: of the layer, those that ``shift`` has: of several processes each may have a part.
+        """
+
+    @abstractmethod
+    def changed_codes(self, width: int, rows: slice = slice(None)) -> int:
+        """How many codes of a width are others than at the start, in some rows."""
+
+    @abstractmethod
+    def finished(self, whole: Whole) -> tuple[torch.Tensor, dict[int, Affine]]:
+        """What was trained.
+
+        Args:
+            whole: gives the whole of a tensor of which ``shift`` and ``changes`` may be parts.
+
+        Returns:
+            Parent codes, uint8 [out_features, in_features], and scales and offsets of the widths that have others than
+            at the start, float32 [out_features, groups]; on the CPU.
+        """
+
+
+class NestedWeight(LatentWeight):
+    """A weight whose slices are prefixes, with a decoder for each width.
 
     Args:
         parent: the layer.
@@ -124,19 +188,13 @@ class NestedWeight(torch.nn.Module):
         switch: of the model.
     """
 
-    codes: torch.Tensor
-
     def __init__(self, parent: Parent, trained: Iterable[int], switch: Switch) -> None:
-        super().__init__()
-        self.switch, self.stored, self.widths = switch, parent.stored, tuple(parent.widths)
-        self.trained = sorted({served_width(self.widths, width) for width in trained})
-        self.register_buffer("codes", parent.codes)
+        super().__init__(parent.codes, parent.widths, trained, switch)
+        self.stored, self._slicing = parent.stored, parent.slicing
         for width, values in parent.decoders.items():
             self.register_buffer(f"scale{width}", values.scale.float())
             self.register_buffer(f"centre{width}", values.centre(width).float())
         self._moved: torch.Tensor | None = None  # parent codes as they are now, once they were asked for
-        self.shift: torch.nn.Parameter | None = None
-        self.changes = torch.nn.ParameterDict()
         if self.trained:
             self.shift = torch.nn.Parameter(torch.zeros_like(parent.codes, dtype=torch.float32))
             for width in self.trained:
@@ -145,22 +203,20 @@ class NestedWeight(torch.nn.Module):
                     torch.zeros(*start.shape, 2, dtype=torch.float32, device=start.device)
                 )
 
-    def forward(self, source: torch.Tensor) -> torch.Tensor:
-        """The weight at the switch's width, in the dtype of ``source``, the layer's weight in the source.
+    def decode(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight at one of the layer's widths: [out_features, in_features].
 
         Codes are cut once after each step: :meth:`project` tells that positions have moved.
         """
-        if self.switch.width == SOURCE:
-            return source
-        width = served_width(self.widths, self.switch.width)
         scale, centre = self.decoder(width)
         if self._moved is None:
             with torch.no_grad():
                 self._moved = self.parent_codes()
         if width in self.trained:
-            weight: torch.Tensor = _StraightThrough.apply(self.shift, scale, centre, self._moved, width, source.dtype)
+            weight: torch.Tensor = _StraightThrough.apply(self.shift, scale, centre, self._moved, width, dtype)
             return weight
-        return decode_around(_sliced(self._moved, width), scale, centre, middle_code(width)).to(source.dtype)
+        sliced = slice_codes(self._moved, PARENT_BITS, width, self._slicing)
+        return decode_around(sliced, scale, centre, middle_code(width)).to(dtype)
 
     def parent_codes(self, rows: slice = slice(None)) -> torch.Tensor:
         """Parent codes as they are now: uint8 [rows, in_features].
@@ -170,7 +226,7 @@ class NestedWeight(torch.nn.Module):
         """
         if self.shift is None:
             return self.codes[rows]
-        return moved_codes(self.codes[rows], _local(self.shift), self.stored, self.trained[-1])
+        return moved_codes(self.codes[rows], local(self.shift), self.stored, self.trained[-1])
 
     def decoder(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale, and weight in the middle of the codes, as they are now: float32 [out_features, groups] each."""
@@ -186,18 +242,30 @@ class NestedWeight(torch.nn.Module):
             return
         self._moved = None
         start = self.codes[rows] + 2 ** (PARENT_BITS - self.stored) / 2
-        shift = _local(self.shift)
+        shift = local(self.shift)
         shift.copy_(shift.clamp(-start, _HIGHEST - start))
         for change in self.changes.values():
-            _local(change)[..., 0].clamp_(min=-1)
+            local(change)[..., 0].clamp_(min=-1)
 
     @torch.no_grad()
     def changed_codes(self, width: int, rows: slice = slice(None)) -> int:
-        """How many codes of a width are others than the parent's."""
+        """How many codes of a width are others than the parent's, in some rows."""
         if self.shift is None:
             return 0
         drop = PARENT_BITS - served_width(self.widths, width)
         return int(((self.parent_codes(rows) ^ self.codes[rows]) >> drop).count_nonzero())
+
+    @torch.no_grad()
+    def finished(self, whole: Whole) -> tuple[torch.Tensor, dict[int, Affine]]:
+        """Codes and the decoders of the trained widths, see :meth:`LatentWeight.finished`."""
+        codes, decoders = self.codes.cpu(), dict[int, Affine]()
+        if self.shift is None:
+            return codes, decoders
+        for width in self.trained:
+            start = getattr(self, f"scale{width}").cpu(), getattr(self, f"centre{width}").cpu()
+            scale, centre = changed(*start, whole(self.changes[str(width)]).cpu())
+            decoders[width] = Affine(scale, centre - middle_code(width) * scale)
+        return moved_codes(codes, whole(self.shift).cpu(), self.stored, self.trained[-1]), decoders
 
 
 def changed(scale: torch.Tensor, centre: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,6 +282,6 @@ def _sliced(codes: torch.Tensor, width: int) -> torch.Tensor:
     return slice_codes(codes, PARENT_BITS, width)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that several share; the tensor itself if they do not."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,17 @@ from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
-from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
-from vllm_matquant.train.latent import NestedWeight, Parent, Switch
+from vllm_matquant.train.latent import LatentWeight, NestedWeight, Parent, Switch
+from vllm_matquant.train.rounded import RoundedWeight
+from vllm_matquant.train.settings import NATIVE
 
 LoadParent = Callable[[str], Parent]
 """Gives the parent's layer of a name."""
+MakeLatent = Callable[[str, torch.Tensor, Sequence[int], Switch], LatentWeight]
+"""Gives what takes the place of the weight of a layer, by its name, its weight in the source, the widths of the model
+that are trained, and the model's switch."""
 
 
 class NestedModel:
@@ -39,6 +44,7 @@ class NestedModel:
         layers: names of the parent's layers.
         trained: the widths of the model that are trained.
         load: gives the parent's layers.
+        make: gives what takes the place of the weights that are trained; by default a :class:`NestedWeight`.
     """
 
     def __init__(
@@ -48,14 +54,19 @@ class NestedModel:
         layers: Iterable[str],
         trained: Iterable[int],
         load: LoadParent,
+        make: MakeLatent | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.trained = tuple(sorted(trained))
         self.device, self.sharded = "cpu", False
         self._switch = Switch()
-        self.layers: dict[str, NestedWeight] = {}
+        self.layers: dict[str, LatentWeight] = {}
         for name in layers:
-            nested = NestedWeight(load(name), () if is_fixed(name, skeleton) else self.trained, self._switch)
+            nested: LatentWeight
+            if make and not is_fixed(name, skeleton):
+                nested = make(name, model.get_submodule(name).weight.detach(), self.trained, self._switch)
+            else:
+                nested = NestedWeight(load(name), () if is_fixed(name, skeleton) else self.trained, self._switch)
             tied = [
                 other.removesuffix(".weight") for other, first in skeleton.tied.items() if first == f"{name}.weight"
             ]
@@ -100,7 +111,12 @@ class NestedModel:
 
 
 def load_model(
-    source: Path, checkpoint: Checkpoint, trained: Iterable[int], run: Iterable[int], dtype: torch.dtype
+    source: Path,
+    checkpoint: Checkpoint,
+    trained: Iterable[int],
+    run: Iterable[int],
+    dtype: torch.dtype,
+    form: str = NATIVE,
 ) -> NestedModel:
     """Load source and parent.
 
@@ -110,6 +126,7 @@ def load_model(
         trained: the widths of the model that are trained.
         run: the widths of the model that are run.
         dtype: of weights and activations.
+        form: of the training, see :class:`vllm_matquant.train.settings.TrainingSettings`.
     """
     skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if not ranks.is_first():
@@ -118,9 +135,23 @@ def load_model(
         source, config=build_config(checkpoint.config), dtype=dtype, trust_remote_code=False
     )
     widths = tuple(run)
-    return NestedModel(
-        model, skeleton, checkpoint.layers, trained, lambda layer: read_parent(checkpoint, layer, widths)
-    )
+
+    def load(layer: str) -> Parent:
+        return read_parent(checkpoint, layer, widths)
+
+    return NestedModel(model, skeleton, checkpoint.layers, trained, load, maker_of(checkpoint.format, form))
+
+
+def maker_of(format_: Format, form: str) -> MakeLatent | None:
+    """What makes the trained weights of a form of training, None for the default."""
+    if form == NATIVE:
+        return None
+
+    def make(layer: str, weight: torch.Tensor, trained: Sequence[int], switch: Switch) -> LatentWeight:
+        group_size = format_.group_size_of(weight.shape[1], layer)
+        return RoundedWeight(weight, group_size, format_.widths_of(layer), trained, switch)
+
+    return make
 
 
 def is_fixed(layer: str, skeleton: Skeleton) -> bool:
@@ -134,4 +165,5 @@ def read_parent(checkpoint: Checkpoint, layer: str, run: Iterable[int]) -> Paren
     stored = checkpoint.format.stored_width(widths[-1])
     codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
     own = sorted({served_width(widths, width) for width in run})
-    return Parent(codes, stored, widths, {width: checkpoint.decoder(layer, width).affine for width in own})
+    decoders = {width: checkpoint.decoder(layer, width).affine for width in own}
+    return Parent(codes, stored, widths, decoders, checkpoint.format.slicing)

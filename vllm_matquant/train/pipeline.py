@@ -33,7 +33,7 @@ from vllm_matquant.train.loop import Progress, Training
 from vllm_matquant.train.model import is_fixed, load_model
 from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.publish import left_behind, publish, trained_format, trained_layers
-from vllm_matquant.train.settings import TrainingSettings
+from vllm_matquant.train.settings import NATIVE, ROUNDED, SLICINGS, TrainingSettings
 from vllm_matquant.train.state import WORK_FOLDER, TrainingFolder
 from vllm_matquant.train.terms import named_widths, trained_widths
 
@@ -110,7 +110,12 @@ def check_parent(parent: Checkpoint, settings: TrainingSettings) -> None:
         raise UntrainableError(
             where, "decoder_kind", form.decoder_kind.name, "affine-int8 or affine-float16, which can be trained", again
         )
-    if form.slicing != "truncate":
+    if settings.form == ROUNDED:
+        if form.quantized_embeddings and form.slicing != SLICINGS[ROUNDED]:
+            found, expected = list(form.quantized_embeddings), "none, or a parent with rounded slices, as these stay"
+            hint = f"{again} --method matgptq"
+            raise UntrainableError(where, "quantized_embeddings", found, expected, hint)
+    elif form.slicing != SLICINGS[NATIVE]:
         hint = f"{again}, by another --method than matgptq"
         raise UntrainableError(where, "slicing", form.slicing, "truncate: slices that are prefixes of the codes", hint)
     missing = [name for names in parent.missing_files.values() for name in names]
@@ -128,7 +133,7 @@ def state_bytes(parent: Checkpoint, settings: TrainingSettings) -> int:
         if not is_fixed(name, skeleton):
             groups = columns // parent.format.group_size_of(columns, name)
             widths = {parent.format.width_of(name, width) for width in trained_widths(settings.terms)}
-            values += rows * (columns + 2 * groups * len(widths))
+            values += rows * (columns + (2 * groups * len(widths) if settings.form == NATIVE else 0))
     return 3 * torch.float32.itemsize * values
 
 
@@ -252,7 +257,9 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         if ranks.is_first():
             origin = depends_on | _files(work)
             replaces = overwrite or folder.publishing
-            writer = stack.enter_context(CheckpointWriter(work.output, trained_format(parent), overwrite=replaces))
+            writer = stack.enter_context(
+                CheckpointWriter(work.output, trained_format(parent, settings.form), overwrite=replaces)
+            )
             if resume and folder.exists:
                 folder.check_settings(origin)
             else:
@@ -260,7 +267,8 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         ranks.wait()  # for the work folder
         stack.enter_context(_kept_when_interrupted(folder))
         device = ranks.own_device(settings.device)
-        model = load_model(work.source, parent, trained_widths(settings.terms), run_widths(work), settings.dtype)
+        trained = trained_widths(settings.terms)
+        model = load_model(work.source, parent, trained, run_widths(work), settings.dtype, settings.form)
         if settings.gradient_checkpointing:
             model.keep_no_activations()
         place(model, device)

@@ -19,7 +19,7 @@ from vllm_matquant.measure.peak import PeakBytes
 from vllm_matquant.quantize.plan import free_bytes
 from vllm_matquant.quantize.report.wording import size
 from vllm_matquant.train.latent import Parent
-from vllm_matquant.train.model import NestedModel
+from vllm_matquant.train.model import NestedModel, maker_of
 from vllm_matquant.train.objective import add_gradients
 from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.pipeline import Work, disk_bytes, run_widths
@@ -101,7 +101,8 @@ def make_plan(work: Work) -> TrainingPlan:
 def _model(parent: Checkpoint, skeleton: Skeleton, settings: TrainingSettings, widths: set[int]) -> NestedModel:
     """The model that is trained, of tensors without memory."""
     model = AutoModelForCausalLM.from_config(build_config(parent.config), dtype=settings.dtype)
-    nested = NestedModel(model, skeleton, parent.layers, trained_widths(settings.terms), _loader(parent, widths))
+    trained, make = trained_widths(settings.terms), maker_of(parent.format, settings.form)
+    nested = NestedModel(model, skeleton, parent.layers, trained, _loader(parent, widths), make)
     if settings.gradient_checkpointing:
         nested.keep_no_activations()
     return nested

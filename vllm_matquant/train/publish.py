@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vllm_matquant.checkpoint.affine import Affine, middle_code
 from vllm_matquant.checkpoint.decoder import Decoder
 from vllm_matquant.checkpoint.names import DOCUMENT_FILES
 from vllm_matquant.checkpoint.reader import Checkpoint
@@ -16,16 +15,16 @@ from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.checkpoint.writer import CheckpointWriter
 from vllm_matquant.quantize import ranks
 from vllm_matquant.train.distributed import whole
-from vllm_matquant.train.latent import changed, moved_codes
-from vllm_matquant.train.model import NestedModel, read_parent
+from vllm_matquant.train.model import NestedModel
+from vllm_matquant.train.settings import SLICINGS
 
 Layer = tuple[str, torch.Tensor, dict[int, Decoder]]
 """Name, parent codes (uint8 [out_features, in_features]) and the decoder of each width of a layer."""
 
 
-def trained_format(checkpoint: Checkpoint) -> Format:
-    """The parent's format, without its recipes."""
-    return replace(checkpoint.format, recipes=())
+def trained_format(checkpoint: Checkpoint, form: str) -> Format:
+    """The parent's format with the slices of a form of training, without recipes."""
+    return replace(checkpoint.format, recipes=(), slicing=SLICINGS[form])
 
 
 def left_behind(checkpoint: Checkpoint) -> list[str]:
@@ -44,17 +43,11 @@ def trained_layers(model: NestedModel, checkpoint: Checkpoint) -> Iterator[Layer
         checkpoint: the parent.
     """
     kind = checkpoint.format.decoder_kind
-    for name, nested in model.layers.items():
-        parent = read_parent(checkpoint, name, nested.trained)
-        codes = parent.codes
-        decoders = {width: checkpoint.decoder(name, width) for width in parent.widths}
-        if nested.shift is not None:
-            codes = moved_codes(codes, whole(nested.shift).cpu(), parent.stored, nested.trained[-1])
-            for width in nested.trained:
-                values, change = parent.decoders[width], whole(nested.changes[str(width)]).cpu()
-                scale, centre = changed(values.scale, values.centre(width), change)
-                decoders[width] = kind.encode(Affine(scale, centre - middle_code(width) * scale), width)
-        yield name, codes, decoders
+    for name, latent in model.layers.items():
+        codes, values = latent.finished(whole)
+        decoders = {width: checkpoint.decoder(name, width) for width in latent.widths if width not in values}
+        decoders |= {width: kind.encode(each, width) for width, each in values.items()}
+        yield name, codes, dict(sorted(decoders.items()))
 
 
 def publish(

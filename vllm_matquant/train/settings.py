@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
+from vllm_matquant.checkpoint.spec import Slicing
 from vllm_matquant.quantize.device import products_dtype
 from vllm_matquant.train.terms import Term, check_weights
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+NATIVE, ROUNDED = "native", "rounded"
+SLICINGS: dict[str, Slicing] = {NATIVE: "truncate", ROUNDED: "round"}
+"""How the slices of a checkpoint are cut, by the form of its training."""
 
 
 def _cosine(progress: float) -> float:
@@ -50,6 +56,8 @@ class TrainingSettings:
             device. What is trained is float32 in any case.
         gradient_checkpointing: keep each block's inputs alone and run it once more for its derivatives.
         device: torch device.
+        form: NATIVE for slices that are prefixes, each width with decoders of its own; ROUNDED for MatQuant's own, to
+            compare with the paper, see :mod:`vllm_matquant.train.rounded`.
 
     Raises:
         ValueError: a number is out of its range, or there are not as many weights as terms.
@@ -71,6 +79,7 @@ class TrainingSettings:
     precision: str | None = None
     gradient_checkpointing: bool = False
     device: str = "cpu"
+    form: str = NATIVE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", check_weights(self.terms, self.weights))

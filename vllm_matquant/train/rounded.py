@@ -1,0 +1,115 @@
+"""MatQuant's own form of training (arXiv 2502.06786, section 3), there to compare with the paper.
+
+Latent weights are quantized anew at every step, to the asymmetric min-max grid of each group; a slice is the parent
+divided by 2^(8 - r), rounded and clamped (eq. 6), and decoded on the parent's grid. A rounded slice of r bits cannot be
+read from r bits: it reads one more.
+
+Latent weights are positions too: in units of the grid that each group started with. On that scale a grid is from the
+lowest to the highest position of a group, so that scales and offsets follow from positions and are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_matquant.checkpoint.affine import Affine
+from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.quantize.decoders import parent_grid, rounded_levels
+from vllm_matquant.train.latent import LatentWeight, Switch, Whole, local
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class _RoundedThrough(torch.autograd.Function):
+    """The weight of a rounded slice; its derivative takes rounding for the identity, clamping and grid for constant."""
+
+    @staticmethod
+    def forward(
+        context: Any, shift: torch.Tensor, latent: RoundedWeight, width: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        codes, grid = latent.quantized(shift)
+        sliced = slice_codes(codes, PARENT_BITS, width, "round")
+        # Those that the clamp to 2^width - 1 has cut: rounding alone would have given 2^width.
+        clamped = codes >= 2**PARENT_BITS - 2 ** (PARENT_BITS - width) // 2 if width < PARENT_BITS else codes < 0
+        context.save_for_backward(clamped, latent.unit)
+        return rounded_levels(grid, width).decode(sliced).to(dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        clamped, unit = context.saved_tensors
+        gradient = gradients[0].float().masked_fill(clamped, 0.0).unflatten(1, (unit.shape[1], -1))
+        return (gradient * unit.unsqueeze(2)).flatten(1), None, None, None
+
+
+class RoundedWeight(LatentWeight):
+    """A latent weight, quantized at every step.
+
+    Attributes:
+        unit: float32 [out_features, groups], the scale of the grid that a group started with.
+        low: float32 [out_features, groups], its lowest weight at the start.
+
+    Args:
+        weight: [out_features, in_features], the source's, where the latent weight starts.
+        group_size: columns that share a grid.
+        widths, trained, switch: as of :class:`LatentWeight`.
+    """
+
+    unit: torch.Tensor
+    low: torch.Tensor
+
+    def __init__(
+        self, weight: torch.Tensor, group_size: int, widths: Sequence[int], trained: Iterable[int], switch: Switch
+    ) -> None:
+        grid = parent_grid(weight.float(), group_size)
+        grouped = weight.float().unflatten(1, (-1, group_size))
+        positions = (grouped - grid.offset.unsqueeze(2)) / grid.scale.unsqueeze(2).clamp(min=_TINY)
+        codes = positions.round().clamp(0, 2**PARENT_BITS - 1)
+        super().__init__(codes.flatten(1).to(torch.uint8), widths, trained, switch)
+        self.register_buffer("unit", grid.scale)
+        self.register_buffer("low", grid.offset)
+        self.shift = torch.nn.Parameter((positions - codes).flatten(1))
+
+    def decode(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight at one of the layer's widths: [out_features, in_features]."""
+        weight: torch.Tensor = _RoundedThrough.apply(self.shift, self, width, dtype)
+        return weight
+
+    def quantized(self, shift: torch.Tensor, rows: slice = slice(None)) -> tuple[torch.Tensor, Affine]:
+        """Parent codes of positions, uint8 [rows, in_features], and the grid that they are on.
+
+        Args:
+            shift: of the rows, float32 [rows, in_features].
+            rows: of the layer.
+        """
+        codes, unit, low = (each[rows].to(shift.device) for each in (self.codes, self.unit, self.low))
+        positions = (codes + shift).unflatten(1, (unit.shape[1], -1))
+        lowest, highest = positions.amin(dim=2), positions.amax(dim=2)
+        step = (highest - lowest) / (2**PARENT_BITS - 1)
+        found = positions.sub_(lowest.unsqueeze(2)).div_(step.clamp(min=_TINY).unsqueeze(2))
+        found = found.round_().clamp_(0, 2**PARENT_BITS - 1).to(torch.uint8)
+        return found.flatten(1), Affine(unit * step, low + unit * lowest)
+
+    def project(self, rows: slice = slice(None)) -> None:
+        """Nothing: a latent weight may be anywhere."""
+
+    @torch.no_grad()
+    def changed_codes(self, width: int, rows: slice = slice(None)) -> int:
+        """How many codes of a width are others than at the start, in some rows."""
+        assert self.shift is not None
+        own = served_width(self.widths, width)
+        now, start = (
+            slice_codes(each, PARENT_BITS, own, "round")
+            for each in (self.quantized(local(self.shift), rows)[0], self.codes[rows])
+        )
+        return int((now != start).count_nonzero())
+
+    @torch.no_grad()
+    def finished(self, whole: Whole) -> tuple[torch.Tensor, dict[int, Affine]]:
+        """Codes, and the decoders of all widths, see :meth:`LatentWeight.finished`."""
+        assert self.shift is not None
+        codes, grid = self.quantized(whole(self.shift).cpu())
+        return codes, {width: rounded_levels(grid, width) for width in self.widths}
