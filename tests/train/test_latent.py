@@ -20,7 +20,8 @@ def random_parent(rows: int, columns: int, group: int, seed: int, widths: tuple[
         scale = 2.0 ** (8 - width) * (0.5 + torch.rand(shape, generator=generator))
         return Affine(scale, torch.randn(shape, generator=generator))
 
-    return Parent(codes, widths[-1], widths, {width: values(width) for width in widths})
+    decoders = {width: values(width) for width in widths}
+    return Parent(codes, widths[-1], widths, decoders, decoders[widths[-1]])
 
 
 def moved(parent: Parent, trained: tuple[int, ...], seed: int, size: float = 20.0) -> NestedWeight:
@@ -106,7 +107,7 @@ def test_a_layer_of_fewer_bits() -> None:
     """Codes whose last bits are not stored: a position starts in the middle of what they leave open."""
     parent = random_parent(4, 32, 32, 0, widths=(2, 4))
     codes = parent.codes & 0xF0
-    nested = NestedWeight(Parent(codes, 4, (2, 4), parent.decoders), (2, 8), Switch())
+    nested = NestedWeight(Parent(codes, 4, (2, 4), parent.decoders, parent.finest), (2, 8), Switch())
     assert nested.trained == [2, 4]  # 8 bits are served with 4
     assert torch.equal(nested.parent_codes(), codes)
     nested.shift.data.fill_(7.9)
@@ -115,6 +116,30 @@ def test_a_layer_of_fewer_bits() -> None:
     assert nested.changed_codes(4) == int((codes < 240).sum())
     nested.shift.data.fill_(-8.1)
     assert nested.changed_codes(4) == int((codes > 0).sum())
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 8), (2, 5)])
+@pytest.mark.parametrize("seed", range(2))
+def test_starts_where_the_source_lies(widths: tuple[int, ...], seed: int) -> None:
+    """In the parent's cell: next to its border where the weight is outside."""
+    parent, cell = random_parent(5, 64, 32, seed, widths), 2 ** (8 - widths[-1])
+    codes = parent.codes & (256 - cell)
+    parent = Parent(codes, widths[-1], widths, parent.decoders, parent.finest)
+    away = 0.4 * torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+    scale, offset = (each.repeat_interleave(32, 1) for each in (parent.finest.scale, parent.finest.offset))
+    source = scale * (codes // cell + away) + offset
+    nested = NestedWeight(parent, (2, 8), Switch(), source)
+    torch.testing.assert_close(nested.shift.detach(), cell * away.clamp(-0.45, 0.45), rtol=1e-3, atol=1e-3 * cell)
+    assert away.abs().max() > 0.5
+    assert torch.equal(nested.parent_codes(), codes)
+
+
+def test_starts_in_the_middle_of_a_group_of_one_value() -> None:
+    parent = random_parent(2, 32, 32, 0)
+    finest = Affine(torch.zeros(2, 1), torch.full((2, 1), 0.5))
+    parent = Parent(torch.zeros_like(parent.codes), 8, parent.widths, parent.decoders, finest)
+    nested = NestedWeight(parent, (8,), Switch(), torch.full((2, 32), 0.5))
+    assert not nested.shift.any()
 
 
 def test_a_layer_that_stays() -> None:

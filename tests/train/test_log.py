@@ -31,7 +31,7 @@ def test_what_is_logged(train: Run, short_text: Path, tmp_path: Path) -> None:
     assert found["changed codes/2"] == [(6, pytest.approx(outcome.changed[2]))]
     for width in (2, 3, 4, 8):
         assert [step for step, _ in found[f"held-out KL/{width}"]] == [0, 4, 6]
-    assert len(found["gradient/norm"]) == 7
+    assert len(found["gradient/norm"]) == 6
 
 
 def test_a_training_that_goes_on(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from vllm_matquant.train.distributed import backend_of
 from vllm_matquant.train.pipeline import Outcome, Work, check_disk, check_parent, check_work, read_texts
 from vllm_matquant.train.pipeline import train as train_parent
 from vllm_matquant.train.plan import TrainingPlan, make_plan
-from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, SLICINGS, TrainingSettings
+from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, SLICINGS, STARTS, TrainingSettings
 from vllm_matquant.train.state import TrainingFolder
 from vllm_matquant.train.terms import GRAMMAR, Term, parse_terms
 
@@ -134,6 +134,15 @@ class Train(PlannedJob[Outcome]):
             "and rounded slices, there only to compare with the paper: such a slice reads one bit more (default: "
             "%(default)s)",
             choices=tuple(SLICINGS),
+            group="loss",
+        ),
+    )
+    start: str = field(
+        default=_DEFAULT.start,
+        metadata=argument(
+            "where in its code's cell each position starts: source, where the source's weight lies; middle: all in the "
+            "middle, from where they leave it together (default: %(default)s)",
+            choices=STARTS,
             group="loss",
         ),
     )
@@ -324,6 +333,7 @@ class Train(PlannedJob[Outcome]):
             gradient_checkpointing=self.gradient_checkpointing,
             device=self.device,
             form=self.form,
+            start=self.start,
         )
 
     def _work(self) -> Work:
@@ -332,7 +342,9 @@ class Train(PlannedJob[Outcome]):
         check_parent(parent, settings)
         source = locate_reference(str(self.source), parent)
         tokenizer = load_tokenizer(source)
-        tokens, texts = read_texts([str(each) for each in self.text] or [None], tokenizer, settings, self.text_column)
+        tokens, texts = read_texts(
+            [str(each) for each in self.text or ()] or [None], tokenizer, settings, self.text_column
+        )
         held_out = None
         if self.held_out is not None:
             held_out = spread_windows(

@@ -19,6 +19,12 @@ def backend_of(device: str) -> str:
     return "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
 
 
+def claim(device: str) -> None:
+    """Make a GPU the one that this process uses, before the processes wait for each other with it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def place(model: NestedModel, device: str) -> None:
     """Bring a model to the device of this process, where there are several a part of it.
 
@@ -28,8 +34,6 @@ def place(model: NestedModel, device: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
         mesh = init_device_mesh(torch.device(device).type, (ranks.count(),))
         for block in model.model.get_decoder().layers:
             fully_shard(block, mesh=mesh)

@@ -1,13 +1,14 @@
 """A layer while it is trained: positions, decoders, and the straight-through derivative between them and its weight.
 
-Every weight has a *position*, a real number in units of the parent's code. It starts in the middle of the code's cell,
-and the parent's code is its floor; the r-bit code is the parent's prefix, ``floor(position / 2^(8 - r))``, so that all
-slices are prefixes of one code at every step. The weight of a slice is ``scale_r * (code_r - middle_r) + centre_r``.
-Its derivative passes straight through the floor (MatQuant, arXiv 2502.06786, section 3.1): by the position it is
-``scale_r / 2^(8 - r)``.
+Every weight has a *position*, a real number in units of the parent's code. It starts in the code's cell, where the
+source's weight lies or in the middle, and the parent's code is its floor. The r-bit code is the parent's prefix,
+``floor(position / 2^(8 - r))``, so that all slices are prefixes of one code at every step. The weight of a slice is
+``scale_r * (code_r - middle_r) + centre_r``. Its derivative passes straight through the floor (MatQuant, arXiv
+2502.06786, section 3.1): by the position it is ``scale_r / 2^(8 - r)``.
 
-What an optimizer moves is how far things are from the parent: the shift of each position, and changes of scales and
-centres relative to the scale that they started with. So a decay of what is moved pulls it back to the parent.
+What an optimizer moves is how far things are from the parent: the shift of each position from the middle of the cell
+that it started in, and changes of scales and centres relative to the scale that they started with. So a decay of what
+is moved pulls it back to the parent.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vllm_matquant.quantize.training import decode_around, slopes_around
 from vllm_matquant.train.terms import SOURCE
 
 _LEVELS = 2**PARENT_BITS
+_MARGIN = 0.05  # to the border of its cell, from where a position starts, in cells
 _HIGHEST = _LEVELS - 2.0**-8  # of a position: the largest float32 below 256 with some room for rounding
 
 
@@ -55,6 +57,7 @@ class Parent:
         stored: how many bits of each code the parent stores.
         widths: of the layer, ascending.
         decoders: scales and offsets of the widths that will be run, [out_features, groups].
+        finest: those of the widest width, [out_features, groups].
         slicing: how codes are cut; what is trained so has truncated slices.
     """
 
@@ -62,6 +65,7 @@ class Parent:
     stored: int
     widths: Sequence[int]
     decoders: Mapping[int, Affine]
+    finest: Affine
     slicing: Slicing = "truncate"
 
 
@@ -73,8 +77,9 @@ def moved_codes(codes: torch.Tensor, shift: torch.Tensor, stored: int, widest: i
 
     Args:
         codes: uint8 [out_features, in_features], where the positions started.
-        shift: float32 of the same shape, how far they are from there, in units of the parent's code.
-        stored: bits of ``codes`` that are known: a position starts in the middle of what these leave open.
+        shift: float32 of the same shape, how far they are from the middle of the cell that they started in, in units of
+            the parent's code.
+        stored: bits of ``codes`` that are known: the cell is what these leave open.
         widest: the widest width that is trained.
 
     Returns:
@@ -87,6 +92,26 @@ def moved_codes(codes: torch.Tensor, shift: torch.Tensor, stored: int, widest: i
     cell = 2 ** (PARENT_BITS - widest)
     lowest = moved & (_LEVELS - cell)
     return codes.clamp(lowest, lowest + (cell - 1))
+
+
+def place_in(parent: Parent, weight: torch.Tensor) -> torch.Tensor:
+    """How far from the middle of its cell each weight lies, next to the border where it lies outside.
+
+    Where all positions start in the middle, those that follow a steady gradient leave their cells in the same step.
+
+    Args:
+        parent: the layer.
+        weight: floating point [out_features, in_features], the source's.
+
+    Returns:
+        float32 [out_features, in_features], in units of the parent's code.
+    """
+    cell, groups = 2 ** (PARENT_BITS - parent.stored), (parent.finest.groups, -1)
+    scale, offset = (each.float().unsqueeze(2) for each in (parent.finest.scale, parent.finest.offset))
+    exact = (weight.float().unflatten(1, groups) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (parent.codes >> (PARENT_BITS - parent.stored)).unflatten(1, groups)
+    reach = 0.5 - _MARGIN
+    return (exact - codes).clamp_(-reach, reach).nan_to_num_(0.0).mul_(cell).flatten(1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -121,8 +146,8 @@ class LatentWeight(torch.nn.Module, ABC):
 
     Attributes:
         codes: uint8 [out_features, in_features], parent codes at the start.
-        shift: float32 [out_features, in_features], how far each position is from where it started; None of a layer
-            that is not trained.
+        shift: float32 [out_features, in_features], how far each position is from the middle of the cell that it started
+            in; None of a layer that is not trained.
         changes: for each trained width, as a text, float32 [out_features, groups, 2]: by how much scale and centre have
             changed, relative to the scale at the start; empty where decoders follow from positions.
         trained: the widths of the layer that are trained, ascending.
@@ -186,9 +211,13 @@ class NestedWeight(LatentWeight):
         parent: the layer.
         trained: the widths of the model that are trained; none for a layer that stays as it is.
         switch: of the model.
+        source: the source's weight, floating point [out_features, in_features], for positions that start where it lies
+            in each cell; None for all of them in the middle.
     """
 
-    def __init__(self, parent: Parent, trained: Iterable[int], switch: Switch) -> None:
+    def __init__(
+        self, parent: Parent, trained: Iterable[int], switch: Switch, source: torch.Tensor | None = None
+    ) -> None:
         super().__init__(parent.codes, parent.widths, trained, switch)
         self.stored, self._slicing = parent.stored, parent.slicing
         for width, values in parent.decoders.items():
@@ -196,11 +225,12 @@ class NestedWeight(LatentWeight):
             self.register_buffer(f"centre{width}", values.centre(width).float())
         self._moved: torch.Tensor | None = None  # parent codes as they are now, once they were asked for
         if self.trained:
-            self.shift = torch.nn.Parameter(torch.zeros_like(parent.codes, dtype=torch.float32))
+            start = torch.zeros_like(parent.codes, dtype=torch.float32) if source is None else place_in(parent, source)
+            self.shift = torch.nn.Parameter(start)
             for width in self.trained:
-                start = parent.decoders[width].scale
+                scale = parent.decoders[width].scale
                 self.changes[str(width)] = torch.nn.Parameter(
-                    torch.zeros(*start.shape, 2, dtype=torch.float32, device=start.device)
+                    torch.zeros(*scale.shape, 2, dtype=torch.float32, device=scale.device)
                 )
 
     def decode(self, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Log:
         figures: dict[str, dict[Any, float]] = {
             "loss": progress.losses,
             "rate": progress.rates,
-            "gradient": {"norm": progress.norm},
+            "gradient": {} if progress.norm is None else {"norm": progress.norm},
             "changed codes": progress.changed,
             "held-out KL": progress.held_out,
         }

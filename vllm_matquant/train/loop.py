@@ -26,7 +26,7 @@ class Progress:
         step: counts from 1.
         losses: the value of each term, in nats per token, over the step's windows on all processes.
         rates: of each group of parameters.
-        norm: of all derivatives together, before it was limited.
+        norm: of all derivatives together, before it was limited; None before the first step.
         changed: share of the codes that are others than the parent's, by width; where it was counted.
         held_out: divergence from the source on the held-out text, in nats per token, by width; where it was measured.
     """
@@ -34,7 +34,7 @@ class Progress:
     step: int
     losses: dict[str, float]
     rates: dict[str, float]
-    norm: float
+    norm: float | None
     changed: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.train.latent import LatentWeight, NestedWeight, Parent, Switch
 from vllm_matquant.train.rounded import RoundedWeight
-from vllm_matquant.train.settings import NATIVE
+from vllm_matquant.train.settings import AT_SOURCE, NATIVE
 
 LoadParent = Callable[[str], Parent]
 """Gives the parent's layer of a name."""
@@ -43,8 +43,8 @@ class NestedModel:
         skeleton: of the model.
         layers: names of the parent's layers.
         trained: the widths of the model that are trained.
-        load: gives the parent's layers.
-        make: gives what takes the place of the weights that are trained; by default a :class:`NestedWeight`.
+        load: gives the parent's layers, of which those that are not trained are taken as they are.
+        make: gives what takes the place of the weights that are trained, see :func:`maker_of`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NestedModel:
         layers: Iterable[str],
         trained: Iterable[int],
         load: LoadParent,
-        make: MakeLatent | None = None,
+        make: MakeLatent,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.trained = tuple(sorted(trained))
@@ -63,10 +63,10 @@ class NestedModel:
         self.layers: dict[str, LatentWeight] = {}
         for name in layers:
             nested: LatentWeight
-            if make and not is_fixed(name, skeleton):
-                nested = make(name, model.get_submodule(name).weight.detach(), self.trained, self._switch)
+            if is_fixed(name, skeleton):
+                nested = NestedWeight(load(name), (), self._switch)
             else:
-                nested = NestedWeight(load(name), () if is_fixed(name, skeleton) else self.trained, self._switch)
+                nested = make(name, model.get_submodule(name).weight.detach(), self.trained, self._switch)
             tied = [
                 other.removesuffix(".weight") for other, first in skeleton.tied.items() if first == f"{name}.weight"
             ]
@@ -117,6 +117,7 @@ def load_model(
     run: Iterable[int],
     dtype: torch.dtype,
     form: str = NATIVE,
+    start: str = AT_SOURCE,
 ) -> NestedModel:
     """Load source and parent.
 
@@ -126,7 +127,7 @@ def load_model(
         trained: the widths of the model that are trained.
         run: the widths of the model that are run.
         dtype: of weights and activations.
-        form: of the training, see :class:`vllm_matquant.train.settings.TrainingSettings`.
+        form, start: of the training, see :class:`vllm_matquant.train.settings.TrainingSettings`.
     """
     skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if not ranks.is_first():
@@ -139,15 +140,22 @@ def load_model(
     def load(layer: str) -> Parent:
         return read_parent(checkpoint, layer, widths)
 
-    return NestedModel(model, skeleton, checkpoint.layers, trained, load, maker_of(checkpoint.format, form))
+    make = maker_of(checkpoint.format, load, form, start)
+    return NestedModel(model, skeleton, checkpoint.layers, trained, load, make)
 
 
-def maker_of(format_: Format, form: str) -> MakeLatent | None:
-    """What makes the trained weights of a form of training, None for the default."""
-    if form == NATIVE:
-        return None
+def maker_of(format_: Format, load: LoadParent, form: str, start: str) -> MakeLatent:
+    """What makes the trained weights of a form of training.
+
+    Args:
+        format_: of the parent.
+        load: gives the parent's layers.
+        form, start: see :class:`vllm_matquant.train.settings.TrainingSettings`.
+    """
 
     def make(layer: str, weight: torch.Tensor, trained: Sequence[int], switch: Switch) -> LatentWeight:
+        if form == NATIVE:
+            return NestedWeight(load(layer), trained, switch, weight if start == AT_SOURCE else None)
         group_size = format_.group_size_of(weight.shape[1], layer)
         return RoundedWeight(weight, group_size, format_.widths_of(layer), trained, switch)
 
@@ -166,4 +174,5 @@ def read_parent(checkpoint: Checkpoint, layer: str, run: Iterable[int]) -> Paren
     codes = checkpoint.stored_codes(layer, stored) << (PARENT_BITS - stored)
     own = sorted({served_width(widths, width) for width in run})
     decoders = {width: checkpoint.decoder(layer, width).affine for width in own}
-    return Parent(codes, stored, widths, decoders, checkpoint.format.slicing)
+    finest = checkpoint.decoder(layer, widths[-1]).affine
+    return Parent(codes, stored, widths, decoders, finest, checkpoint.format.slicing)

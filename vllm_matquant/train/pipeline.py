@@ -27,7 +27,7 @@ from vllm_matquant.quantize.device import check_device
 from vllm_matquant.quantize.plan import free_bytes, need_room
 from vllm_matquant.quantize.resume import ResumeError
 from vllm_matquant.quantize.values import checking
-from vllm_matquant.train.distributed import place
+from vllm_matquant.train.distributed import claim, place
 from vllm_matquant.train.log import Log, check_logger
 from vllm_matquant.train.loop import Progress, Training
 from vllm_matquant.train.model import is_fixed, load_model
@@ -250,6 +250,8 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
     check_disk(work.output, disk_bytes(work.parent, work.settings)[0])
     parent, settings = work.parent, work.settings
     folder = TrainingFolder(work.output)
+    device = ranks.own_device(settings.device)
+    claim(device)
     depends_on = _depends_on(work)
     ranks.check_same(depends_on, "the ranks have other settings or texts than each other, expected the same for all")
     with ExitStack() as stack:
@@ -266,9 +268,8 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
                 folder.begin(origin)
         ranks.wait()  # for the work folder
         stack.enter_context(_kept_when_interrupted(folder))
-        device = ranks.own_device(settings.device)
-        trained = trained_widths(settings.terms)
-        model = load_model(work.source, parent, trained, run_widths(work), settings.dtype, settings.form)
+        trained, widths = trained_widths(settings.terms), run_widths(work)
+        model = load_model(work.source, parent, trained, widths, settings.dtype, settings.form, settings.start)
         if settings.gradient_checkpointing:
             model.keep_no_activations()
         place(model, device)
@@ -310,7 +311,7 @@ def _steps(work: Work, training: Training, done: int, save: Any) -> Outcome:
     if work.held_out and not done:
         found = measure(0)
         if log:
-            log.add(Progress(0, {}, {}, 0.0, {}, found))
+            log.add(Progress(0, {}, {}, None, {}, found))
     for each in training.steps(done):
         last, losses = each.step == settings.steps, each.losses
         if work.held_out and (last or each.step % work.evaluate_every == 0):

@@ -101,8 +101,9 @@ def make_plan(work: Work) -> TrainingPlan:
 def _model(parent: Checkpoint, skeleton: Skeleton, settings: TrainingSettings, widths: set[int]) -> NestedModel:
     """The model that is trained, of tensors without memory."""
     model = AutoModelForCausalLM.from_config(build_config(parent.config), dtype=settings.dtype)
-    trained, make = trained_widths(settings.terms), maker_of(parent.format, settings.form)
-    nested = NestedModel(model, skeleton, parent.layers, trained, _loader(parent, widths), make)
+    load = _loader(parent, widths)
+    make = maker_of(parent.format, load, settings.form, settings.start)
+    nested = NestedModel(model, skeleton, parent.layers, trained_widths(settings.terms), load, make)
     if settings.gradient_checkpointing:
         nested.keep_no_activations()
     return nested
@@ -114,10 +115,12 @@ def _loader(parent: Checkpoint, run: set[int]) -> Callable[[str], Parent]:
     def load(layer: str) -> Parent:
         (rows, columns), widths = parent.layers[layer], parent.format.widths_of(layer)
         groups = columns // parent.format.group_size_of(columns, layer)
-        decoders = {
-            served_width(widths, width): Affine(torch.zeros(rows, groups), torch.zeros(rows, groups)) for width in run
-        }
-        return Parent(torch.zeros(rows, columns, dtype=torch.uint8), widths[-1], widths, decoders)
+
+        def values() -> Affine:
+            return Affine(torch.zeros(rows, groups), torch.zeros(rows, groups))
+
+        decoders = {width: values() for width in {served_width(widths, width) for width in run}}
+        return Parent(torch.zeros(rows, columns, dtype=torch.uint8), widths[-1], widths, decoders, values())
 
     return load
 

@@ -17,6 +17,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 NATIVE, ROUNDED = "native", "rounded"
+AT_SOURCE, IN_THE_MIDDLE = STARTS = "source", "middle"
 SLICINGS: dict[str, Slicing] = {NATIVE: "truncate", ROUNDED: "round"}
 """How the slices of a checkpoint are cut, by the form of its training."""
 
@@ -58,6 +59,8 @@ class TrainingSettings:
         device: torch device.
         form: NATIVE for slices that are prefixes, each width with decoders of its own; ROUNDED for MatQuant's own, to
             compare with the paper, see :mod:`vllm_matquant.train.rounded`.
+        start: AT_SOURCE for positions that start where the source's weight lies in the code's cell; IN_THE_MIDDLE for
+            all of them in its middle. The form ROUNDED starts at the source in any case.
 
     Raises:
         ValueError: a number is out of its range, or there are not as many weights as terms.
@@ -69,7 +72,7 @@ class TrainingSettings:
     batch: int = 4
     accumulate: int = 1
     sequence_length: int = 512
-    code_rate: float = 0.1
+    code_rate: float = 0.05
     decoder_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: int = 10
@@ -80,6 +83,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     device: str = "cpu"
     form: str = NATIVE
+    start: str = AT_SOURCE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", check_weights(self.terms, self.weights))
