@@ -47,7 +47,7 @@ DISTRIBUTIONS = {
 }
 PEER_MODULE = PACKAGE / "bench" / "llama_cpp.py"  # needs a package that only benchmarks need
 ONLY_IN_A_CLONE = re.compile(r"\b(?:tools|docs|tests)/\S*|\bsetup\.py\b|\bMakefile\b|`make \w+")
-COMMANDS = ("quantize", "search", "evaluate", "verify", "bench", "plot")
+COMMANDS = ("quantize", "train", "search", "evaluate", "verify", "bench", "plot")
 
 # Of every command, by one process: to start one takes seconds.
 PRINT_HELP = f"""
@@ -121,7 +121,7 @@ def test_the_package_imports_nothing_until_it_is_asked(tmp_path: Path) -> None:
         import inspect
         exported = {name: getattr(vllm_matquant, name) for name in vllm_matquant.__all__}
         print(set(exported) <= set(dir(vllm_matquant)), "vllm" in sys.modules)
-        for name in ("quantize", "search", "evaluate", "verify", "plot", "bench_kernel", "bench_serve", "serve"):
+        for name in "quantize search evaluate verify plot bench_kernel bench_serve serve train".split():
             print(name, callable(exported[name]), *inspect.signature(exported[name]).parameters)
         print(inspect.ismodule(vllm_matquant.quantize), vllm_matquant.quantize.methods.__name__)
         try:
@@ -135,8 +135,9 @@ def test_the_package_imports_nothing_until_it_is_asked(tmp_path: Path) -> None:
     assert output[2].startswith("quantize True model output overwrite resume bits ")
     assert output[3].startswith("search True folder budget reference ")
     assert output[4].startswith("evaluate True folder reference text bits ")
-    assert all(" True " in line for line in output[2:10])
-    assert output[10:] == [
+    assert all(" True " in line for line in output[2:11])
+    assert output[10].startswith("train True parent source output overwrite resume text ")
+    assert output[11:] == [
         "True vllm_matquant.quantize.methods",
         "module 'vllm_matquant' has no attribute 'nonesuch'",
     ]
