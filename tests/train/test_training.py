@@ -326,6 +326,17 @@ def test_trained_further(train: Run, parent: Path, tmp_path: Path) -> None:
     assert distance(tmp_path / "two", parent, 4) > 0
 
 
+def test_in_its_own_folder(train: Run, parent: Path, tmp_path: Path) -> None:
+    """The parent is replaced once all of it has been read."""
+    folder = shutil.copytree(parent, tmp_path / "parent")
+    (folder / "README.md").write_text("quality of the parent")
+    outcome = train(folder, parent=folder, overwrite=True)
+    train(tmp_path / "other")
+    assert_same_files(folder, tmp_path / "other")
+    assert outcome.left_behind == ["README.md"]
+    assert not (folder / "README.md").exists()
+
+
 def test_held_out_text(train: Run, short_text: Path, tmp_path: Path, source: Path) -> None:
     """What is measured meanwhile is what evaluate measures on the same windows."""
     outcome = train(tmp_path, held_out=short_text, held_out_samples=3, evaluate_every=4, **LONG | {"steps": 10})

@@ -249,7 +249,7 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
     check_work(work, overwrite=overwrite, resume=resume)
     check_disk(work.output, disk_bytes(work.parent, work.settings)[0])
     parent, settings = work.parent, work.settings
-    folder = TrainingFolder(work.output)
+    folder, left = TrainingFolder(work.output), left_behind(parent)  # the output may be the parent's own folder
     device = ranks.own_device(settings.device)
     claim(device)
     depends_on = _depends_on(work)
@@ -288,7 +288,7 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         publish(writer, trained_layers(model, parent), parent, manifest)
         if ranks.is_first():
             folder.remove()
-    return replace(outcome, left_behind=left_behind(parent))
+    return replace(outcome, left_behind=left)
 
 
 def run_widths(work: Work) -> set[int]:
