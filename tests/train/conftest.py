@@ -14,7 +14,15 @@ from vllm_matquant.jobs.train import Train
 from vllm_matquant.train.pipeline import Outcome
 
 Run = Callable[..., Outcome]
-SMALL = {"sequence_length": 32, "batch": 2, "steps": 6, "warmup": 2, "precision": "fp32", "code_rate": 1.0}
+SMALL = {
+    "terms": "8,4,2",
+    "sequence_length": 32,
+    "batch": 2,
+    "steps": 6,
+    "warmup": 2,
+    "precision": "fp32",
+    "code_rate": 1.0,
+}
 
 
 def make_parent(source: Path, folder: Path, *options: str) -> Path:

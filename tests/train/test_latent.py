@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_matquant.checkpoint.affine import Affine
-from vllm_matquant.train.latent import NestedWeight, Parent, Switch, moved_codes
+from vllm_matquant.train.latent import NestedWeight, Parent, Switch, moved_codes, place_in, scatter_in
 
 SHAPES = [(5, 64, 32), (3, 24, 8), (4, 40, 40), (1, 8, 8)]  # the last two: a whole row is a group
 
@@ -128,17 +128,29 @@ def test_starts_where_the_source_lies(widths: tuple[int, ...], seed: int) -> Non
     away = 0.4 * torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
     scale, offset = (each.repeat_interleave(32, 1) for each in (parent.finest.scale, parent.finest.offset))
     source = scale * (codes // cell + away) + offset
-    nested = NestedWeight(parent, (2, 8), Switch(), source)
+    nested = NestedWeight(parent, (2, 8), Switch(), place_in(parent, source))
     torch.testing.assert_close(nested.shift.detach(), cell * away.clamp(-0.45, 0.45), rtol=1e-3, atol=1e-3 * cell)
     assert away.abs().max() > 0.5
     assert torch.equal(nested.parent_codes(), codes)
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 8), (2, 5)])
+def test_starts_anywhere_in_its_cell(widths: tuple[int, ...]) -> None:
+    parent, cell = random_parent(40, 64, 32, 0, widths), 2 ** (8 - widths[-1])
+    parent = Parent(parent.codes & (256 - cell), widths[-1], widths, parent.decoders, parent.finest)
+    nested = NestedWeight(parent, (2, 8), Switch(), scatter_in(parent, 1))
+    places = nested.shift.detach() / cell
+    assert torch.equal(nested.parent_codes(), parent.codes)
+    assert -0.45 <= float(places.min()) < -0.44 < 0.44 < float(places.max()) <= 0.45
+    assert torch.histc(places, 9, -0.45, 0.45).min() > 2560 / 9 / 2
+    assert not torch.equal(scatter_in(parent, 1), scatter_in(parent, 2))
 
 
 def test_starts_in_the_middle_of_a_group_of_one_value() -> None:
     parent = random_parent(2, 32, 32, 0)
     finest = Affine(torch.zeros(2, 1), torch.full((2, 1), 0.5))
     parent = Parent(torch.zeros_like(parent.codes), 8, parent.widths, parent.decoders, finest)
-    nested = NestedWeight(parent, (8,), Switch(), torch.full((2, 32), 0.5))
+    nested = NestedWeight(parent, (8,), Switch(), place_in(parent, torch.full((2, 32), 0.5)))
     assert not nested.shift.any()
 
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, write_source
 from tests.train.conftest import make_parent
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.quantize.terms import SOURCE, parse_terms
 from vllm_matquant.train.model import NestedModel, load_model
 from vllm_matquant.train.objective import add_gradients
-from vllm_matquant.train.terms import SOURCE, parse_terms
 
 TOKENS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_matquant.quantize.terms import SOURCE, Term, parse_terms
 from vllm_matquant.train import objective
 from vllm_matquant.train.objective import add_gradients, divergence
-from vllm_matquant.train.terms import SOURCE, Term, parse_terms
 
 VOCABULARY, WINDOWS, LENGTH = 11, 2, 7
 

@@ -14,6 +14,7 @@ from vllm_matquant.checkpoint.errors import OutputError
 from vllm_matquant.cli import main
 from vllm_matquant.jobs.train import Train
 from vllm_matquant.measure.peak import PeakBytes
+from vllm_matquant.quantize.terms import trained_widths
 from vllm_matquant.train import pipeline
 from vllm_matquant.train import plan as plan_module
 from vllm_matquant.train.loop import Training
@@ -21,7 +22,6 @@ from vllm_matquant.train.model import load_model
 from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.pipeline import run_widths, state_bytes, train
 from vllm_matquant.train.state import TrainingFolder
-from vllm_matquant.train.terms import trained_widths
 
 
 def job_of(parent: Path, source: Path, text: Path, output: Path, **options: Any) -> Train:

@@ -18,12 +18,12 @@ from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.cli import main
 from vllm_matquant.jobs.evaluate import Evaluate
+from vllm_matquant.quantize.terms import parse_terms
 from vllm_matquant.quantize.training import epochs
 from vllm_matquant.train import loop, pipeline
 from vllm_matquant.train.latent import NestedWeight
 from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.settings import TrainingSettings
-from vllm_matquant.train.terms import parse_terms
 
 LONG = {"steps": 40, "batch": 4, "decoder_rate": 0.01}
 

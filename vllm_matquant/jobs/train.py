@@ -17,13 +17,13 @@ from vllm_matquant.jobs.reference import locate_reference
 from vllm_matquant.measure.windows import load_tokenizer, spread_windows
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import check_device
+from vllm_matquant.quantize.terms import GRAMMAR, Term, parse_terms
 from vllm_matquant.train.distributed import backend_of
 from vllm_matquant.train.pipeline import Outcome, Work, check_disk, check_parent, check_work, read_texts
 from vllm_matquant.train.pipeline import train as train_parent
 from vllm_matquant.train.plan import TrainingPlan, make_plan
 from vllm_matquant.train.settings import PRECISIONS, SCHEDULES, SLICINGS, STARTS, TrainingSettings
 from vllm_matquant.train.state import TrainingFolder
-from vllm_matquant.train.terms import GRAMMAR, Term, parse_terms
 
 _DEFAULT = TrainingSettings((Term(2),))
 
@@ -106,13 +106,15 @@ class Train(PlannedJob[Outcome]):
     )
     seed: int = field(
         default=_DEFAULT.seed,
-        metadata=argument("of the windows' order (default: %(default)s)", parse=int, metavar="N", group="text"),
+        metadata=argument(
+            "of the windows' order and of random starts (default: %(default)s)", parse=int, metavar="N", group="text"
+        ),
     )
     terms: Sequence[Term] | str = field(
-        default=parse_terms("8,4,2"),
+        default=parse_terms("2"),
         metadata=argument(
             "of the loss: 4, 4 bits learn from the source's predictions; 4:text, from the text's own next tokens; "
-            "8->2, 2 bits learn from the predictions of 8 (default: 8,4,2)",
+            "8->2, 2 bits learn from the predictions of 8 (default: 2)",
             parse=_terms,
             metavar="TERMS",
             group="loss",
@@ -140,8 +142,8 @@ class Train(PlannedJob[Outcome]):
     start: str = field(
         default=_DEFAULT.start,
         metadata=argument(
-            "where in its code's cell each position starts: source, where the source's weight lies; middle: all in the "
-            "middle, from where they leave it together (default: %(default)s)",
+            "where in its code's cell each position starts: anywhere, by the seed; where the source's weight lies; all "
+            "in the middle, from where they leave it together (default: %(default)s)",
             choices=STARTS,
             group="loss",
         ),

@@ -1,7 +1,7 @@
 """A layer while it is trained: positions, decoders, and the straight-through derivative between them and its weight.
 
-Every weight has a *position*, a real number in units of the parent's code. It starts in the code's cell, where the
-source's weight lies or in the middle, and the parent's code is its floor. The r-bit code is the parent's prefix,
+Every weight has a *position*, a real number in units of the parent's code. It starts somewhere in the code's cell, and
+the parent's code is its floor. The r-bit code is the parent's prefix,
 ``floor(position / 2^(8 - r))``, so that all slices are prefixes of one code at every step. The weight of a slice is
 ``scale_r * (code_r - middle_r) + centre_r``. Its derivative passes straight through the floor (MatQuant, arXiv
 2502.06786, section 3.1): by the position it is ``scale_r / 2^(8 - r)``.
@@ -23,11 +23,11 @@ import torch
 from vllm_matquant.checkpoint.affine import Affine, middle_code
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
+from vllm_matquant.quantize.terms import SOURCE
 from vllm_matquant.quantize.training import decode_around, slopes_around
-from vllm_matquant.train.terms import SOURCE
 
 _LEVELS = 2**PARENT_BITS
-_MARGIN = 0.05  # to the border of its cell, from where a position starts, in cells
+_REACH = 0.45  # from the middle of its cell, where a position starts, in cells
 _HIGHEST = _LEVELS - 2.0**-8  # of a position: the largest float32 below 256 with some room for rounding
 
 
@@ -94,10 +94,24 @@ def moved_codes(codes: torch.Tensor, shift: torch.Tensor, stored: int, widest: i
     return codes.clamp(lowest, lowest + (cell - 1))
 
 
-def place_in(parent: Parent, weight: torch.Tensor) -> torch.Tensor:
-    """How far from the middle of its cell each weight lies, next to the border where it lies outside.
+def scatter_in(parent: Parent, seed: int) -> torch.Tensor:
+    """A random place in its cell for each position, as far from the middle as it is.
 
     Where all positions start in the middle, those that follow a steady gradient leave their cells in the same step.
+
+    Args:
+        parent: the layer.
+        seed: of the places.
+
+    Returns:
+        float32 [out_features, in_features], in units of the parent's code.
+    """
+    drawn = torch.rand(parent.codes.shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn - 0.5).mul_(2 * _REACH * 2 ** (PARENT_BITS - parent.stored))
+
+
+def place_in(parent: Parent, weight: torch.Tensor) -> torch.Tensor:
+    """How far from the middle of its cell each weight lies, next to the border where it lies outside.
 
     Args:
         parent: the layer.
@@ -110,8 +124,7 @@ def place_in(parent: Parent, weight: torch.Tensor) -> torch.Tensor:
     scale, offset = (each.float().unsqueeze(2) for each in (parent.finest.scale, parent.finest.offset))
     exact = (weight.float().unflatten(1, groups) - offset) / scale.clamp(min=torch.finfo(torch.float32).tiny)
     codes = (parent.codes >> (PARENT_BITS - parent.stored)).unflatten(1, groups)
-    reach = 0.5 - _MARGIN
-    return (exact - codes).clamp_(-reach, reach).nan_to_num_(0.0).mul_(cell).flatten(1)
+    return (exact - codes).clamp_(-_REACH, _REACH).nan_to_num_(0.0).mul_(cell).flatten(1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -211,12 +224,12 @@ class NestedWeight(LatentWeight):
         parent: the layer.
         trained: the widths of the model that are trained; none for a layer that stays as it is.
         switch: of the model.
-        source: the source's weight, floating point [out_features, in_features], for positions that start where it lies
-            in each cell; None for all of them in the middle.
+        start: how far from the middle of its cell each position starts, float32 [out_features, in_features]; None for
+            all of them in the middle.
     """
 
     def __init__(
-        self, parent: Parent, trained: Iterable[int], switch: Switch, source: torch.Tensor | None = None
+        self, parent: Parent, trained: Iterable[int], switch: Switch, start: torch.Tensor | None = None
     ) -> None:
         super().__init__(parent.codes, parent.widths, trained, switch)
         self.stored, self._slicing = parent.stored, parent.slicing
@@ -225,8 +238,9 @@ class NestedWeight(LatentWeight):
             self.register_buffer(f"centre{width}", values.centre(width).float())
         self._moved: torch.Tensor | None = None  # parent codes as they are now, once they were asked for
         if self.trained:
-            start = torch.zeros_like(parent.codes, dtype=torch.float32) if source is None else place_in(parent, source)
-            self.shift = torch.nn.Parameter(start)
+            self.shift = torch.nn.Parameter(
+                torch.zeros_like(parent.codes, dtype=torch.float32) if start is None else start
+            )
             for width in self.trained:
                 scale = parent.decoders[width].scale
                 self.changes[str(width)] = torch.nn.Parameter(

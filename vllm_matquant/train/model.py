@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
-from vllm_matquant.train.latent import LatentWeight, NestedWeight, Parent, Switch
+from vllm_matquant.train.latent import LatentWeight, NestedWeight, Parent, Switch, place_in, scatter_in
 from vllm_matquant.train.rounded import RoundedWeight
-from vllm_matquant.train.settings import AT_SOURCE, NATIVE
+from vllm_matquant.train.settings import AT_RANDOM, AT_SOURCE, NATIVE
 
 LoadParent = Callable[[str], Parent]
 """Gives the parent's layer of a name."""
@@ -93,7 +94,7 @@ class NestedModel:
 
         Args:
             tokens: int64 [windows, length].
-            width: of the model, or :data:`vllm_matquant.train.terms.SOURCE`.
+            width: of the model, or :data:`vllm_matquant.quantize.terms.SOURCE`.
 
         Returns:
             [windows, length, vocabulary] in the model's dtype.
@@ -117,7 +118,8 @@ def load_model(
     run: Iterable[int],
     dtype: torch.dtype,
     form: str = NATIVE,
-    start: str = AT_SOURCE,
+    start: str = AT_RANDOM,
+    seed: int = 0,
 ) -> NestedModel:
     """Load source and parent.
 
@@ -127,7 +129,7 @@ def load_model(
         trained: the widths of the model that are trained.
         run: the widths of the model that are run.
         dtype: of weights and activations.
-        form, start: of the training, see :class:`vllm_matquant.train.settings.TrainingSettings`.
+        form, start, seed: of the training, see :class:`vllm_matquant.train.settings.TrainingSettings`.
     """
     skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if not ranks.is_first():
@@ -140,22 +142,27 @@ def load_model(
     def load(layer: str) -> Parent:
         return read_parent(checkpoint, layer, widths)
 
-    make = maker_of(checkpoint.format, load, form, start)
+    make = maker_of(checkpoint.format, load, form, start, seed)
     return NestedModel(model, skeleton, checkpoint.layers, trained, load, make)
 
 
-def maker_of(format_: Format, load: LoadParent, form: str, start: str) -> MakeLatent:
+def maker_of(format_: Format, load: LoadParent, form: str, start: str, seed: int) -> MakeLatent:
     """What makes the trained weights of a form of training.
 
     Args:
         format_: of the parent.
         load: gives the parent's layers.
-        form, start: see :class:`vllm_matquant.train.settings.TrainingSettings`.
+        form, start, seed: see :class:`vllm_matquant.train.settings.TrainingSettings`.
     """
 
     def make(layer: str, weight: torch.Tensor, trained: Sequence[int], switch: Switch) -> LatentWeight:
         if form == NATIVE:
-            return NestedWeight(load(layer), trained, switch, weight if start == AT_SOURCE else None)
+            parent, places = load(layer), None
+            if start == AT_RANDOM:
+                places = scatter_in(parent, zlib.crc32(layer.encode(), seed))
+            elif start == AT_SOURCE:
+                places = place_in(parent, weight)
+            return NestedWeight(parent, trained, switch, places)
         group_size = format_.group_size_of(weight.shape[1], layer)
         return RoundedWeight(weight, group_size, format_.widths_of(layer), trained, switch)
 

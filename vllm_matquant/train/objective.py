@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from vllm_matquant.measure.divergence import divergences, log_probabilities
-from vllm_matquant.train.terms import SOURCE, Term
+from vllm_matquant.quantize.terms import SOURCE, Term
 
 _PART_TOKENS = 128  # whose probabilities over a whole vocabulary are in memory in float32 at a time
 

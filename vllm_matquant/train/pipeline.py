@@ -26,6 +26,7 @@ from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import check_device
 from vllm_matquant.quantize.plan import free_bytes, need_room
 from vllm_matquant.quantize.resume import ResumeError
+from vllm_matquant.quantize.terms import named_widths, trained_widths
 from vllm_matquant.quantize.values import checking
 from vllm_matquant.train.distributed import claim, place
 from vllm_matquant.train.log import Log, check_logger
@@ -35,7 +36,6 @@ from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.publish import left_behind, publish, trained_format, trained_layers
 from vllm_matquant.train.settings import NATIVE, ROUNDED, SLICINGS, TrainingSettings
 from vllm_matquant.train.state import WORK_FOLDER, TrainingFolder
-from vllm_matquant.train.terms import named_widths, trained_widths
 
 _LOGGER = logging.getLogger(__name__)
 _FEW_STEPS = 20  # between two looks at how many codes have changed
@@ -269,7 +269,9 @@ def train(work: Work, *, command: Sequence[str] = (), overwrite: bool = False, r
         ranks.wait()  # for the work folder
         stack.enter_context(_kept_when_interrupted(folder))
         trained, widths = trained_widths(settings.terms), run_widths(work)
-        model = load_model(work.source, parent, trained, widths, settings.dtype, settings.form, settings.start)
+        model = load_model(
+            work.source, parent, trained, widths, settings.dtype, settings.form, settings.start, settings.seed
+        )
         if settings.gradient_checkpointing:
             model.keep_no_activations()
         place(model, device)

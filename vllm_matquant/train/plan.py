@@ -18,6 +18,7 @@ from vllm_matquant.checkpoint.spec import served_width
 from vllm_matquant.measure.peak import PeakBytes
 from vllm_matquant.quantize.plan import free_bytes
 from vllm_matquant.quantize.report.wording import size
+from vllm_matquant.quantize.terms import trained_widths
 from vllm_matquant.train.latent import Parent
 from vllm_matquant.train.model import NestedModel, maker_of
 from vllm_matquant.train.objective import add_gradients
@@ -25,7 +26,6 @@ from vllm_matquant.train.optimizer import Optimizer
 from vllm_matquant.train.pipeline import Work, disk_bytes, run_widths
 from vllm_matquant.train.settings import TrainingSettings
 from vllm_matquant.train.state import WORK_FOLDER
-from vllm_matquant.train.terms import trained_widths
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _model(parent: Checkpoint, skeleton: Skeleton, settings: TrainingSettings, w
     """The model that is trained, of tensors without memory."""
     model = AutoModelForCausalLM.from_config(build_config(parent.config), dtype=settings.dtype)
     load = _loader(parent, widths)
-    make = maker_of(parent.format, load, settings.form, settings.start)
+    make = maker_of(parent.format, load, settings.form, settings.start, settings.seed)
     nested = NestedModel(model, skeleton, parent.layers, trained_widths(settings.terms), load, make)
     if settings.gradient_checkpointing:
         nested.keep_no_activations()

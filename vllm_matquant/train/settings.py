@@ -11,13 +11,13 @@ import torch
 
 from vllm_matquant.checkpoint.spec import Slicing
 from vllm_matquant.quantize.device import products_dtype
-from vllm_matquant.train.terms import Term, check_weights
+from vllm_matquant.quantize.terms import Term, check_weights
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 NATIVE, ROUNDED = "native", "rounded"
-AT_SOURCE, IN_THE_MIDDLE = STARTS = "source", "middle"
+AT_RANDOM, AT_SOURCE, IN_THE_MIDDLE = STARTS = "random", "source", "middle"
 SLICINGS: dict[str, Slicing] = {NATIVE: "truncate", ROUNDED: "round"}
 """How the slices of a checkpoint are cut, by the form of its training."""
 
@@ -52,15 +52,15 @@ class TrainingSettings:
         warmup: steps in which the rates rise.
         weight_decay: of AdamW; what it decays is the distance to the parent.
         clip_norm: the largest norm of all derivatives together.
-        seed: of the windows' order.
+        seed: of the windows' order, and of where positions start.
         precision: of weights and activations in products, one of :data:`PRECISIONS`; None for what is faster on the
             device. What is trained is float32 in any case.
         gradient_checkpointing: keep each block's inputs alone and run it once more for its derivatives.
         device: torch device.
         form: NATIVE for slices that are prefixes, each width with decoders of its own; ROUNDED for MatQuant's own, to
             compare with the paper, see :mod:`vllm_matquant.train.rounded`.
-        start: AT_SOURCE for positions that start where the source's weight lies in the code's cell; IN_THE_MIDDLE for
-            all of them in its middle. The form ROUNDED starts at the source in any case.
+        start: AT_RANDOM for positions that start anywhere in their code's cell; AT_SOURCE where the source's weight
+            lies in it; IN_THE_MIDDLE for all of them in its middle. The form ROUNDED starts at the source in any case.
 
     Raises:
         ValueError: a number is out of its range, or there are not as many weights as terms.
@@ -72,10 +72,10 @@ class TrainingSettings:
     batch: int = 4
     accumulate: int = 1
     sequence_length: int = 512
-    code_rate: float = 0.05
+    code_rate: float = 0.02
     decoder_rate: float = 1e-3
     schedule: str = "cosine"
-    warmup: int = 10
+    warmup: int = 20
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     seed: int = 0
@@ -83,7 +83,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     device: str = "cpu"
     form: str = NATIVE
-    start: str = AT_SOURCE
+    start: str = AT_RANDOM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", check_weights(self.terms, self.weights))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_matquant.train.terms import SOURCE, Term, check_weights, named_widths, parse_terms, trained_widths
+from vllm_matquant.quantize.terms import SOURCE, Term, check_weights, named_widths, parse_terms, trained_widths
 
 
 @pytest.mark.parametrize(
