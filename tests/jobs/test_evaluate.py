@@ -36,6 +36,7 @@ def test_table(
 ) -> None:
     rows_file, folder = tmp_path / "rows.json", request.getfixturevalue(decoders)
     arguments = [str(folder), "--reference", str(source), "--text", str(text_file), "--json", str(rows_file), *SMALL]
+    capsys.readouterr()  # of the fixture
     assert run_evaluate(arguments) == 0
     titles, *lines = capsys.readouterr().out.splitlines()
     assert titles.split() == list(COLUMNS)
