@@ -358,6 +358,11 @@ def test_a_loss_that_is_not_finite(train: Run, tmp_path: Path) -> None:
         train(tmp_path, decoder_rate=1e30, steps=20)
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(1, 0), (4, 0), (50, 10), (100, 20), (5000, 20)])
+def test_warm_up_where_none_is_given(steps: int, expected: int) -> None:
+    assert TrainingSettings(parse_terms("2"), steps=steps).warmup == expected
+
+
 def test_rates() -> None:
     settings = TrainingSettings(parse_terms("2"), steps=10, warmup=2, schedule="linear")
     assert [settings.factor(step) for step in range(10)] == [0.5, 1.0, 1.0, *(1 - each / 8 for each in range(1, 8))]

@@ -192,10 +192,13 @@ class Train(PlannedJob[Outcome]):
             group="steps",
         ),
     )
-    warmup: int = field(
-        default=_DEFAULT.warmup,
+    warmup: int | None = field(
+        default=None,
         metadata=argument(
-            "steps in which the rates rise (default: %(default)s)", parse=_count, metavar="N", group="steps"
+            "steps in which the rates rise (default: 20, or a fifth of fewer than 100 steps)",
+            parse=_count,
+            metavar="N",
+            group="steps",
         ),
     )
     weight_decay: float = field(
