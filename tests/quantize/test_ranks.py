@@ -33,7 +33,7 @@ CODEBOOK_LIMIT = 0.12
 
 @dataclass(frozen=True)
 class Runs:
-    """What :mod:`tests.quantize.rank_runs` left."""
+    """What a module such as :mod:`tests.quantize.rank_runs` left."""
 
     folder: Path
     codes: dict[str, list[int | None]]
@@ -50,11 +50,10 @@ class Runs:
         return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, request: pytest.FixtureRequest) -> Runs:
-    folder, root = tmp_path_factory.mktemp("ranks"), request.config.rootpath
+def run_ranks(module: str, folder: Path, text_file: Path, root: Path) -> Runs:
+    """Run a module that leaves what :class:`Runs` reads."""
     process = subprocess.run(
-        [sys.executable, "-m", "tests.quantize.rank_runs", folder, text_file],
+        [sys.executable, "-m", module, folder, text_file],
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
@@ -62,6 +61,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, request: pyt
     )
     assert process.returncode == 0, process.stderr
     return Runs(folder, json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, request: pytest.FixtureRequest) -> Runs:
+    return run_ranks("tests.quantize.rank_runs", tmp_path_factory.mktemp("ranks"), text_file, request.config.rootpath)
 
 
 def assert_same_files(runs: Runs, left: str, right: str) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.quantize.test_ranks import Runs
+from tests.quantize.test_ranks import Runs, run_ranks
 from tests.train.test_training import assert_same_files, distance
 from vllm_matquant.checkpoint.verify import verify
 
@@ -19,16 +15,7 @@ LIMIT = 0.05  # a position whose derivative is next to nothing may go either way
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, request: pytest.FixtureRequest) -> Runs:
-    folder, root = tmp_path_factory.mktemp("ranks"), request.config.rootpath
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.train.rank_runs", folder, text_file],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return Runs(folder, json.loads((folder / "results.json").read_text()))
+    return run_ranks("tests.train.rank_runs", tmp_path_factory.mktemp("ranks"), text_file, request.config.rootpath)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,15 @@ def cell_centres(grid: Affine, width: int) -> Affine:
     return Affine(grid.scale * cell, grid.offset + grid.scale * (cell - 1) / 2)
 
 
-def rounded_levels(grid: Affine, width: int) -> Affine:
-    """Decoder of MatQuant's rounded slice, S(q, r) * 2^(8 - r) on the parent's grid (arXiv 2502.06786, eq. 6)."""
-    return Affine(grid.scale * 2 ** (PARENT_BITS - width), grid.offset)
+def rounded_levels(grid: Affine, width: int, code_bits: int = PARENT_BITS) -> Affine:
+    """Decoder of MatQuant's rounded slice, S(q, r) * 2^(8 - r) on the parent's grid (arXiv 2502.06786, eq. 6).
+
+    Args:
+        grid: of the codes that slices are made of.
+        width: of the slice.
+        code_bits: of the codes.
+    """
+    return Affine(grid.scale * 2 ** (code_bits - width), grid.offset)
 
 
 def slice_table(widths: Sequence[int], slicing: Slicing) -> torch.Tensor:

@@ -81,6 +81,13 @@ class Method(ABC):
         solving = (12 + 16 * followed) * columns**2 + (14 + 8 * widths + 8 * followed) * rows * columns
         return max((36 + 20 * followed) * columns**2, solving)
 
+    def collect(self, task: BlockTask) -> HessianCollector:
+        """Run the source's block and collect its layers' Hessians."""
+        hessians = HessianCollector(task.linears, task.token_weights)
+        with hessians.collecting():
+            task.calibration.outputs(task.block)
+        return hessians
+
     @abstractmethod
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         """Quantize the layers of a block; yields each with its full name."""
@@ -111,13 +118,6 @@ class LayerMethod(Method):
                 errors = relative_error([weight] * count, layer, method.slices(layer.codes), [hessian] * count)
                 layer = replace(layer, errors=errors)
             yield name, layer.gathered(rows) if self.rows_apart else layer
-
-    def collect(self, task: BlockTask) -> HessianCollector:
-        """Run the source's block and collect its layers' Hessians."""
-        hessians = HessianCollector(task.linears, task.token_weights)
-        with hessians.collecting():
-            task.calibration.outputs(task.block)
-        return hessians
 
     @abstractmethod
     def quantize(

@@ -21,7 +21,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.block_training import BlockStep, train_block
-from vllm_matquant.quantize.hessian import HessianCollector
+from vllm_matquant.quantize.decoders import rounded_levels
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.terms import Term, check_weights, named_widths, parse_terms, trained_widths
@@ -161,9 +161,7 @@ class OmniMethod(Method):
         }
         if not layers:  # every one of the block's is ignored
             return
-        hessians = HessianCollector(task.linears, task.token_weights)
-        with hessians.collecting():
-            task.calibration.outputs(task.block)
+        hessians = self.collect(task)
         train_block(task, layers, widths, self._loss_of, ClippedLayer.step, settings)
         for name, layer in layers.items():
             yield name, self._finished(task, name, layer, hessians.hessian(name))
@@ -180,17 +178,14 @@ class OmniMethod(Method):
 
     def _finished(self, task: BlockTask, name: str, trained: ClippedLayer, hessian: torch.Tensor) -> QuantizedLayer:
         codes, grid = trained.finish()
-        decoders = {width: task.decoder_kind.encode(self._levels(grid, width), width) for width in self.widths}
+        levels = {width: rounded_levels(grid, width, self.code_bits) for width in self.widths}
+        decoders = {width: task.decoder_kind.encode(each, width) for width, each in levels.items()}
         layer = QuantizedLayer(codes << (PARENT_BITS - self.code_bits), decoders)
         rows = len(codes)
         own, weight = layer[ranks.own_rows(rows)], task.linears[name].weight[ranks.own_rows(rows)]
         sliced = [slice_codes(own.codes, PARENT_BITS, width, self.slicing) for width in self.widths]
         count = len(self.widths)
         return replace(layer, errors=relative_error([weight] * count, own, sliced, [hessian] * count))
-
-    def _levels(self, grid: Affine, width: int) -> Affine:
-        """The decoder of a width on the grid of the learned codes."""
-        return Affine(grid.scale * 2 ** (self.code_bits - width), grid.offset)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -129,7 +129,3 @@ class Training:
         for nested in self._model.layers.values():
             nested.project(own_rows(nested))
         return Progress(step + 1, losses, rates, norm)
-
-
-Watch = Callable[[Progress], None]
-"""Is told what is known after every step."""

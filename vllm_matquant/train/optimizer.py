@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_matquant.quantize.training import BETAS, relative_rate
+from vllm_matquant.train.latent import local
 from vllm_matquant.train.settings import TrainingSettings
 
 CODES = "codes"
@@ -85,7 +86,7 @@ class Optimizer:
         parameter = self.parameters[name]
         state: dict[str, Any] = self._adam.state[parameter]
         kept = {"value": parameter.data, "first": state["exp_avg"], "second": state["exp_avg_sq"]}
-        return {key: tensor.to_local() if hasattr(tensor, "to_local") else tensor for key, tensor in kept.items()}
+        return {key: local(tensor) for key, tensor in kept.items()}
 
     @torch.no_grad()
     def restore(self, name: str, kept: dict[str, torch.Tensor], steps: int) -> None:
