@@ -8,19 +8,27 @@ import torch
 from vllm_matquant.quantize.device import fast_moments, fast_products, products_dtype
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: bool | str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, **capabilities})
 
 
-@pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16"])
-def test_bfloat16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_bfloat16_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool | str], dtype: torch.dtype
+) -> None:
     layer, inputs = torch.nn.Linear(8, 4), torch.randn(2, 8)
-    pretend(monkeypatch, **{instructions: True})
+    pretend(monkeypatch, **capabilities)
     with fast_products(), torch.no_grad():
-        assert layer(inputs).dtype == products_dtype() == torch.bfloat16
-    pretend(monkeypatch)
-    with fast_products(), torch.no_grad():
-        assert layer(inputs).dtype == products_dtype() == torch.float32
+        assert layer(inputs).dtype == products_dtype() == dtype
 
 
 def test_moments_are_exact_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

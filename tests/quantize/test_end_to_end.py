@@ -38,7 +38,7 @@ GROUP = 32
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 whatever the processor."""
-    monkeypatch.setattr(device, "_has_bfloat16_instructions", lambda: False)
+    monkeypatch.setattr(device, "_bfloat16_is_faster", lambda: False)
 
 
 def tokens_of(seed: int, windows: int = 4, length: int = 24) -> torch.Tensor:

@@ -23,7 +23,7 @@ from vllm_matquant.quantize.source import SourceModel
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 whatever the processor."""
-    monkeypatch.setattr(device, "_has_bfloat16_instructions", lambda: False)
+    monkeypatch.setattr(device, "_bfloat16_is_faster", lambda: False)
 
 
 def layers_of(source: SourceModel) -> list[str]:

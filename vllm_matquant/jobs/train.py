@@ -223,7 +223,7 @@ class Train(PlannedJob[Outcome]):
         default=None,
         metadata=argument(
             "of weights and activations in products; what is trained is float32 in any case (default: bf16 on a GPU, "
-            "and on a CPU that has instructions for it)",
+            "and on a CPU where it is faster)",
             choices=tuple(PRECISIONS),
             group="machine",
         ),
