@@ -31,7 +31,9 @@ class CMakeBuild(build_ext):
             if value := os.environ.get(option):
                 configure.append(f"-D{option}={value}")
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
+        # Without a number make would start every compiler at once, each with up to 1.5 GB.
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
 
 
 setup(

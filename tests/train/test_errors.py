@@ -31,8 +31,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"terms": "8,5"}, r"bits: found 5, expected one of the offered widths \[2, 3, 4, 8\]"),
-        ({"terms": "6->2"}, "bits: found 6, expected one of the offered widths"),
+        ({"terms": "8,5"}, r"terms: found 5, expected one of the offered widths \[2, 3, 4, 8\]"),
+        ({"terms": "6->2"}, "terms: found 6, expected one of the offered widths"),
         ({"terms": "9"}, 'terms: found .9., expected terms separated by commas: "4"'),
         ({"terms": "2->8"}, "terms: found '2->8', expected a teacher that is wider"),
         ({"terms": "8,4,2", "weights": "1,1,1,1"}, "weights: found 4, expected 3, one for each term of 8,4,2"),
@@ -106,7 +106,7 @@ def test_the_command_says_it_in_a_line(source: Path, parent: Path, tmp_path: Pat
     with pytest.raises(SystemExit) as stop:
         main(["train", str(parent), "--source", str(source), "--output", str(tmp_path / "out"), "--terms", "2,7"])
     assert stop.value.code == 1
-    assert "bits: found 7, expected one of the offered widths" in capsys.readouterr().err
+    assert "terms: found 7, expected one of the offered widths" in capsys.readouterr().err
 
 
 def test_help_tells_the_grammar(capsys: pytest.CaptureFixture[str]) -> None:

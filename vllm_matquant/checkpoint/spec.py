@@ -116,9 +116,18 @@ class Format:
         """The planes that are stored of a layer: none past those that its widest slice reads."""
         return tuple(range(BASE_BITS + 1, self.stored_width(self.widths_of(layer)[-1]) + 1))
 
-    def check_width(self, width: int, where: Path | str) -> None:
+    def check_width(self, width: int, where: Path | str, field: str = "bits") -> None:
+        """Refuse a width that the model is not served at.
+
+        Args:
+            width: asked for.
+            where, field: what to name in an error.
+
+        Raises:
+            WidthError: the checkpoint does not offer it.
+        """
         if width not in self.widths:
-            raise WidthError(where, "bits", width, f"one of the offered widths {list(self.widths)}")
+            raise WidthError(where, field, width, f"one of the offered widths {list(self.widths)}")
 
     def group_size_setting(self, layer: str) -> GroupSize:
         """``group_size``, or what takes its place in this layer."""

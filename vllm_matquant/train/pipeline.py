@@ -123,7 +123,7 @@ def check_parent(parent: Checkpoint, settings: TrainingSettings) -> None:
         hint = "Fetch the whole checkpoint: all planes are trained together"
         raise MissingFileError(parent.folder, missing[0], "no such file", "the files of all widths", hint)
     for width in named_widths(settings.terms):
-        form.check_width(width, where)
+        form.check_width(width, where, "terms")
 
 
 def state_bytes(parent: Checkpoint, settings: TrainingSettings) -> int:
