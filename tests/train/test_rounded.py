@@ -12,6 +12,7 @@ from tests.quantize.tiny_sources import write_source
 from tests.train.conftest import Run, make_parent
 from tests.train.test_training import LONG, assert_same_files
 from vllm_matquant.checkpoint.files import read_json
+from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.cli import main
@@ -67,6 +68,46 @@ def test_starts_at_the_source() -> None:
     codes, decoders = layer.finished(lambda tensor: tensor.detach())
     assert torch.equal(codes, layer.codes)
     assert list(decoders) == [2, 8]
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("seed", range(2))
+def test_one_width_alone_is_on_its_own_grid(width: int, seed: int) -> None:
+    """Equation 1 with 2^width levels from a group's lowest to its highest weight."""
+    generator = torch.Generator().manual_seed(seed)
+    source = 0.1 * torch.randn(6, 64, generator=generator)
+    layer = RoundedWeight(source, 32, (width,), (width,), Switch(width))
+    assert layer.changed_codes(width) == 0
+    unit, low = (each.repeat_interleave(32, 1) for each in (layer.unit, layer.low))
+    start = (layer.codes >> (8 - width)) * (255 / (2**width - 1))
+    torch.testing.assert_close((start + layer.shift) * unit + low, source)
+    layer.shift.data += 30 * torch.randn(6, 64, generator=generator)
+    assert layer.changed_codes(width) > 0
+    grouped = ((start + layer.shift) * unit + low).unflatten(1, (-1, 32))
+    lowest, highest = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+    step = (highest - lowest) / (2**width - 1)
+    expected = (((grouped - lowest) / step).round() * step + lowest).flatten(1)
+    weight = layer(source)
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+    gradient = torch.randn(6, 64, generator=generator)
+    weight.backward(gradient)
+    torch.testing.assert_close(layer.shift.grad, gradient * unit)  # nothing is clamped
+    codes, decoders = layer.finished(lambda tensor: tensor.detach())
+    sliced = slice_codes(codes, 8, width, "round")
+    torch.testing.assert_close(decoders[width].decode(sliced), weight.detach())
+    assert not (codes & (2 ** (8 - width) - 1)).any()
+
+
+def test_a_checkpoint_of_one_width(train: Run, source: Path, short_text: Path, tmp_path: Path) -> None:
+    parent = make_parent(source, tmp_path / "parent", "--bits", "2", "--group-size", "32")
+    given: dict[str, Any] = {"parent": parent, "form": "rounded", "terms": "2"}
+    train(tmp_path / "start", code_rate=0, **given)
+    train(tmp_path / "out", **given, **LONG)
+    rows = [
+        Evaluate(tmp_path / name, source, short_text, samples=4, sequence_length=32).run() for name in ("start", "out")
+    ]
+    assert [[row["bits"] for row in found] for found in rows] == [[2], [2]]
+    assert rows[1][0]["kl"] < 0.85 * rows[0][0]["kl"]
 
 
 @pytest.mark.parametrize("terms", ["8,4,2", "8:text,2:text,8->2"])

@@ -4,8 +4,11 @@ Latent weights are quantized anew at every step, to the asymmetric min-max grid 
 divided by 2^(8 - r), rounded and clamped (eq. 6), and decoded on the parent's grid. A rounded slice of r bits cannot be
 read from r bits: it reads one more.
 
-Latent weights are positions too: in units of the grid that each group started with. On that scale a grid is from the
-lowest to the highest position of a group, so that scales and offsets follow from positions and are not trained.
+A layer of one width alone has that width's own min-max grid (eq. 1), which no slice is cut from: what the paper
+compares each slice with.
+
+Latent weights are positions too: in units of the 8-bit grid that each group started with. On that scale a grid is from
+the lowest to the highest position of a group, so that scales and offsets follow from positions and are not trained.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from vllm_matquant.quantize.decoders import parent_grid, rounded_levels
 from vllm_matquant.train.latent import LatentWeight, Switch, Whole, local
 
 _TINY = torch.finfo(torch.float32).tiny
+_HIGHEST = 2**PARENT_BITS - 1  # position of a group's maximum at the start
 
 
 class _RoundedThrough(torch.autograd.Function):
@@ -36,7 +40,7 @@ class _RoundedThrough(torch.autograd.Function):
         # Those that the clamp to 2^width - 1 has cut: rounding alone would have given 2^width.
         clamped = codes >= 2**PARENT_BITS - 2 ** (PARENT_BITS - width) // 2 if width < PARENT_BITS else codes < 0
         context.save_for_backward(clamped, latent.unit)
-        return rounded_levels(grid, width).decode(sliced).to(dtype)
+        return rounded_levels(grid, width, latent.bits).decode(sliced).to(dtype)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -49,7 +53,8 @@ class RoundedWeight(LatentWeight):
     """A latent weight, quantized at every step.
 
     Attributes:
-        unit: float32 [out_features, groups], the scale of the grid that a group started with.
+        bits: of the codes that are made of latent weights; they stand in a parent code's first bits.
+        unit: float32 [out_features, groups], the scale of the 8-bit grid that a group started with.
         low: float32 [out_features, groups], its lowest weight at the start.
 
     Args:
@@ -67,11 +72,13 @@ class RoundedWeight(LatentWeight):
         grid = parent_grid(weight.float(), group_size)
         grouped = weight.float().unflatten(1, (-1, group_size))
         positions = (grouped - grid.offset.unsqueeze(2)) / grid.scale.unsqueeze(2).clamp(min=_TINY)
-        codes = positions.round().clamp(0, 2**PARENT_BITS - 1)
-        super().__init__(codes.flatten(1).to(torch.uint8), widths, trained, switch)
+        self.bits = widths[0] if len(widths) == 1 else PARENT_BITS
+        levels = 2**self.bits - 1
+        codes = (positions * (levels / _HIGHEST)).round().clamp(0, levels).to(torch.uint8)
+        super().__init__(codes.flatten(1) << (PARENT_BITS - self.bits), widths, trained, switch)
         self.register_buffer("unit", grid.scale)
         self.register_buffer("low", grid.offset)
-        self.shift = torch.nn.Parameter((positions - codes).flatten(1))
+        self.shift = torch.nn.Parameter((positions - codes * (_HIGHEST / levels)).flatten(1))
 
     def decode(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight at one of the layer's widths: [out_features, in_features]."""
@@ -79,18 +86,19 @@ class RoundedWeight(LatentWeight):
         return weight
 
     def quantized(self, shift: torch.Tensor, rows: slice = slice(None)) -> tuple[torch.Tensor, Affine]:
-        """Parent codes of positions, uint8 [rows, in_features], and the grid that they are on.
+        """Parent codes of positions, uint8 [rows, in_features], and the grid that their first ``bits`` bits are on.
 
         Args:
             shift: of the rows, float32 [rows, in_features].
             rows: of the layer.
         """
         codes, unit, low = (each[rows].to(shift.device) for each in (self.codes, self.unit, self.low))
-        positions = (codes + shift).unflatten(1, (unit.shape[1], -1))
+        levels, unused = 2**self.bits - 1, PARENT_BITS - self.bits
+        positions = ((codes >> unused) * (_HIGHEST / levels) + shift).unflatten(1, (unit.shape[1], -1))
         lowest, highest = positions.amin(dim=2), positions.amax(dim=2)
-        step = (highest - lowest) / (2**PARENT_BITS - 1)
+        step = (highest - lowest) / levels
         found = positions.sub_(lowest.unsqueeze(2)).div_(step.clamp(min=_TINY).unsqueeze(2))
-        found = found.round_().clamp_(0, 2**PARENT_BITS - 1).to(torch.uint8)
+        found = found.round_().clamp_(0, levels).to(torch.uint8) << unused
         return found.flatten(1), Affine(unit * step, low + unit * lowest)
 
     def project(self, rows: slice = slice(None)) -> None:
@@ -112,4 +120,4 @@ class RoundedWeight(LatentWeight):
         """Codes, and the decoders of all widths, see :meth:`LatentWeight.finished`."""
         assert self.shift is not None
         codes, grid = self.quantized(whole(self.shift).cpu())
-        return codes, {width: rounded_levels(grid, width) for width in self.widths}
+        return codes, {width: rounded_levels(grid, width, self.bits) for width in self.widths}
