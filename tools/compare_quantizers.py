@@ -12,11 +12,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,14 @@ from typing import Any
 import vllm_matquant.cli.threads  # noqa: F401 - before torch
 
 # isort: split
-from llama_cpp_peer import MODEL_FILE, TYPES, WEIGHTS_FILE, llama_cpp_folder
+from llama_cpp_peer import TYPES, WEIGHTS_FILE, llama_cpp_folder
 from matplotlib.figure import Figure
 from peer_quantizers import PEERS
+from results_folder import RECORD_FILE, SETTINGS_FILE, MakeError, fill, keep_settings, stored_bits
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json, sync_file, sync_folder, write_json
+from vllm_matquant.checkpoint.files import publish_json, publish_text, read_json
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.jobs.arguments import positive, width_list
@@ -45,10 +43,7 @@ DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
 SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as matquant evaluate has them
 TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
-SETTINGS_FILE = "settings.json"
-RECORD_FILE = "record.json"  # in a model's folder: how it was made
 LLAMA_CPP = "llama.cpp"  # the folder of what its types share, and their name in the picture
-LOG_LINES = 15  # of a failed command's log, to be shown
 
 Row = dict[str, Any]
 
@@ -95,10 +90,6 @@ def llama_cpp_command(job: str, options: argparse.Namespace, model: Path, folder
     """What runs a job of llama_cpp_peer.py that writes into ``folder``."""
     script = [sys.executable, str(TOOLS / "llama_cpp_peer.py"), job, "--model", str(model), "--output", str(folder)]
     return [*script, "--llama-cpp-folder", str(options.llama_cpp_folder)]
-
-
-class CandidateError(Exception):
-    """A model could not be made."""
 
 
 def method_list(text: str) -> tuple[str, ...]:
@@ -198,22 +189,17 @@ def prepare(options: argparse.Namespace, model: Path) -> None:
         "group_size": options.group_size,
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    file = options.output / SETTINGS_FILE
-    if not file.exists():
+    if not (options.output / SETTINGS_FILE).exists():
         options.output.mkdir(parents=True, exist_ok=True)
         save_file({"tokens": tokens}, options.output / TOKENS_FILE)
-        publish_json(file, settings)
-    found = read_json(file)
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{file}: {name}: found {found.get(name)}, expected {value}; give another --output")
+    keep_settings(options.output, settings)
 
 
 def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None:
     """Make a model in a process of its own, unless it is there. Its folder appears once it is complete.
 
     Raises:
-        CandidateError: the process failed.
+        MakeError: the process failed.
     """
     if (options.output / candidate.name).exists():
         print(f"{candidate.name}: there already", flush=True)
@@ -222,40 +208,6 @@ def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None
         tokens = ["--tokens", str(options.output / TOKENS_FILE)]
         fill(LLAMA_CPP, lambda folder: llama_cpp_command("prepare", options, model, folder) + tokens, options.output)
     fill(candidate.name, lambda folder: candidate.command(folder, options, model), options.output)
-
-
-def fill(name: str, command_for: Callable[[Path], list[str]], output: Path) -> None:
-    """Make a folder in ``output`` by a process of its own. The folder appears once it is complete.
-
-    Args:
-        name: of the folder.
-        command_for: the command that fills a folder.
-        output: the folder of all results.
-
-    Raises:
-        CandidateError: the process failed.
-    """
-    finished, unfinished = output / name, output / f".{name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir()
-    command = command_for(unfinished)
-    log = output / f"{name}.log"
-    print(f"{name}: started, see {log}", flush=True)
-    start = time.perf_counter()
-    with log.open("wb") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    seconds = time.perf_counter() - start
-    if status != 0:
-        shutil.rmtree(unfinished)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        end = "\n".join([line for line in lines if line.strip()][-LOG_LINES:])
-        raise CandidateError(f"{name}: {command[:3]} ended with status {status}; the end of {log}:\n{end}")
-    for file_of_peer in filter(Path.is_file, (unfinished / WEIGHTS_FILE, unfinished / MODEL_FILE)):
-        sync_file(file_of_peer)
-    write_json(unfinished / RECORD_FILE, {"command": command, "seconds": seconds})
-    os.replace(unfinished, finished)
-    sync_folder(output)
-    print(f"{name}: {seconds:.0f} s", flush=True)
 
 
 @dataclass(frozen=True)
@@ -297,11 +249,9 @@ def entries(candidate: Candidate, output: Path) -> Iterator[Entry]:
         yield Entry(candidate.method, width, seconds, bits_per_weight, folder / WEIGHTS_FILE, types)
         return
     checkpoint = open_checkpoint(folder)
-    weights = sum(rows * columns for rows, columns in checkpoint.layers.values())
     seconds = read_json(folder / RECORD_FILE)["seconds"]
     for width in candidate.judged:
-        stored = sum(tensor.nbytes for _, tensor in checkpoint.tensors(checkpoint.slice(width)))
-        bits_per_weight = 8 * (stored - checkpoint.unquantized_bytes()) / weights
+        bits_per_weight = stored_bits(checkpoint, checkpoint.slice(width))
         yield Entry(candidate.method, width, seconds, bits_per_weight, folder)
 
 
@@ -390,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 make(candidate, options, model)
                 made.append(candidate)
-            except CandidateError as error:
+            except MakeError as error:
                 print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
         if not made:
             parser.exit(1, f"{parser.prog}: no model could be made\n")
