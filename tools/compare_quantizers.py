@@ -24,7 +24,7 @@ import vllm_matquant.cli.threads  # noqa: F401 - before torch
 from llama_cpp_peer import TYPES, WEIGHTS_FILE, llama_cpp_folder
 from matplotlib.figure import Figure
 from peer_quantizers import PEERS
-from results_folder import RECORD_FILE, SETTINGS_FILE, MakeError, fill, keep_settings, stored_bits
+from results_folder import RECORD_FILE, MakeError, fill, stored_bits
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -43,6 +43,7 @@ DEFAULT_METHODS = ("nested", f"nested{ONE_WIDTH}", "matgptq", *PEERS)
 SAMPLES, SEQUENCE_LENGTH = 16, 512  # windows of each held-out text and the tokens of one, as matquant evaluate has them
 TOOLS = Path(__file__).parent
 TOKENS_FILE = "tokens.safetensors"
+SETTINGS_FILE = "settings.json"
 LLAMA_CPP = "llama.cpp"  # the folder of what its types share, and their name in the picture
 
 Row = dict[str, Any]
@@ -189,10 +190,15 @@ def prepare(options: argparse.Namespace, model: Path) -> None:
         "group_size": options.group_size,
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    if not (options.output / SETTINGS_FILE).exists():
+    file = options.output / SETTINGS_FILE
+    if not file.exists():
         options.output.mkdir(parents=True, exist_ok=True)
         save_file({"tokens": tokens}, options.output / TOKENS_FILE)
-    keep_settings(options.output, settings)
+        publish_json(file, settings)
+    found = read_json(file)
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(f"{file}: {name}: found {found.get(name)}, expected {value}; give another --output")
 
 
 def make(candidate: Candidate, options: argparse.Namespace, model: Path) -> None:

@@ -8,13 +8,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from vllm_matquant.checkpoint.files import publish_json, read_json, sync_file, sync_folder, write_json
+from vllm_matquant.checkpoint.files import sync_file, sync_folder, write_json
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 
-SETTINGS_FILE = "settings.json"
 RECORD_FILE = "record.json"  # in a model's folder: how it was made
 _LOG_LINES = 15  # of a failed command's log, to be shown
 
@@ -23,46 +23,19 @@ class MakeError(Exception):
     """A model could not be made."""
 
 
-def keep_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write what all models of a folder share, or check that those in it were made with the same.
-
-    Args:
-        output: the folder of all results.
-        settings: JSON values.
-
-    Raises:
-        ValueError: they were made with other settings.
-    """
-    file = output / SETTINGS_FILE
-    if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        publish_json(file, dict(settings))
-    check_settings(output, settings)
-
-
-def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a folder's models, if there are any, were made with these settings.
-
-    Args:
-        output, settings: as of :func:`keep_settings`.
-
-    Raises:
-        ValueError: they were made with others.
-    """
-    file = output / SETTINGS_FILE
-    found = read_json(file) if file.exists() else settings
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{file}: {name}: found {found.get(name)}, expected {value}; give another --output")
-
-
-def fill(name: str, command_for: Callable[[Path], list[str]], output: Path) -> None:
+def fill(
+    name: str,
+    command_for: Callable[[Path], list[str]],
+    output: Path,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Make a folder in ``output`` by a process of its own. The folder appears once it is complete.
 
     Args:
         name: of the folder.
         command_for: the command that fills a folder.
         output: the folder of all results.
+        facts: to keep in its record, as JSON values, besides the command and the seconds that it took.
 
     Raises:
         MakeError: the process failed.
@@ -84,7 +57,7 @@ def fill(name: str, command_for: Callable[[Path], list[str]], output: Path) -> N
         raise MakeError(f"{name}: {command[:3]} ended with status {status}; the end of {log}:\n{end}")
     for path in filter(Path.is_file, unfinished.iterdir()):
         sync_file(path)
-    write_json(unfinished / RECORD_FILE, {"command": command, "seconds": seconds})
+    write_json(unfinished / RECORD_FILE, {"command": command, "seconds": seconds, **facts})
     os.replace(unfinished, finished)
     sync_folder(output)
     print(f"{name}: {seconds:.0f} s", flush=True)
