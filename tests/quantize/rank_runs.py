@@ -137,6 +137,8 @@ def main(folder: Path, text: Path) -> None:
     source = write_source(folder / "source", num_hidden_layers=BLOCKS)
     model = random_model("llama", num_hidden_layers=BLOCKS)
     model.model.norm.weight.data[0] = float("nan")
+    without_biases = {"attention_bias": False, "mlp_bias": False, "num_hidden_layers": BLOCKS}
+    scalable = write_source(folder / "scalable", **without_biases)
     damaged = write_source(folder / "damaged", num_hidden_layers=BLOCKS)
     model.save_pretrained(damaged)
     results = {}
@@ -146,7 +148,8 @@ def main(folder: Path, text: Path) -> None:
         common += ["--bits", "2,3,8", "--samples", str(WINDOWS)]
         common += [] if "rtn" in arguments else ["--calibration", str(text)]
         began = time.monotonic()
-        chosen = [str(damaged if name == "damaged_source" else source), *common, *arguments]
+        which = damaged if name == "damaged_source" else scalable if name.startswith("scaled") else source
+        chosen = [str(which), *common, *arguments]
         results[name] = launch(count, chosen, folder / name, hook)
         print(f"{name}: {results[name]}, {time.monotonic() - began:.1f} s")
 
@@ -162,6 +165,11 @@ def main(folder: Path, text: Path) -> None:
     run("tuned_one", 1, *tuned)
     run("tuned_two", 2, *tuned)
     run("tuned_again", 2, *tuned, hook=tell_what_was_trained)
+    scaled = ("--method", "matquant-omni", "--samples", "24", "--setting", "transformations.rate=0.05")
+    scaled = (*measured, *scaled, "--setting", "clipping.iterations=20")
+    run("scaled_one", 1, *scaled)
+    run("scaled_two", 2, *scaled)
+    run("scaled_again", 2, *scaled)
     for method in ("rtn", "matgptq"):
         run(f"{method}_one", 1, "--no-report", "--method", method)
         run(f"{method}_three", 3, "--no-report", "--method", method)

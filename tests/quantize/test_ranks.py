@@ -122,16 +122,23 @@ def test_ranks_train_the_same_weights(runs: Runs) -> None:
     assert first == second
 
 
-def test_training_is_about_as_good_as_in_one_process(runs: Runs) -> None:
-    assert runs.codes["tuned_two"] == [0, 0], runs.words("tuned_two")
-    assert all(result.passed for result in verify(runs.folder / "tuned_two"))
-    one, two = runs.report("tuned_one")["quality"], runs.report("tuned_two")["quality"]
+@pytest.mark.parametrize("name", ["tuned", "scaled"])
+def test_training_is_about_as_good_as_in_one_process(runs: Runs, name: str) -> None:
+    assert runs.codes[f"{name}_two"] == [0, 0], runs.words(f"{name}_two")
+    assert all(result.passed for result in verify(runs.folder / f"{name}_two"))
+    one, two = runs.report(f"{name}_one")["quality"], runs.report(f"{name}_two")["quality"]
     for row, expected in zip(two, one, strict=True):
         assert row["kl"] < 1.5 * expected["kl"], row["bits"]
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [("two", "again"), ("tuned_two", "tuned_again"), ("codebooks_two", "codebooks_again")]
+    ("name", "again"),
+    [
+        ("two", "again"),
+        ("tuned_two", "tuned_again"),
+        ("scaled_two", "scaled_again"),
+        ("codebooks_two", "codebooks_again"),
+    ],
 )
 def test_same_bytes_twice(runs: Runs, name: str, again: str) -> None:
     assert_same_files(runs, name, again)

@@ -9,7 +9,7 @@ from vllm_matquant.quantize.selection import Selection
 
 # The parts of what vLLM's model classes fuse (their packed_modules_mapping), by the usual names: a checkpoint is made
 # where there may be no vLLM, and is to be served by any.
-_PARTS = (
+FUSED_PARTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -52,7 +52,7 @@ def _fused(selection: Selection) -> Iterator[tuple[str, list[str]]]:
         parent, _, child = name.rpartition(".")
         children[parent].add(child)
     for parent, names in children.items():
-        for parts in _PARTS:
+        for parts in FUSED_PARTS:
             present = [part for part in parts if part in names]
             if len(present) > 1:
                 yield parent, present

@@ -1,9 +1,10 @@
-"""OmniQuant's learned clipping under MatQuant's loss: one 8-bit code, of which several widths are rounded slices.
+"""OmniQuant under MatQuant's loss: one 8-bit code, of which several widths are rounded slices.
 
 OmniQuant (arXiv 2308.13137, section 3.2) learns how much of a group's range is clipped, by the error of a block's
-outputs. MatQuant (arXiv 2502.06786, eq. 6 and 7) sums that error over the slices ``S(q, r)`` of one 8-bit code q, which
-are rounded and clamped, each weighed by a lambda; with co-distillation (section 3.2) a slice also learns from the
-outputs of a wider one.
+outputs; where that is asked for, it learns scales between layers too (section 3.3, see
+:mod:`vllm_matquant.quantize.transformations`). MatQuant (arXiv 2502.06786, eq. 6 and 7) sums that error over the slices
+``S(q, r)`` of one 8-bit code q, which are rounded and clamped, each weighed by a lambda; with co-distillation (section
+3.2) a slice also learns from the outputs of a wider one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from vllm_matquant.checkpoint.affine import Affine
+from vllm_matquant.checkpoint.decoder import DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing
 from vllm_matquant.quantize import ranks
@@ -25,6 +27,7 @@ from vllm_matquant.quantize.decoders import rounded_levels
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.terms import Term, check_weights, named_widths, parse_terms, trained_widths
+from vllm_matquant.quantize.transformations import ChannelScales, Fold, TransformationSettings, find_pairs
 
 _START = 4.0  # of what a sigmoid turns into the share of the range that is kept: .98
 
@@ -57,26 +60,35 @@ class ClippedLayer:
         bits: of the code that all widths are slices of.
         widths: whose weights are asked for in training.
         settings: of the training.
+        scales: of its columns, trained with it; None for none.
     """
 
     def __init__(
-        self, weight: torch.Tensor, group_size: int, bits: int, widths: Sequence[int], settings: ClippingSettings
+        self,
+        weight: torch.Tensor,
+        group_size: int,
+        bits: int,
+        widths: Sequence[int],
+        settings: ClippingSettings,
+        scales: ChannelScales | None = None,
     ) -> None:
         self._weight = weight.to(settings.device)
-        self._group_size, self._bits, self._widths = group_size, bits, widths
-        grouped = self._weight.unflatten(1, (-1, group_size))
-        self._ends = torch.stack([grouped.amin(dim=2), grouped.amax(dim=2)])
+        self._group_size, self._bits, self._widths, self._scales = group_size, bits, widths, scales
+        self._ends = self._ends_of(self._weight)
         self._kept = torch.full_like(self._ends, _START, requires_grad=True)
-        self._optimizer = torch.optim.Adam([self._kept], lr=settings.rate)
+        rates = [(self._kept, settings.rate), *([(scales.logs, scales.rate)] if scales else [])]
+        self._optimizer = torch.optim.Adam([{"params": [each], "lr": rate, "first_lr": rate} for each, rate in rates])
         self._settings = settings
         self._decoded: list[torch.Tensor] = []
 
     def weights(self) -> list[torch.Tensor]:
-        """The decoded weight of each width: float32 [out_features, in_features]."""
+        """The decoded weight of each width, as the source's columns have it: float32 [out_features, in_features]."""
         with torch.enable_grad():
-            grid = self._grid()
-            codes = self._codes(grid)
+            columns = self._scales.of_columns() if self._scales else None
+            codes, grid = self._quantized(columns)
             self._decoded = [self._decode(codes, grid, width) for width in self._widths]
+            if columns is not None:
+                self._decoded = [decoded / columns for decoded in self._decoded]
         return [decoded.detach() for decoded in self._decoded]
 
     def step(self, gradients: Sequence[torch.Tensor], number: int) -> None:
@@ -86,25 +98,42 @@ class ClippedLayer:
             gradients: of each width's loss, with respect to its weight.
             number: of the step, from 1.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.rate * (1 - (number - 1) / self._settings.iterations)
-        (self._kept.grad,) = torch.autograd.grad(self._decoded, [self._kept], list(gradients))
+        groups = self._optimizer.param_groups
+        for group in groups:
+            group["lr"] = group["first_lr"] * (1 - (number - 1) / self._settings.iterations)
+        trained = [parameter for group in groups for parameter in group["params"]]
+        for parameter, slope in zip(trained, torch.autograd.grad(self._decoded, trained, list(gradients)), strict=True):
+            parameter.grad = slope
         self._optimizer.step()
 
     @torch.no_grad()
     def finish(self) -> tuple[torch.Tensor, Affine]:
-        """Codes, uint8 [out_features, in_features], and the grid they lie on."""
-        grid = self._grid()
-        return self._codes(grid).to("cpu", torch.uint8), grid.to("cpu")
+        """Codes of the weight with its columns scaled, uint8 [out_features, in_features], and the grid they lie on."""
+        codes, grid = self._quantized(self._scales.of_columns() if self._scales else None)
+        return codes.to("cpu", torch.uint8), grid.to("cpu")
 
-    def _grid(self) -> Affine:
-        low, high = torch.where(self._ends[0] < self._ends[1], self._kept.sigmoid(), 1) * self._ends
+    def _quantized(self, columns: torch.Tensor | None) -> tuple[torch.Tensor, Affine]:
+        """Codes, whole numbers as floating point, and their grid; both follow what is trained."""
+        weight, ends = self._weight, self._ends
+        if columns is not None:
+            weight = weight * columns
+            ends = self._ends_of(weight)
+        grid = self._grid(ends)
+        return self._codes(weight, grid), grid
+
+    def _ends_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The least and the largest weight of each group: [2, out_features, groups]."""
+        grouped = weight.unflatten(1, (-1, self._group_size))
+        return torch.stack([grouped.amin(dim=2), grouped.amax(dim=2)])
+
+    def _grid(self, ends: torch.Tensor) -> Affine:
+        low, high = torch.where(ends[0] < ends[1], self._kept.sigmoid(), 1) * ends
         # Where a group lies on one side of zero, the end that is clipped less can come to lie beyond the other.
         low, high = torch.minimum(low, high), torch.maximum(low, high)
         return Affine((high - low) / (2**self._bits - 1), low)
 
-    def _codes(self, grid: Affine) -> torch.Tensor:
-        grouped = self._weight.unflatten(1, (-1, self._group_size))
+    def _codes(self, weight: torch.Tensor, grid: Affine) -> torch.Tensor:
+        grouped = weight.unflatten(1, (-1, self._group_size))
         scale = torch.where(grid.scale > 0, grid.scale, 1).unsqueeze(2)
         return _rounded((grouped - grid.offset.unsqueeze(2)) / scale).clamp(0, 2**self._bits - 1).flatten(1)
 
@@ -126,9 +155,11 @@ class OmniMethod(Method):
 
     Attributes:
         clipping: how clipping is learned.
+        transformations: how scales between layers are learned; by default none are.
     """
 
     clipping: ClippingSettings = field(default_factory=ClippingSettings)
+    transformations: TransformationSettings = field(default_factory=TransformationSettings)
 
     takes_layer_widths: ClassVar[bool] = False  # a block is trained at the widths of the model
 
@@ -149,22 +180,29 @@ class OmniMethod(Method):
     def work_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
         # Of every layer at once: codes, weights of each width and what their derivatives need, a copy of the block, and
         # Hessians, of which one is copied while it is made.
-        training = (24 + 24 * len(self.followed_widths)) * sum(rows * columns for rows, columns in shapes)
+        scaled = 16 if self.transformations.wanted else 0
+        training = (24 + scaled + 24 * len(self.followed_widths)) * sum(rows * columns for rows, columns in shapes)
         return max(training, 12 * max(columns for _, columns in shapes) ** 2) + sum(4 * c**2 for _, c in shapes)
 
     def quantize_block(self, task: BlockTask) -> Iterator[tuple[str, QuantizedLayer]]:
         settings = replace(self.clipping, device=ranks.own_device(self.clipping.device))
         widths = self.followed_widths[::-1]  # teachers before those that learn from them
-        layers = {
-            name: ClippedLayer(linear.weight, task.group_sizes[name], self.code_bits, widths, settings)
-            for name, linear in task.linears.items()
-        }
-        if not layers:  # every one of the block's is ignored
+        if not task.linears:  # every one of the block's is ignored
             return
         hessians = self.collect(task)
+        read, written = dict[str, ChannelScales](), dict[str, ChannelScales]()
+        for pair in find_pairs(task) if self.transformations.wanted else ():
+            energies = hessians.hessian(pair.reader).diagonal()
+            scales = ChannelScales(pair, energies, self.transformations, settings.device)
+            read[pair.reader] = written[pair.writer] = scales
+        layers = {
+            name: ClippedLayer(linear.weight, task.group_sizes[name], self.code_bits, widths, settings, read.get(name))
+            for name, linear in task.linears.items()
+        }
         train_block(task, layers, widths, self._loss_of, ClippedLayer.step, settings)
         for name, layer in layers.items():
-            yield name, self._finished(task, name, layer, hessians.hessian(name))
+            fold = Fold.of(task.linears[name], read.get(name), written.get(name))
+            yield name, self._finished(fold, layer, hessians.hessian(name), task.decoder_kind)
 
     def _loss_of(self, width: int, step: BlockStep) -> torch.Tensor:
         """Of a width's terms: mean squared distances to the source's outputs, or to a wider slice's."""
@@ -176,16 +214,17 @@ class OmniMethod(Method):
                 loss = loss + weight * (found - wanted).square().mean()
         return loss
 
-    def _finished(self, task: BlockTask, name: str, trained: ClippedLayer, hessian: torch.Tensor) -> QuantizedLayer:
+    def _finished(self, fold: Fold, trained: ClippedLayer, hessian: torch.Tensor, kind: DecoderKind) -> QuantizedLayer:
         codes, grid = trained.finish()
+        grid = fold.grid(grid)
         levels = {width: rounded_levels(grid, width, self.code_bits) for width in self.widths}
-        decoders = {width: task.decoder_kind.encode(each, width) for width, each in levels.items()}
+        decoders = {width: kind.encode(each, width) for width, each in levels.items()}
         layer = QuantizedLayer(codes << (PARENT_BITS - self.code_bits), decoders)
-        rows = len(codes)
-        own, weight = layer[ranks.own_rows(rows)], task.linears[name].weight[ranks.own_rows(rows)]
+        part = ranks.own_rows(len(codes))
+        own, weight = layer[part], fold.weight()[part]
         sliced = [slice_codes(own.codes, PARENT_BITS, width, self.slicing) for width in self.widths]
         count = len(self.widths)
-        return replace(layer, errors=relative_error([weight] * count, own, sliced, [hessian] * count))
+        return replace(layer, errors=relative_error([weight] * count, own, sliced, [fold.hessian(hessian)] * count))
 
 
 @dataclass(frozen=True)
