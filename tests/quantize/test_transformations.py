@@ -172,6 +172,13 @@ def test_what_is_stored_is_what_was_trained(plain: Path, monkeypatch: pytest.Mon
         layer, linear = layers[f"{task.name}.{name}"], task.linears[f"{task.name}.{name}"]
         assert float((layer.decode(8, "round") - linear.weight).norm()) > 0.1 * float(linear.weight.norm())
         assert layer.errors[8] < layer.errors[4] < layer.errors[2] < 0.5  # of its own outputs, scaled as they are
+    hessians = method.collect(first_task(SourceModel(plain)))
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # whose outputs are the source's
+        layer, weight = layers[f"{task.name}.{name}"], task.linears[f"{task.name}.{name}"].weight
+        hessian, columns = hessians.hessian(f"{task.name}.{name}"), trained[f"{task.name}.{name}"]._scales.of_columns()
+        lost = layer.decode(4, "round") / columns - weight
+        expected = ((lost @ hessian) * lost).sum() / ((weight @ hessian) * weight).sum()
+        assert layer.errors[4] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_where_scales_start() -> None:

@@ -55,7 +55,7 @@ def in_process() -> Iterator[None]:
 def made(in_process: None, source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a few rows, measured on one text; not to be changed."""
     folder = tmp_path_factory.mktemp("figures") / "results"
-    assert run(source, text_file, folder, "--rows", MADE, "--mix", "nested", "--mix-bits", "3,5,6") == 0
+    assert run(source, text_file, folder, "--rows", MADE, "--mix", "nested", "--mix-bits", "3,3.5,5,6") == 0
     return folder
 
 
@@ -104,7 +104,7 @@ def test_mixes(made: Path) -> None:
     uniform = {mix["average_bits"]: mix["kl"] for mix in mixes if mix["shape"] == "uniform"}
     assert uniform == {row["bits"]: row["kl"] for row in found["rows"] if row["row"] == "nested"}
     assert {mix["shape"] for mix in mixes} == {"uniform", *SHAPES}
-    # Two blocks: of 2, 4 and 8 bits each.
+    # Two blocks of 2, 4 or 8 bits each; 3.5 bits allow no other widths than 3 do.
     assert [mix["average_bits"] for mix in mixes if mix["shape"] == "increasing"] == [3.0, 5.0, 6.0]
     assert (made / "mix-n-match.png").read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -174,9 +174,20 @@ def test_another_run_makes_and_measures_what_is_missing(
     for row in rows:
         expected = next(each for each in before if (each["row"], each["bits"]) == (row["row"], row["bits"]))
         assert {**row, "seconds": 0} == {**expected, "seconds": 0}
-    monkeypatch.setattr(slice_figures, "compare", None)
+    asked: list[list[str]] = []
+
+    def noted(reference: Path, tokens: Any, layers: Any, candidates: Any) -> Iterator[dict[str, Any]]:
+        asked.append(names := [name for name, _ in candidates])
+        return iter([{"perplexity": 3.0, "reference_perplexity": 2.0, "kl": 0.5, "tokens": 92}] * len(names))
+
+    monkeypatch.setattr(slice_figures, "compare", noted)
     assert run(source, text_file, folder, "--rows", "omniquant,nested") == 0
-    assert told == ["omniquant-4"]
+    assert (told, asked) == (["omniquant-4"], [])
+    shutil.rmtree(folder / "omniquant-2")  # to be made anew, maybe by other code
+    assert run(source, text_file, folder, "--rows", "omniquant,nested") == 0
+    assert (told, asked) == (["omniquant-4", "omniquant-2"], [["omniquant, 2 bits"]])
+    assert run(source, text_file, folder, "--rows", "omniquant", "--bits", "2", "--held-out-samples", "3") == 0
+    assert asked[1:] == [["omniquant, 2 bits"]]
 
 
 def test_dry_run(made: Path, source: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
