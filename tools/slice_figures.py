@@ -13,6 +13,7 @@ from typing import Any
 from results_folder import RECORD_FILE
 
 from vllm_matquant.checkpoint.files import publish_json, read_json
+from vllm_matquant.checkpoint.manifest import describe_file
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.measure.evaluate import compare
@@ -37,8 +38,9 @@ class Case:
 
     def key(self, windows: Windows) -> str:
         """What its figures depend on, in short: how the model was made, the slice and the text."""
-        record = read_json(self.checkpoint.folder / RECORD_FILE)
-        parts = [record, dict(self.served.widths), self.served.decoders_file, dict(windows.source)]
+        folder, own = self.checkpoint.folder, self.served.decoders_file
+        decoders = describe_file(folder / own) if own else None  # of a recipe, which another search replaces
+        parts = [read_json(folder / RECORD_FILE), dict(self.served.widths), decoders, dict(windows.source)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
