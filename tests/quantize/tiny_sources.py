@@ -38,10 +38,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 16, **_WINDOW},
 }
 
+_EXPERTS = {
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "n_shared_experts"], 2),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 64),
+}
+# With latent keys and values, and a first block that is dense.
+_LATENT = {
+    **{"num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1},
+    **{"n_group": 1, "topk_group": 1, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "mixtral": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "deepseek_v2": _EXPERTS | _LATENT,
+    "deepseek_v3": _EXPERTS | _LATENT,
+}
+
 
 def random_model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A causal language model in float32 whose every parameter, biases and norms too, is random."""
-    config = AutoConfig.for_model(model_type, **(_SHAPE | ARCHITECTURES[model_type] | overrides))
+    config = AutoConfig.for_model(model_type, **(_SHAPE | (ARCHITECTURES | MIXTURES)[model_type] | overrides))
     return randomized(config, seed)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.errors import ConfigError
+from vllm_matquant.checkpoint.experts import gate_layers, joined_experts, separate_experts
 from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.spec import Format
@@ -22,11 +23,13 @@ class Skeleton:
     Attributes:
         parameters: shape of every parameter and persistent buffer, as named in a checkpoint.
         tied: the parameters that share the memory of an earlier one, which it names: a checkpoint may leave them out.
-        linears: (out_features, in_features) of every ``torch.nn.Linear``, in the model's order.
+        linears: (out_features, in_features) of every ``torch.nn.Linear`` but the routers of experts and the gates of
+            shared ones, in the model's order; each matrix of an expert is one.
         embeddings: (tokens, hidden size) of the input embedding, by its name.
         prefix: what the names of the parameters below the head begin with, such as "model."; files of such a model
             that were saved without a head lack it.
         head: full name of the layer that gives the logits, None if the model has none.
+        joined_experts: the first parameter that holds experts which are no linear layers, None if there is none.
     """
 
     parameters: dict[str, tuple[int, ...]]
@@ -35,6 +38,7 @@ class Skeleton:
     embeddings: dict[str, tuple[int, int]]
     prefix: str = ""
     head: str | None = None
+    joined_experts: str | None = None
 
     def quantized_layers(self, format: Format, where: Path | str = CONFIG_FILE) -> dict[str, tuple[int, int]]:
         """Shape of every layer that a checkpoint of this format has codes of, in the model's order.
@@ -82,7 +86,7 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
         raise ConfigError(where, "model_type", model_type, "the name of an architecture that transformers knows")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(build_config(config))
+            model = separate_experts(AutoModelForCausalLM.from_config(build_config(config)))
     # Each architecture validates its fields in its own way, so there is no narrower class to catch.
     except Exception as cause:
         reason = str(cause).split("\n")[0][:200]
@@ -99,13 +103,14 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    gates = gate_layers(model)
     return Skeleton(
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied={name: earlier for name, earlier in names.items() if earlier != name},
         linears={
             name: (module.out_features, module.in_features)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear) and name not in gates
         },
         embeddings={
             name: (module.num_embeddings, module.embedding_dim)
@@ -114,4 +119,5 @@ def build_skeleton(config: dict[str, Any], where: Path | str = CONFIG_FILE) -> S
         },
         prefix=f"{model.base_model_prefix}.",
         head=next((name for name, module in model.named_modules() if module is head), None),
+        joined_experts=joined_experts(model),
     )

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_matquant.bench.layers import layer_milliseconds
+from vllm_matquant.checkpoint.experts import separate_experts
 from vllm_matquant.checkpoint.files import publish_json
 from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.jobs.arguments import names_of, output_file, positive
@@ -191,7 +192,9 @@ of the model over the text for the sensitivities, once, 4 runs for each step of 
             reference = inputs.reference
             source = None
             if reference:
-                source = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16, trust_remote_code=False)
+                source = separate_experts(
+                    AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16, trust_remote_code=False)
+                )
             planner = Planner(
                 SlicedModel(checkpoint, source, device=self.device),
                 inputs.calibration.tokens,

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vllm_matquant.checkpoint.experts import separate_experts
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.kernels.reference import Rounding, round_activations
@@ -88,6 +89,7 @@ def compare(
         WriteError: the disk for temporary files has no room for the reference's predictions.
     """
     loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, trust_remote_code=False)
+    separate_experts(loaded)
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
     for layer, shape in layers.items():
         found = shapes.get(f"{layer}.weight", "no such layer")

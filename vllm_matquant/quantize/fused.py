@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -12,20 +13,23 @@ from vllm_matquant.quantize.selection import Selection
 FUSED_PARTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+")
 
 
 def check_fused(selection: Selection) -> None:
-    """Refuse settings that differ between the parts of a layer that vLLM fuses.
+    """Refuse settings that differ between the parts of a layer that vLLM fuses, or of experts that are part quantized.
 
     Args:
         selection: what is quantized, and how.
 
     Raises:
-        ValueError: one part is ignored and another one not, or has another group size or other widths.
+        ValueError: one part is ignored and another one not, or has another group size or other widths; or some
+            experts of a mixture are ignored and others not.
     """
     format_, quantized = selection.format, selection.shapes
     settings: dict[str, Callable[[str], object]] = {
@@ -43,6 +47,23 @@ def check_fused(selection: Selection) -> None:
                     f"computes as one layer. Give --{option} an expression that matches all of them, such as "
                     f"'({'|'.join(parts)})'"
                 )
+    for experts, names in _mixtures(selection).items():
+        ignored = [name for name in names if name not in quantized]
+        if 0 < len(ignored) < len(names):
+            raise ValueError(
+                f"ignore: found {len(ignored)} of the {len(names)} layers of {experts}, such as {ignored[0]}, expected "
+                "all or none of them, which vLLM computes as one layer. Give --ignore an expression that matches all, "
+                f"such as '{experts}'"
+            )
+
+
+def _mixtures(selection: Selection) -> dict[str, list[str]]:
+    """The experts of each block, and the names of their layers."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name in selection.source.skeleton.linears:
+        if match := _EXPERT.fullmatch(name):
+            found[match[1]].append(name)
+    return found
 
 
 def _fused(selection: Selection) -> Iterator[tuple[str, list[str]]]:

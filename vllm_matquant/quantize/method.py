@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.layer import QuantizedLayer, relative_error
 from vllm_matquant.quantize.sensitivity import SensitivitySettings
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -27,9 +30,12 @@ class Method(ABC):
 
     Attributes:
         widths: ascending, each in 2..8.
+        least_tokens: an expert that fewer tokens of the calibration text reach than this share of a layer's input
+            features is shown all tokens of its block; 0 for none, "inf" for all experts.
     """
 
     widths: tuple[int, ...]
+    least_tokens: float = 0.25
 
     name: ClassVar[str]
     slicing: ClassVar[Slicing] = "truncate"
@@ -82,10 +88,25 @@ class Method(ABC):
         return max((36 + 20 * followed) * columns**2, solving)
 
     def collect(self, task: BlockTask) -> HessianCollector:
-        """Run the source's block and collect its layers' Hessians."""
+        """Run the source's block and collect its layers' Hessians.
+
+        An expert that no token reaches is shown all in any case. The log says how many layers are shown all.
+        """
         hessians = HessianCollector(task.linears, task.token_weights)
         with hessians.collecting():
             task.calibration.outputs(task.block)
+        starved = hessians.starved(self.least_tokens)
+        if starved:
+            least = min(map(hessians.tokens, starved))
+            with hessians.showing(task.block, starved):
+                task.calibration.run_again(task.block)
+            if ranks.is_first():
+                _LOGGER.warning(
+                    "%s: %d of %d layers of experts were reached by fewer tokens than %g of their input features (%d "
+                    "tokens at the least), and were shown all %d: more --samples reach more",
+                    task.name, len(starved), len(hessians.expert_layers), self.least_tokens, least,
+                    hessians.tokens(starved[0]),
+                )  # fmt: skip
         return hessians
 
     @abstractmethod

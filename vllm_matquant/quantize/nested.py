@@ -66,7 +66,9 @@ class Nested(TrainedMethod):
         for stage in hessians.stages():
             hessian = hessians.hessian(stage[0])
             decoded = {width: task.decoded(finished, width, self.slicing) for width in self.followed_widths}
-            drifts = measure_drift(task, stage[0], decoded, self.drift_tokens)
+            # An expert that was shown all tokens has too few of its own for both.
+            drifting = {} if stage[0] in hessians.shown else decoded
+            drifts = measure_drift(task, stage[0], drifting, self.drift_tokens, self.least_tokens)
             corrections = {width: drift.correction(self.damping) for width, drift in drifts.items()}
             inputs: dict[tuple[int, ...], LayerInputs] = {}
             for name in stage:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_matquant.checkpoint.experts import ExpertLinear, Routed
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS, allocate
 from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
@@ -66,7 +67,7 @@ def token_weights(
         For each layer, by its full name, float32 [sequences, length] for this rank's windows: the squared length of the
         gradient by the layer's output, relative to its mean over the whole text. Layers that are called with the same
         tensor have one Hessian, and so one tensor here: the mean of theirs. Ones where no output changes the
-        predictions.
+        predictions; zeros of an expert for tokens that are not routed to it.
 
     Raises:
         ValueError: a gradient is not finite.
@@ -139,14 +140,19 @@ class _Pass:
             self._found[name] = allocate(self._inputs.shape[:2], self._folder).zero_()
         weights = self._found[name]
 
-        def take(gradient: torch.Tensor) -> None:
-            weights[batch] += gradient.float().square().sum(-1).view(weights[batch].shape).cpu()
+        def take(gradient: torch.Tensor, routed: Routed | None) -> None:
+            lengths = gradient.float().square().sum(-1).flatten().cpu()
+            if routed is None:
+                weights[batch] += lengths.view(weights[batch].shape)
+            else:
+                weights[batch].view(-1).index_add_(0, routed.tokens.cpu(), lengths)
 
-        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if self._last is None or self._last[1] is not inputs[0]:
                 self._last = (name, inputs[0])
             self._stages[name] = self._last[0]
-            output.register_hook(take)
+            routed = module.routed if isinstance(module, ExpertLinear) else None
+            output.register_hook(lambda gradient: take(gradient, routed))
 
         return hook
 

@@ -23,7 +23,7 @@ from vllm_matquant.checkpoint.model_config import tag_floats
 from vllm_matquant.checkpoint.names import CONFIG_FILE, POOLING_FOLDERS
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
 from vllm_matquant.quantize import ranks
-from vllm_matquant.quantize.dense import check_dense, check_heads, check_task, explain_missing
+from vllm_matquant.quantize.causal import check_heads, check_layers, check_task, explain_missing
 from vllm_matquant.quantize.runner import Head, Rows, TransformersRunner
 from vllm_matquant.quantize.tensors import SafetensorsFolder
 
@@ -138,7 +138,7 @@ class SourceModel:
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is quantized already, its architecture is not a
-            dense causal language model that transformers knows and whose blocks can be run one after the other, or a
+            causal language model that transformers knows and whose blocks can be run one after the other, or a
             parameter is missing or of another shape.
     """
 
@@ -177,7 +177,7 @@ class SourceModel:
         """Build the model of the configuration, and find its tensors in the files."""
         folder = self.folder
         self.skeleton = build_skeleton(self.config, folder / CONFIG_FILE)
-        check_dense(self.config, self.skeleton, folder / CONFIG_FILE)
+        check_layers(self.config, self.skeleton, folder / CONFIG_FILE)
         # Before the tensors: what an architecture lacks is not to be taken for a damaged download.
         runner = TransformersRunner(self.config, self.skeleton, self._read, folder / CONFIG_FILE)
         try:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from vllm_matquant.checkpoint.experts import separate_experts
 from vllm_matquant.checkpoint.model_config import build_config
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
@@ -143,7 +144,7 @@ def load_model(
         return read_parent(checkpoint, layer, widths)
 
     make = maker_of(checkpoint.format, load, form, start, seed)
-    return NestedModel(model, skeleton, checkpoint.layers, trained, load, make)
+    return NestedModel(separate_experts(model), skeleton, checkpoint.layers, trained, load, make)
 
 
 def maker_of(format_: Format, load: LoadParent, form: str, start: str, seed: int) -> MakeLatent:

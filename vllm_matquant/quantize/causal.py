@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what can be quantized: a dense causal language model, with its own head and names."""
+"""Whether a checkpoint is what can be quantized: a causal language model, with its own head and names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_matquant.checkpoint.skeleton import Skeleton
 # How the architectures of causal language models end, those of code inside a checkpoint too.
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HEADS = frozenset({"score", "classifier", "qa_outputs", "v_head"})  # of other tasks, by their usual names
-_DENSE = "a dense causal language model"
+_EXPECTED = "a causal language model"
 
 
 def check_task(config: Mapping[str, Any], where: Path) -> None:
@@ -35,12 +35,12 @@ def check_task(config: Mapping[str, Any], where: Path) -> None:
                 where,
                 "architectures",
                 f"{name}, which {lacking}",
-                f"{_DENSE}, such as one saved by AutoModelForCausalLM",
+                f"{_EXPECTED}, such as one saved by AutoModelForCausalLM",
             )
 
 
-def check_dense(config: Mapping[str, Any], skeleton: Skeleton, where: Path) -> None:
-    """Refuse a mixture of experts, and a model that has no linear layers.
+def check_layers(config: Mapping[str, Any], skeleton: Skeleton, where: Path) -> None:
+    """Refuse experts that are no linear layers, and a model that has none.
 
     Args:
         config, where: as of :func:`check_task`.
@@ -50,8 +50,14 @@ def check_dense(config: Mapping[str, Any], skeleton: Skeleton, where: Path) -> N
         ConfigError: it is one.
     """
     kind = repr(config.get("model_type"))
-    if any(word in name for word in ("experts", "moe") for name in skeleton.parameters):
-        raise ConfigError(where, "model_type", f"{kind}, a mixture of experts", f"{_DENSE}: experts have no codes yet")
+    if skeleton.joined_experts:
+        raise ConfigError(
+            where,
+            "model_type",
+            f"{kind}, a mixture of experts that are no gated linear layers without biases, or are joined in its files "
+            f"({skeleton.joined_experts})",
+            "a dense model, or experts whose matrices its files hold one by one, as those of Qwen3-MoE do",
+        )
     if not any("." in name for name in skeleton.linears):
         raise ConfigError(
             where, "model_type", f"{kind}, whose blocks have no linear layers (torch.nn.Linear)", "one with some"
@@ -71,7 +77,7 @@ def check_heads(names: Collection[str], skeleton: Skeleton, where: Path) -> None
     """
     for name in sorted(set(names) - skeleton.parameters.keys()):
         if name.split(".")[0] in _HEADS:
-            raise UnexpectedTensorError(where, name, "the head of another task", f"the tensors of {_DENSE}")
+            raise UnexpectedTensorError(where, name, "the head of another task", f"the tensors of {_EXPECTED}")
 
 
 def explain_missing(config: Mapping[str, Any], cause: CheckpointError, where: Path) -> CheckpointError:
