@@ -26,6 +26,7 @@ from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve import files
 from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
+from vllm_matquant.serve.experts import MatquantExpertsMethod
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import MatquantModelLoader
 
@@ -110,9 +111,38 @@ def test_quantized_heads(prefix: str) -> None:
     assert method_of(config_of(), "lm_head", VocabParallelEmbedding) is None
 
 
-def test_mixtures_of_experts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.experts"):
-        method_of(config_of(), "model.experts", RoutedExperts)
+def experts_method(config: MatquantConfig, prefix: str) -> Any:
+    """The method of three experts."""
+    layer = RoutedExperts.__new__(RoutedExperts)
+    names = {"ckpt_gate_proj_name": "w1", "ckpt_down_proj_name": "w2", "ckpt_up_proj_name": "w3"}
+    moe = SimpleNamespace(num_logical_experts=3)
+    layer.__dict__ |= names | {"moe_config": moe}
+    with set_current_vllm_config(VllmConfig()):
+        return config.get_quant_method(layer, prefix)
+
+
+def test_experts_have_the_names_of_the_checkpoint() -> None:
+    method = experts_method(config_of(bits=3), "draft_model.a.experts")
+    assert isinstance(method, MatquantExpertsMethod)
+    assert method.parts == [
+        ([f"a.experts.{index}.w1", f"a.experts.{index}.w3"], [f"a.experts.{index}.w2"]) for index in range(3)
+    ]
+
+
+def test_experts_cannot_be_ignored_in_part() -> None:
+    with pytest.raises(ConfigError, match=r"ignored_layers: found \['a\.experts\.1\.w2'\], expected all or none"):
+        experts_method(config_of("a.experts.1.w2"), "a.experts")
+
+
+def test_a_router_that_the_checkpoint_has_plain_is_left_alone(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    folder = write_checkpoint(tmp_path / "mixture", "qwen3_moe", Format(group_size=32), **experts)
+    config = MatquantConfig.from_config(open_checkpoint(folder).config["quantization_config"])
+    config.model = str(folder)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "other."}))
+    assert isinstance(method_of(config, "other.layers.0.mlp.gate"), UnquantizedLinearMethod)
+    assert isinstance(method_of(config, "other.layers.0.self_attn.o_proj"), MatquantLinearMethod)
+    assert isinstance(method_of(config, "other.layers.0.mlp.gates"), MatquantLinearMethod)  # nobody knows of it
 
 
 def test_config_json_is_checked() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.random_models import randomized
 from vllm_matquant.checkpoint.codebook import Codebook, by_column, by_four, signs, with_signs
 from vllm_matquant.checkpoint.decoder import Affine, Decoder, DecoderKind
+from vllm_matquant.checkpoint.experts import gate_layers, separate_experts
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import PARENT_BITS, Format
@@ -89,10 +90,10 @@ def write_checkpoint(
     folder: Path, model_type: str, checkpoint_format: Format, seed: int = 0, **overrides: object
 ) -> Path:
     """Quantize the layers of a random model that the format says are, and write a checkpoint."""
-    model = random_model(model_type, seed, **overrides)
-    quantized = set(checkpoint_format.quantized_embeddings)
+    model = separate_experts(random_model(model_type, seed, **overrides))
+    quantized, gates = set(checkpoint_format.quantized_embeddings), gate_layers(model)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name not in checkpoint_format.ignored_layers:
+        if isinstance(module, torch.nn.Linear) and name not in {*checkpoint_format.ignored_layers, *gates}:
             quantized.add(name)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     with CheckpointWriter(folder, checkpoint_format) as writer:
@@ -168,7 +169,7 @@ def reference_model(folder: Path, widths: int | dict[str, int], own_decoders: bo
     fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
     model_type = fields.pop("model_type")
     config = AutoConfig.for_model(model_type, **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = separate_experts(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
     weights = dict(checkpoint.unquantized())
     for layer in checkpoint.layers:
         width = widths if isinstance(widths, int) else next(w for part, w in widths.items() if part in layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -26,6 +26,7 @@ from vllm_matquant.serve.elastic.offer import Offer
 from vllm_matquant.serve.elastic.requests import Front
 from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
+from vllm_matquant.serve.experts import ExpertProductMethod, MatquantExpertsMethod
 from vllm_matquant.serve.files import fetch, identity, opened
 from vllm_matquant.serve.limits import check_engine, check_served
 from vllm_matquant.serve.linear import MatquantLinearMethod
@@ -69,6 +70,10 @@ class MatquantConfig(QuantizationConfig):
         self.rows: RowSlots | None = None
         self.active_slot = 0
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
+        self._weights: list[
+            str
+        ] = []  # names in the checkpoint of what has a tensor "weight", as quantized layers do not
+        self._plain: dict[int, frozenset[str]] = {}  # the same by vLLM's names, for so many mappers
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
 
@@ -121,6 +126,7 @@ class MatquantConfig(QuantizationConfig):
             folder = fetch(self.model, self.revision, cache, wanted)
             checkpoint = opened(folder)
             self.checkpoint, self.layers = identity(folder), checkpoint.layers
+            self._weights = [name.removesuffix(".weight") for name in checkpoint.weight_map if name.endswith(".weight")]
             self.served = request.served(checkpoint, logger.info, partial=not local)
             if local:
                 checkpoint.check(*self.served.resident)
@@ -141,23 +147,60 @@ class MatquantConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            raise ConfigError(prefix, "layer", "a mixture of experts", "linear layers and embeddings only")
+            return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = self._parts(prefix)
-        ignored = [part for part in parts if part in self.ignored_layers]
-        if len(ignored) == len(parts):
+        if self._are_ignored(parts, prefix):
             return UnquantizedLinearMethod()
-        if ignored:
+        served = self._current()
+        if self._plain_layers().issuperset(parts):  # the router of a mixture, which is no layer to quantize
+            return UnquantizedLinearMethod()
+        return MatquantLinearMethod(self.format, served, parts, self.checkpoint, self._rows())
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        own = prefix.removeprefix(_DRAFT_PREFIX)
+        gate, up, down = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
+        parts = [
+            ([f"{own}.{index}.{gate}", f"{own}.{index}.{up}"], [f"{own}.{index}.{down}"])
+            for index in range(layer.moe_config.num_logical_experts)
+        ]
+        if self._are_ignored([name for pair in parts for names in pair for name in names], prefix):
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        served, rows = self._current(), self._rows()
+
+        def make(names: list[str]) -> ExpertProductMethod:
+            return ExpertProductMethod(self.format, served, names, self.checkpoint, rows)
+
+        return MatquantExpertsMethod(layer.moe_config, parts, make, rows)
+
+    def _are_ignored(self, parts: Sequence[str], prefix: str) -> bool:
+        """Whether the layers that vLLM computes as one are not quantized.
+
+        Raises:
+            ConfigError: some are, and others not.
+        """
+        ignored = [part for part in parts if part in self.ignored_layers]
+        if ignored and len(ignored) < len(parts):
             raise ConfigError(
                 CONFIG_FILE,
                 "quantization_config.ignored_layers",
                 ignored,
                 f"all or none of {parts}, which vLLM computes as the one layer {prefix}",
             )
-        return MatquantLinearMethod(self.format, self._current(), parts, self.checkpoint, self._rows())
+        return bool(ignored)
+
+    def _plain_layers(self) -> frozenset[str]:
+        """What the checkpoint has a tensor named "weight" of, by vLLM's names of layers."""
+        count = len(self._mappers)
+        if count not in self._plain:
+            names = self._weights
+            for mapper in self._mappers:
+                names = mapper.apply_list(names)
+            self._plain[count] = frozenset(names)
+        return self._plain[count]
 
     def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
         name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE
@@ -38,8 +40,9 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
         layers: (out_features, in_features) of its quantized layers, by the checkpoint's names.
 
     Raises:
-        ConfigError: LoRA is asked for, a tensor parallel size that would cut a group, the Transformers backend with
-            a quantized embedding, or pooling with a quantized output head, be it tied where a classifier is made of it.
+        ConfigError: experts are to be divided between ranks or computed on a GPU, LoRA is asked for, a tensor parallel
+            size that would cut a group, the Transformers backend with a quantized embedding, or pooling with a
+            quantized output head, be it tied where a classifier is made of it.
     """
     if vllm_config.lora_config is not None:
         raise ConfigError("lora_config", "enable_lora", True, "no LoRA, which quantized layers do not take yet")
@@ -59,6 +62,7 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
             f"pooling, for which vLLM drops {' and '.join(heads)}, and the checkpoint has it quantized",
             f"runner generate, or a checkpoint quantized with --ignore {heads[0]}",
         )
+    _check_experts(vllm_config, layers)
     text_config = model_config.hf_config.get_text_config()
     tied = format_.quantized_embeddings if getattr(text_config, "tie_word_embeddings", False) else ()
     if tied and getattr(text_config, "classifier_from_token", None):
@@ -78,4 +82,26 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
             f"{size}, and {misfit}, the columns that must stay together",
             f"one of --tensor-parallel-size {', '.join(map(str, fitting))}, or a checkpoint quantized with a smaller "
             "--group-size",
+        )
+
+
+def _check_experts(vllm_config: Any, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what cannot be done with experts yet."""
+    if not any(".experts." in name for name in layers):
+        return
+    parallel = vllm_config.parallel_config
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            "device_config", "device", "a GPU and quantized experts", "a CPU: no kernel serves them elsewhere"
+        )
+    if parallel.enable_expert_parallel:
+        raise ConfigError(
+            "parallel_config",
+            "enable_expert_parallel",
+            True,
+            "false: --tensor-parallel-size divides each expert instead",
+        )
+    if parallel.data_parallel_size > 1:
+        raise ConfigError(
+            "parallel_config", "data_parallel_size", parallel.data_parallel_size, "1 for quantized experts"
         )
