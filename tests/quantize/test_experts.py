@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.jobs.evaluate import Evaluate
 from vllm_matquant.jobs.quantize import Quantize
 from vllm_matquant.measure.model import LayerModel
+from vllm_matquant.quantize import device
+from vllm_matquant.quantize.activations import Activations
+from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.hessian import HessianCollector
 from vllm_matquant.quantize.methods import METHODS
+from vllm_matquant.quantize.sensitivity import SensitivitySettings, token_weights
+from vllm_matquant.quantize.sequential import measure_drift
 from vllm_matquant.quantize.source import SourceModel
 
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -167,6 +173,70 @@ def test_an_expert_that_no_token_reaches(tmp_path: Path, caplog: pytest.LogCaptu
         ).run()  # fmt: skip
     assert "layers of experts were reached by fewer tokens than 0.25 of their input features" in caplog.text
     assert set(outcome.errors) == set(open_checkpoint(tmp_path / "out").layers)
+
+
+@torch.no_grad()
+def test_a_layer_that_no_token_reaches_is_starved_in_any_case() -> None:
+    experts = experts_of(separate_experts(random_model("qwen3_moe")))
+    layers = {f"{index}.{place}": linear for index in range(4) for place, linear in enumerate(experts[index].linears)}
+    collector = HessianCollector(layers)
+    with collector.collecting():
+        experts(torch.randn(6, 64), torch.tensor([[0, 2]] * 6), torch.ones(6, 2))
+    assert collector.starved(0) == [f"{index}.{place}" for index in (1, 3) for place in range(3)]
+    with pytest.raises(ValueError, match=r"1\.0: the calibration text never reached this layer"):
+        collector.hessian("1.0")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tokens_of_an_expert_are_weighed_in_their_places(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_has_bfloat16_instructions", lambda: False)
+    source = SourceModel(write_source(tmp_path, "mixtral", seed))
+    with torch.no_grad():
+        routing = Routing(random_model("mixtral", seed))
+    names = [f"model.layers.1.block_sparse_moe.experts.{index}.w2" for index in range(4)]
+    found = token_weights(source, names, TOKENS, SensitivitySettings())
+    scales = {name: routing.weights(index) for index, name in enumerate(names)}
+    ratios = {name: found[name].flatten().double() / scales[name].square() for name in names}
+    for name in names:
+        assert torch.equal(found[name].flatten() > 0, scales[name] > 0)
+    # An expert's output reaches the block's by the router's weight: where a token reaches two, all else is the same.
+    for one, other in itertools.combinations(names, 2):
+        both = (scales[one] > 0) & (scales[other] > 0)
+        quotients = ratios[one][both] / ratios[other][both]
+        torch.testing.assert_close(quotients, quotients[:1].expand(len(quotients)), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighed", [False, True])
+def test_drift_of_experts(weighed: bool, tmp_path: Path) -> None:
+    source = SourceModel(write_source(tmp_path, "qwen3_moe"))
+    sizes = {name: 32 for name, matrix in source.matrices.items() if matrix.block == 0}
+    activations = Activations(source.runner, TOKENS, (2,), exact=True)
+    activations.slices[2] += 0.3 * torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(1))
+    names = [f"model.layers.0.mlp.experts.1.{part}" for part in ("gate_proj", "down_proj")]
+    own = torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
+    weights = dict.fromkeys(names, own) if weighed else {}
+    task = BlockTask("model.layers.0", source.runner.load_block(0), sizes, activations, token_weights=weights)
+    experts, calls = experts_of(task.block), list[tuple[torch.Tensor, ...]]()
+    hook = experts.register_forward_pre_hook(lambda _, given: calls.append(given))
+    for hidden in (activations.reference, activations.slices[2]):
+        task.block(hidden, **activations.arguments)
+    hook.remove()
+    (before, index, scales), (after, moved, _) = calls
+    both = (index == 1).any(1) & (moved == 1).any(1)
+    assert 0 < int(both.sum()) < min(int((index == 1).sum()), int((moved == 1).sum()))
+    counts = own.flatten() if weighed else (scales * (index == 1)).sum(1).square()
+    for name, x, drifted in zip(
+        names, (before, experts[1].inner(before)), (after, experts[1].inner(after)), strict=True
+    ):
+        drift = measure_drift(task, name, {2: {}}, TOKENS.numel())[2]
+        rows, off, weight = drifted[both].double(), (x - drifted)[both].double(), counts[both].double()
+        torch.testing.assert_close(drift.hessian.double(), moments(rows, weight, len(rows)), rtol=1e-4, atol=1e-6)
+        cross = (off.T * weight) @ rows / len(rows)
+        torch.testing.assert_close(drift.cross.double(), cross, rtol=1e-4, atol=1e-6)
+    assert measure_drift(task, names[0], {2: {}}, TOKENS.numel(), share=1.0) == {}  # fewer than 64 tokens
 
 
 @pytest.mark.slow
