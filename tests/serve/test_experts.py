@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.serve.engine_jobs import run_jobs
 from tests.serve.tiny_models import VOCABULARY, log_probabilities, reference_model, write_checkpoint
@@ -125,3 +127,42 @@ def test_each_request_has_the_bytes_of_a_server_at_its_slice(elastic: dict[Any, 
         assert torch.equal(mixed[place], elastic[choice]["runs"][0][place])
     for place in range(4):
         assert torch.equal(switched[place], elastic[2]["runs"][0][place])
+
+
+LATENT: dict[str, Any] = {
+    **{"num_key_value_heads": 4, "head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 512, "first_k_dense_replace": 1},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 2},
+    **{"n_group": 1, "topk_group": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+}
+METHODS = {"deepseek_v2": "greedy", "deepseek_v3": "noaux_tc"}
+
+
+def write_plain(folder: Path, checkpoint: Path, width: int) -> Path:
+    """A model that is not quantized, of the dequantized weights of a slice."""
+    opened = open_checkpoint(checkpoint)
+    weights = {f"{layer}.weight": weight for layer, weight in opened.weights(opened.slice(width))}
+    folder.mkdir()
+    save_file(
+        {name: tensor.clone() for name, tensor in (weights | dict(opened.unquantized())).items()},
+        folder / "model.safetensors",
+    )
+    config = {name: value for name, value in opened.config.items() if name != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", METHODS)
+def test_latent_attention_as_vllm_serves_the_dequantized_weights(model_type: str, tmp_path: Path) -> None:
+    """Compared with vLLM itself, which computes random weights of these models in another way than transformers."""
+    options = LATENT | {"topk_method": METHODS[model_type]}
+    model = write_checkpoint(tmp_path / "model", model_type, Format(group_size=32), 0, **options)
+    plain = write_plain(tmp_path / "plain", model, 4)
+    (tmp_path / "run").mkdir()
+    jobs: dict[Any, dict[str, Any]] = {
+        "quantized": at(4) | {"model": str(model), "tokens": TOKENS},
+        "plain": {"llm": {}, "model": str(plain), "tokens": TOKENS},
+    }
+    found = run_jobs("engine_runs", jobs, tmp_path / "run")[0]
+    assert not {name for name, each in found.items() if "error" in each}, found
+    [quantized], [expected] = (found[name]["log_probabilities"] for name in jobs)
+    torch.testing.assert_close(quantized, expected, rtol=0, atol=TOLERANCE)
