@@ -33,7 +33,8 @@ WIDTHS = (8, 6, 4, 3, 2)
 BUDGETS = (3.5, 2.5)
 DRAFT = 4  # bits
 # A part of what quantizing and a search take by default, for the sake of minutes.
-QUANTIZE = ("--samples", "32", "--no-report")
+# Little training: the demo is to be over in minutes.
+QUANTIZE = ("--samples", "32", "--no-report", "--setting", "end_to_end.epochs=0.5")
 SEARCH = ("--samples", "8", "--sensitivity-samples", "32", "--steps", "2", "--decoder-samples", "8")
 FOLDER = fetch_model.CACHE / "demo"
 GROUP_SIZE = 64  # 576, this model's hidden size, is no multiple of 128

@@ -58,7 +58,7 @@ class EndToEndSettings:
     """
 
     up_to: int = 3
-    epochs: float = 0.5
+    epochs: float = 1.5
     sequences: int = 1
     rate: float = 1.5e-3
     device: str = "cpu"
