@@ -49,8 +49,9 @@ def run(*command: object, **environment: str) -> str:
 @pytest.fixture(scope="session")
 def nested(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "nested"
-    # Without the sweeps, which the layers of the last test get, it takes little more than half the time.
-    few = ["--samples", "8", "--sequence-length", "256", "--held-out-samples", "1", "--setting", "sweeps=0"]
+    # Without the sweeps, which the layers of the last test get, and with little training it takes half the time.
+    few = ["--samples", "8", "--sequence-length", "256", "--held-out-samples", "1"]
+    few += ["--setting", "sweeps=0", "--setting", "end_to_end.epochs=0.5"]
     run(REPOSITORY / "tools" / "quantize.py", real_model, "--output", folder, "--group-size", "64", *few)
     return folder
 
