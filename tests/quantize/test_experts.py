@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,12 @@ def test_an_expert_that_no_token_reaches(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         outcome = Quantize(
             folder, tmp_path / "out", calibration=tmp_path / "text.txt", method="gptq", bits=[4], samples=2,
-            sequence_length=16, group_size=32, no_report=True,
+            sequence_length=16, group_size=32, held_out_samples=1,
         ).run()  # fmt: skip
+    idle = {f"model.layers.1.mlp.experts.{index}.{part}_proj" for index in (1, 7) for part in ("gate", "up", "down")}
+    assert idle <= outcome.shown
+    layers = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["layers"]
+    assert {layer["name"] for layer in layers if layer["shown"]} == outcome.shown < outcome.errors.keys()
     assert "layers of experts were reached by fewer tokens than 0.25 of their input features" in caplog.text
     assert set(outcome.errors) == set(open_checkpoint(tmp_path / "out").layers)
 
@@ -191,7 +196,7 @@ def test_a_layer_that_no_token_reaches_is_starved_in_any_case() -> None:
 def test_tokens_of_an_expert_are_weighed_in_their_places(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_has_bfloat16_instructions", lambda: False)
+    monkeypatch.setattr(device, "_bfloat16_is_faster", lambda: False)
     source = SourceModel(write_source(tmp_path, "mixtral", seed))
     with torch.no_grad():
         routing = Routing(random_model("mixtral", seed))

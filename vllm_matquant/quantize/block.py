@@ -26,6 +26,8 @@ class BlockTask:
         activations: what the block is given on the calibration text; None for a method that needs none.
         token_weights: how much each token of that counts in the Hessians of the layers, see
             :func:`vllm_matquant.quantize.sensitivity.token_weights`; without a layer's, all count the same.
+        shown: layers of experts that too few tokens reached, which are fitted to all tokens of the block; a method adds
+            them when it finds them.
     """
 
     name: str
@@ -35,6 +37,7 @@ class BlockTask:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decoder_kind: DecoderKind = AFFINE_INT8
     token_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shown: set[str] = field(default_factory=set)
 
     @property
     def calibration(self) -> Activations:

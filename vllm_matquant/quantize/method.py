@@ -97,6 +97,7 @@ class Method(ABC):
             task.calibration.outputs(task.block)
         starved = hessians.starved(self.least_tokens)
         if starved:
+            task.shown.update(starved)
             least = min(map(hessians.tokens, starved))
             with hessians.showing(task.block, starved):
                 task.calibration.run_again(task.block)

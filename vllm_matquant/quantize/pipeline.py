@@ -74,12 +74,14 @@ class Outcome:
             without one.
         calibration: :attr:`vllm_matquant.measure.windows.Windows.source`, None for a method without Hessians.
         seconds: wall time of each step.
+        shown: layers of experts that too few tokens reached: they were fitted to all tokens of their block.
     """
 
     errors: dict[str, dict[int, float]]
     quality: list[dict[str, Any]]
     calibration: dict[str, Any] | None
     seconds: dict[str, float]
+    shown: frozenset[str] = frozenset()
 
 
 class _Clock:
@@ -207,10 +209,11 @@ def quantize(
             work.begin(depends_on)
         with _kept_when_interrupted(run):
             quality = _take_part(run, held_out, clock)
+            shown = run.shown()
             errors = run.publish(writer, {"command": list(command), **origin})
         work.remove()
         clock.lap("write")
-    return Outcome(errors, quality, text, clock.seconds)
+    return Outcome(errors, quality, text, clock.seconds, shown)
 
 
 def _shape(windows: torch.Tensor | None) -> tuple[int, int]:

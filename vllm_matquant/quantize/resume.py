@@ -36,6 +36,7 @@ _PUBLISHING = "publishing"
 # Keys in the metadata of a block's file.
 _ERRORS = "errors"
 _KIND = "decoder_kind"
+_SHOWN = "shown"
 
 
 class ResumeError(CheckpointError):
@@ -110,13 +111,17 @@ class WorkFolder(UnfinishedWork):
             count += 1
         return count
 
-    def save(self, block: str, layers: Mapping[str, QuantizedLayer], kind: DecoderKind) -> None:
+    def save(
+        self, block: str, layers: Mapping[str, QuantizedLayer], kind: DecoderKind, shown: Iterable[str] = ()
+    ) -> None:
         """Keep a block's layers; they are there after a crash or not at all.
 
         Args:
             block: full name of the block, or of a layer outside of blocks.
             layers: by their full names.
             kind: of their decoders.
+            shown: those of them that were fitted to all tokens of the block, see
+                :class:`vllm_matquant.quantize.block.BlockTask`.
         """
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
@@ -124,7 +129,7 @@ class WorkFolder(UnfinishedWork):
             for decoder in layer.decoders.values():
                 tensors |= _tensors(name, decoder)
         errors = {name: list(layer.errors.items()) for name, layer in layers.items()}
-        metadata = {_ERRORS: json.dumps(errors), _KIND: kind.name}
+        metadata = {_ERRORS: json.dumps(errors), _KIND: kind.name, _SHOWN: json.dumps(sorted(shown))}
         publish(self._file(block), lambda temporary: save_tensors(tensors, temporary, metadata))
 
     def save_trained(self, width: int, blocks: Mapping[str, Mapping[str, Decoder]]) -> None:
@@ -173,6 +178,12 @@ class WorkFolder(UnfinishedWork):
                 for name in sorted({tensor.rpartition(".")[0] for tensor in file.keys()}):  # noqa: SIM118
                     layers[name].decoders[width] = _decoder(file, name, width, kind)
         return layers
+
+    def shown(self, block: str) -> list[str]:
+        """The layers of a block that were fitted to all of its tokens, as :meth:`save` was told."""
+        with safe_open(self._file(block), framework="pt") as file:
+            names: list[str] = json.loads(file.metadata()[_SHOWN])
+        return names
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"

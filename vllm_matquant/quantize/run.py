@@ -174,6 +174,10 @@ class Run:
         writer.finish(self.source.config, copy_from=self.source.folder, manifest=dict(manifest))
         return {name: errors[name] for name in self.selection.shapes if errors[name]}
 
+    def shown(self) -> frozenset[str]:
+        """The finished layers of experts that too few tokens reached: they were fitted to all tokens of their block."""
+        return frozenset(name for block in self.block_names for name in self.work.shown(block))
+
     @property
     def _head(self) -> str | None:
         return owner_of(self.source, self.source.output_head) if self.source.output_head else None
@@ -210,7 +214,7 @@ class Run:
             layers[name] = layer
             progress.update()
         if ranks.is_first():
-            self.work.save(task.name, layers, self.format.decoder_kind)
+            self.work.save(task.name, layers, self.format.decoder_kind, task.shown)
         self._advance(task, layers)
 
     def _replay(self, task: BlockTask) -> None:

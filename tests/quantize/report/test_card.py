@@ -53,6 +53,14 @@ def test_every_width_can_be_served() -> None:
     assert '"bits": 8' in body
 
 
+@pytest.mark.parametrize("shown", range(3))
+def test_experts_that_few_tokens_reached_are_counted(shown: int) -> None:
+    layers = [LayerRow(f"model.layers.{index}.a", (8, 64), {}, index < shown) for index in range(4)]
+    _, body = split(render_card(make_report(layers=layers)))
+    assert (f"reached {shown} of the 4 quantized layers, which belong to experts" in body) == (shown > 0)
+    assert body.count("few tokens") == min(shown, 1)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_checkpoint_of_one_width_has_no_files_to_leave_out(width: int) -> None:
     _, body = split(render_card(make_report(widths=(width,))))

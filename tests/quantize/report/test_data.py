@@ -83,4 +83,5 @@ def test_json() -> None:
         "name": "model.layers.1.self_attn.v_proj",
         "shape": [192, 576],
         "errors": {str(width): error for width, error in layer.errors.items()},
+        "shown": False,
     }

@@ -149,3 +149,12 @@ def test_same_report_gives_the_same_bytes() -> None:
     root = Path(__file__).parents[3]
     other = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True)
     assert other.stdout.decode() == render_page(make_report(1, (2, 8)))
+
+
+def test_experts_that_few_tokens_reached_are_marked() -> None:
+    layers = [LayerRow("model.layers.0.a", (8, 64), {}, shown=True), LayerRow("model.layers.0.b", (8, 64), {})]
+    page = render_page(make_report(layers=layers))
+    assert "1 layers of experts (*) were reached by few tokens" in page
+    assert "model.layers.0.a *<" in page
+    assert "model.layers.0.b<" in page
+    assert "few tokens" not in render_page(make_report(layers=layers[1:]))

@@ -47,7 +47,9 @@ def collect_report(
         method=method.name,
         settings=asdict(method),
         format=format_,
-        layers=[LayerRow(name, shape, errors(name)) for name, shape in checkpoint.layers.items()],
+        layers=[
+            LayerRow(name, shape, errors(name), name in outcome.shown) for name, shape in checkpoint.layers.items()
+        ],
         quality=outcome.quality,
         quality_text=quality_text,
         calibration=outcome.calibration,

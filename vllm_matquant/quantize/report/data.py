@@ -25,11 +25,13 @@ class LayerRow:
         errors: relative output error on the calibration text at each width of the model, see
             :func:`vllm_matquant.quantize.layer.relative_error`, before decoders are trained end to end; empty for a
             method without Hessians.
+        shown: whether it is a layer of an expert that too few tokens reached: it was fitted to all tokens of its block.
     """
 
     name: str
     shape: tuple[int, int]
     errors: dict[int, float]
+    shown: bool = False
 
     @property
     def kind(self) -> str:
@@ -95,6 +97,11 @@ class Report:
     def weights(self) -> int:
         """Number of quantized weights."""
         return sum(rows * columns for rows, columns in (layer.shape for layer in self.layers))
+
+    @property
+    def shown(self) -> list[LayerRow]:
+        """The layers of experts that too few tokens reached."""
+        return [layer for layer in self.layers if layer.shown]
 
     @property
     def source_perplexity(self) -> float | None:
