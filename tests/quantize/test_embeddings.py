@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.quantize.test_plan import NO_TIME, tensor_bytes
 from tests.quantize.tiny_sources import ARCHITECTURES, VOCABULARY, block_layers, write_source
-from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8, DecoderKind
+from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16, AFFINE_INT8
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.shard import read_header
@@ -215,8 +215,8 @@ def test_resume(
     save = WorkFolder.save
     names: list[str] = []
 
-    def interrupted(self: WorkFolder, block: str, layers: Any, kind: DecoderKind) -> None:
-        save(self, block, layers, kind)
+    def interrupted(self: WorkFolder, block: str, *arguments: Any) -> None:
+        save(self, block, *arguments)
         names.append(block)
         if len(names) == saved:
             raise KeyboardInterrupt

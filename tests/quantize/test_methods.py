@@ -225,7 +225,7 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("growht=3", r"setting: found 'growht=3', expected NAME=VALUE with one of damping, .*, growth, .*"),
+        ("growht=3", r"setting: found 'growht=3', expected NAME=VALUE with one of least_tokens, damping, .*"),
         ("widths=2", "found 'widths=2'"),
         ("growth", "setting growth: found '', expected one such as 2.5"),
         ("sweeps=1.5", "setting sweeps: found '1.5', expected one such as 2"),
@@ -261,7 +261,7 @@ def test_columns_from_left_to_right(random_layer: Callable[..., Layer]) -> None:
 
 
 def test_rounding_to_nearest_has_no_settings_of_its_own() -> None:
-    assert [name for name, _ in settings_of(METHODS["rtn"]((2, 8)))] == ["damping"]
+    assert [name for name, _ in settings_of(METHODS["rtn"]((2, 8)))] == ["least_tokens", "damping"]
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
