@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -231,7 +232,8 @@ def test_a_server_that_follows_its_load(folder: Path) -> None:
         assert state["active"]["bits"] == 8
         assert state["tokens"]["uniform-2"] > 0
         text = running.ask("/metrics")[1]
-        assert 'matquant_policy_decisions_total{reason="waiting"} 1.0' in text
+        # Once on a quiet machine; on a busy one the clients may pause, and the load come again.
+        assert re.search(r'matquant_policy_decisions_total\{reason="waiting"\} [1-9]', text)
         assert 'matquant_policy_decisions_total{reason="calm"}' in text
         assert "Following the load (waiting): uniform-2" in running.log.read_text()
 
