@@ -125,5 +125,5 @@ def test_leftovers_of_an_earlier_demo_are_replaced(
     demo.nested_checkpoint(source, folder)
     [call] = calls
     assert call[:6] == ["quantize", str(source), "--output", str(folder), "--group-size", "64"]
-    assert call[6:] == ["--samples", "32", "--no-report"]
+    assert call[6:] == ["--samples", "32", "--no-report", "--setting", "end_to_end.epochs=0.5"]
     assert not folder.exists()

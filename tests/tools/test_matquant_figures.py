@@ -269,7 +269,7 @@ def test_a_model_that_could_not_be_made(
         (["--rows", "nested", "--mix", "matquant-omni"], 1, "--mix: found matquant-omni, expected one of --rows (nes"),
         (["--rows", "omniquant", "--mix", "omniquant"], 1, "--mix: found omniquant, expected a row with one parent of"),
         (["--rows", "nested", "--mix-bits", "1.5"], 1, "--mix-bits: found 1.5, expected 2 to 8"),
-        (["--rows", "nested", "--setting", "x=1"], 1, "--setting: found x=1, expected NAME=VALUE with one of clip"),
+        (["--rows", "nested", "--setting", "x=1"], 1, "--setting: found x=1, expected NAME=VALUE with one"),
         (["--rows", "omniquant", "--setting", "terms=2"], 1, "--setting: found terms=2, expected NAME=VALUE with one"),
         (["--rows", "omniquant", "--setting", "clipping.rate=x"], 1, "setting clipping.rate: found 'x'"),
         (["--rows", "qat", "--code-rate", "-1"], 1, "code_rate: found -1.0, expected a number from 0 up"),
