@@ -29,7 +29,7 @@ from vllm_matquant.quantize.methods import METHODS
 from vllm_matquant.quantize.run import Run
 from vllm_matquant.quantize.tuning import TunedLayer
 
-PATIENCE = 20.0  # seconds after which a run counts as hung
+PATIENCE = 120.0  # seconds after which a run counts as hung, on a busy machine too
 BLOCKS = 2
 WINDOWS = 5  # not a multiple of 2, nor of 3
 
