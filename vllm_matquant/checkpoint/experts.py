@@ -50,6 +50,11 @@ class ExpertLinear(torch.nn.Linear):
     routed: Routed | None = None
 
 
+def routed_to(layer: torch.nn.Module) -> Routed | None:
+    """Which tokens the rows of the call are that ``layer`` is in; None of a layer that is given all tokens."""
+    return layer.routed if isinstance(layer, ExpertLinear) else None
+
+
 class Expert(torch.nn.Module):
     """An expert: ``down(act(gate(x)) * up(x))``.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vllm_matquant.checkpoint.experts import Expert, ExpertLinear, Experts, Routed
+from vllm_matquant.checkpoint.experts import Expert, ExpertLinear, Experts, Routed, routed_to
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.device import fast_moments
 
@@ -63,6 +63,11 @@ class Moments:
         return self._sum / self._tokens
 
 
+def enough_tokens(layer: torch.nn.Linear, share: float) -> float:
+    """How many tokens a layer must be fitted to: one, and of an expert's at least ``share`` of its input features."""
+    return max(1.0, share * layer.in_features) if isinstance(layer, ExpertLinear) else 1.0
+
+
 class HessianCollector:
     """Sums ``x^T x`` over the inputs of a block's linear layers while the block runs.
 
@@ -114,9 +119,7 @@ class HessianCollector:
 
     def starved(self, share: float) -> list[str]:
         """The layers of experts that no token reached, or fewer than ``share`` of their input features, in order."""
-        return [
-            name for name, layer in self.expert_layers.items() if self.tokens(name) < max(1, share * layer.in_features)
-        ]
+        return [name for name, layer in self.expert_layers.items() if self.tokens(name) < enough_tokens(layer, share)]
 
     @property
     def expert_layers(self) -> dict[str, ExpertLinear]:
@@ -209,7 +212,7 @@ class HessianCollector:
             return
         self._last = (name, inputs)
         self._owner[name] = name
-        routed = layer.routed if isinstance(layer, ExpertLinear) else None
+        routed = routed_to(layer)
         self._moments[name].add(inputs, self._weights_of(name, inputs.shape[:-1].numel(), routed))
 
     def _weights_of(self, name: str, rows: int, routed: Routed | None) -> torch.Tensor | None:

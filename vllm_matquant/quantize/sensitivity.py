@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vllm_matquant.checkpoint.experts import ExpertLinear, Routed
+from vllm_matquant.checkpoint.experts import Routed, routed_to
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS, allocate
 from vllm_matquant.quantize.device import fast_products, products_dtype, to_device
@@ -151,7 +151,7 @@ class _Pass:
             if self._last is None or self._last[1] is not inputs[0]:
                 self._last = (name, inputs[0])
             self._stages[name] = self._last[0]
-            routed = module.routed if isinstance(module, ExpertLinear) else None
+            routed = routed_to(module)
             output.register_hook(lambda gradient: take(gradient, routed))
 
         return hook

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call
 
-from vllm_matquant.checkpoint.experts import ExpertLinear, Routed
+from vllm_matquant.checkpoint.experts import Routed, routed_to
 from vllm_matquant.quantize import ranks
 from vllm_matquant.quantize.activations import BATCH_TOKENS
 from vllm_matquant.quantize.block import BlockTask
 from vllm_matquant.quantize.columns import damp
 from vllm_matquant.quantize.device import fast_moments
+from vllm_matquant.quantize.hessian import enough_tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def measure_drift(
                 cross.addmm_(off.T, drifted)
     ranks.sum_(*(each for pair in sums.values() for each in pair))
     measured = dict(zip(decoded, map(int, ranks.totals(list(counts.values()))), strict=True))
-    least = max(1.0, share * linear.in_features) if isinstance(linear, ExpertLinear) else 1
+    least = enough_tokens(linear, share)
     return {
         width: Drift(hessian / measured[width], cross / measured[width])
         for width, (hessian, cross) in sums.items()
@@ -110,8 +111,7 @@ def _inputs(
     found: list[tuple[torch.Tensor, Routed | None]] = []
 
     def stop(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        routed = layer.routed if isinstance(layer, ExpertLinear) else None
-        found.append((inputs[0].flatten(0, -2).float(), routed))
+        found.append((inputs[0].flatten(0, -2).float(), routed_to(layer)))
         raise _ReachedError
 
     hook = linear.register_forward_pre_hook(stop)

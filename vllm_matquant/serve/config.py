@@ -70,9 +70,8 @@ class MatquantConfig(QuantizationConfig):
         self.rows: RowSlots | None = None
         self.active_slot = 0
         self._mappers: list[Any] = []  # from the checkpoint's names to vLLM's
-        self._weights: list[
-            str
-        ] = []  # names in the checkpoint of what has a tensor "weight", as quantized layers do not
+        # Names in the checkpoint of what has a tensor "weight", as quantized layers do not.
+        self._weights: list[str] = []
         self._plain: dict[int, frozenset[str]] = {}  # the same by vLLM's names, for so many mappers
         self.ignored_layers = frozenset(checkpoint_format.ignored_layers)
         self.quantized_embeddings = frozenset(checkpoint_format.quantized_embeddings)
