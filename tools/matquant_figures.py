@@ -40,7 +40,8 @@ MEASURED_FILE = "measured.json"
 _EPILOG = f"""rows: {", ".join(ROWS)}
 
 A row ending in -from-8 has the loss [8,4,8->2] and one in -and-8 [8,4,2,8->2] (co-distillation); the others of MatQuant
-have [8,4,2]. omniquant and qat are models for each width alone, omniquant-sliced and qat-sliced 8-bit models cut down.
+have [8,4,2], one ending in -extra with a level more in each slice (extra precision, for which the paper counts 2.05
+bits). omniquant and qat are models for each width alone, omniquant-sliced and qat-sliced 8-bit models cut down.
 For budgets that are searched, run matquant search on the folder of a row in OUT; --mix shows what it finds.
 
     python tools/matquant_figures.py MODEL --text news.txt --output OUT --rows omniquant,matquant-omni

@@ -16,12 +16,14 @@ from pathlib import Path
 from vllm_matquant.checkpoint.spec import PARENT_BITS, WIDTHS
 from vllm_matquant.quantize.methods import METHODS, settings_of, with_settings
 from vllm_matquant.quantize.terms import Term, parse_terms, trained_widths
-from vllm_matquant.train.settings import NATIVE, ROUNDED, TrainingSettings
+from vllm_matquant.train.settings import NATIVE, ROUNDED, ROUNDED_EXTRA, TrainingSettings
 
 LOSSES = {"": "8,4,2", "-from-8": "8,4,8->2", "-and-8": "8,4,2,8->2"}
 """MatQuant's losses, by what ends the name of a row: without and with co-distillation (section 3.2)."""
+EXTRA = "-extra"
+"""What ends the name of a row with extra precision: slices that are rounded and not clamped."""
 NARROWEST = WIDTHS[0]
-_METHODS = ("omniquant", "matquant-omni", "rtn", "nested", "nested-tuned", "nested-vq")  # of all rows
+_METHODS = ("omniquant", "matquant-omni", "rtn", "nested", "nested-tuned", "nested-vq")  # whose settings rows can have
 _LOSS_SETTINGS = ("terms", "weights")
 
 
@@ -229,11 +231,10 @@ def _omniquant(effort: Effort) -> Row:
     return Row("omniquant", models, tuple(models))
 
 
-def _omni(ending: str, loss: str, effort: Effort) -> Row:
+def _omni(name: str, method: str, loss: str, effort: Effort) -> Row:
     terms = parse_terms(loss)
     settings = [f"terms={loss}", f"weights={weights_of(terms, effort)}"]
-    name = f"matquant-omni{ending}"
-    return _parent(quantized(effort, name, "matquant-omni", WIDTHS, *settings), trained_widths(terms))
+    return _parent(quantized(effort, name, method, WIDTHS, *settings), trained_widths(terms))
 
 
 def _omniquant_sliced(effort: Effort) -> Row:
@@ -249,9 +250,9 @@ def _qat(effort: Effort) -> Row:
     return Row("qat", models, tuple(models))
 
 
-def _rounded(name: str, loss: str, effort: Effort) -> Row:
+def _rounded(name: str, loss: str, effort: Effort, form: str = ROUNDED) -> Row:
     parent = quantized(effort, "rtn", "rtn", WIDTHS)
-    return _parent(trained(effort, name, parent, ROUNDED, loss), trained_widths(parse_terms(loss)))
+    return _parent(trained(effort, name, parent, form, loss), trained_widths(parse_terms(loss)))
 
 
 def _single(effort: Effort) -> Row:
@@ -277,12 +278,14 @@ def _makers() -> Iterator[tuple[str, Callable[[Effort], Row]]]:
     yield "omniquant", _omniquant
     yield "omniquant-sliced", _omniquant_sliced
     for ending, loss in LOSSES.items():
-        yield f"matquant-omni{ending}", partial(_omni, ending, loss)
+        yield f"matquant-omni{ending}", partial(_omni, f"matquant-omni{ending}", "matquant-omni", loss)
+    yield f"matquant-omni{EXTRA}", partial(_omni, f"matquant-omni{EXTRA}", "matquant-omni-extra", LOSSES[""])
     yield "qat", _qat
     yield "qat-sliced", partial(_rounded, "qat-sliced", str(PARENT_BITS))
     yield "matquant-qat-single", _single
     for ending, loss in LOSSES.items():
         yield f"matquant-qat{ending}", partial(_rounded, f"matquant-qat{ending}", loss)
+    yield f"matquant-qat{EXTRA}", partial(_rounded, f"matquant-qat{EXTRA}", LOSSES[""], form=ROUNDED_EXTRA)
     for method in ("nested", "nested-tuned", "nested-vq"):
         yield method, partial(_ours, method)
     for ending, loss in LOSSES.items():

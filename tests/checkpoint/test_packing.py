@@ -77,5 +77,7 @@ def test_slices_of_every_code(width: int, stored_width: int) -> None:
     if stored_width > width or width == 8:
         # MatQuant, eq. 6, in exact arithmetic: clamp(floor(q / 2^(8-r) + 1/2), 0, 2^r - 1).
         step = 2 ** (8 - width)
-        rounded = [min((2 * parent + step) // (2 * step), 2**width - 1) for parent in range(256)]
+        exact = [(2 * parent + step) // (2 * step) for parent in range(256)]
+        rounded = [min(code, 2**width - 1) for code in exact]
         assert slice_codes(stored, stored_width, width, "round").tolist() == rounded
+        assert slice_codes(stored, stored_width, width, "round-extra").tolist() == exact

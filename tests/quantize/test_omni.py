@@ -12,6 +12,7 @@ from tests.quantize.exact_decoders import assert_same_decoders
 from tests.quantize.test_sequential import first_task
 from vllm_matquant.checkpoint.decoder import AFFINE_FLOAT16
 from vllm_matquant.checkpoint.packing import slice_codes
+from vllm_matquant.checkpoint.slicing import Slicing
 from vllm_matquant.checkpoint.spec import WIDTHS
 from vllm_matquant.quantize.baselines import RoundToNearest
 from vllm_matquant.quantize.block import BlockTask
@@ -28,7 +29,7 @@ def random_weight(seed: int, rows: int = 6, columns: int = 64) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def plainly_decoded(weight: torch.Tensor, kept: torch.Tensor, group: int, width: int) -> torch.Tensor:
+def plainly_decoded(weight: torch.Tensor, kept: torch.Tensor, group: int, width: int, highest: int) -> torch.Tensor:
     """Equations 6 of MatQuant and 2 of OmniQuant, group after group; derivatives of roundings are one."""
     rows = []
     for row, low_share, high_share in zip(weight, kept[0].sigmoid(), kept[1].sigmoid(), strict=True):
@@ -41,21 +42,23 @@ def plainly_decoded(weight: torch.Tensor, kept: torch.Tensor, group: int, width:
             cell = 2 ** (8 - width)
             if cell > 1:
                 short = code / cell
-                short = torch.clamp(short + (torch.floor(short + 0.5) - short).detach(), 0, 2**width - 1)
+                short = torch.clamp(short + (torch.floor(short + 0.5) - short).detach(), 0, highest)
                 code = short * cell
             parts.append(code * step + low)
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("slicing", ["round", "round-extra"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_weights_and_their_derivatives(width: int) -> None:
+def test_weights_and_their_derivatives(width: int, slicing: Slicing) -> None:
     weight = random_weight(width)
-    layer = ClippedLayer(weight, 16, 8, [width], SETTINGS)
+    layer = ClippedLayer(weight, 16, 8, [width], slicing, SETTINGS)
     kept = (0.5 + torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(width))).requires_grad_()
     layer._kept.data.copy_(kept.detach())
     [found] = layer.weights()
-    expected = plainly_decoded(weight, kept, 16, width)
+    highest = 2**width if slicing == "round-extra" else 2**width - 1
+    expected = plainly_decoded(weight, kept, 16, width, highest)
     torch.testing.assert_close(found, expected)
     gradient = random_weight(width + 100)
     (slope,) = torch.autograd.grad(expected, [kept], gradient)
@@ -63,23 +66,25 @@ def test_weights_and_their_derivatives(width: int) -> None:
     torch.testing.assert_close(layer._kept.grad, slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("slicing", ["round", "round-extra"])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_stored_is_what_was_trained(seed: int) -> None:
+def test_what_is_stored_is_what_was_trained(seed: int, slicing: Slicing) -> None:
     weight = random_weight(seed)
-    layer = ClippedLayer(weight, 16, 8, WIDTHS, SETTINGS)
+    layer = ClippedLayer(weight, 16, 8, WIDTHS, slicing, SETTINGS)
     for number in range(1, 6):
         layer.weights()
         layer.step([random_weight(10 * number + width) for width in WIDTHS], number)
     codes, grid = layer.finish()
     for width, decoded in zip(WIDTHS, layer.weights(), strict=True):
         stored = AFFINE_FLOAT16.encode(rounded_levels(grid, width), width)
-        sliced = slice_codes(codes, 8, width, "round")
+        sliced = slice_codes(codes, 8, width, slicing)
+        assert (int(sliced.max()) == 2**width) == (slicing == "round-extra" and width < 8)
         torch.testing.assert_close(stored.decode(sliced), decoded, rtol=2e-3, atol=2e-3)
 
 
 def test_groups_without_a_range_stay_as_they_are() -> None:
     weight = torch.tensor([0.0, 0.7, -0.3, 1e-30]).repeat_interleave(16)[None].repeat(2, 1)
-    layer = ClippedLayer(weight, 16, 8, (2, 8), SETTINGS)
+    layer = ClippedLayer(weight, 16, 8, (2, 8), "round", SETTINGS)
     for decoded in layer.weights():
         torch.testing.assert_close(decoded, weight)
     layer.step([torch.ones_like(weight)] * 2, 1)
@@ -89,7 +94,7 @@ def test_groups_without_a_range_stay_as_they_are() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_groups_on_one_side_of_zero(sign: int) -> None:
     weight = sign * (5 + random_weight(0, 3, 32).abs() / 100)
-    layer = ClippedLayer(weight, 16, 8, (8,), SETTINGS)
+    layer = ClippedLayer(weight, 16, 8, (8,), "round", SETTINGS)
     codes, grid = layer.finish()
     assert (grid.scale > 0).all()
     assert codes.dtype == torch.uint8
@@ -172,7 +177,7 @@ def test_interpolated_widths_are_slices_of_the_same_code(llama: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["omniquant", "matquant-omni"])
+@pytest.mark.parametrize("name", ["omniquant", "matquant-omni", "matquant-omni-extra"])
 def test_same_seed_same_bytes(llama: Path, name: str) -> None:
     def codes(seed: int) -> torch.Tensor:
         widths = (2,) if name == "omniquant" else (2, 4, 8)

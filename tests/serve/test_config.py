@@ -27,6 +27,7 @@ from vllm_matquant.serve import files
 from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.experts import MatquantExpertsMethod
+from vllm_matquant.serve.limits import check_served
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import MatquantModelLoader
 
@@ -152,6 +153,12 @@ def test_config_json_is_checked() -> None:
         MatquantConfig.from_config(format_to_config(Format(decoder_kind=CODEBOOK)) | {"slicing": "round"})
     with pytest.raises(ConfigError, match="group_size"):
         MatquantConfig.from_config(format_to_config(Format()) | {"group_size": 12})
+
+
+def test_slices_with_a_level_more_than_their_bits_hold_are_refused() -> None:
+    check_served(Format(slicing="round"))
+    with pytest.raises(ConfigError, match=r"slicing: found 'round-extra', .* 2\^r \+ 1 levels"):
+        check_served(Format(slicing="round-extra"))
 
 
 @pytest.fixture(scope="module")

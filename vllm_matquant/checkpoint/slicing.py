@@ -10,7 +10,7 @@ import torch
 
 PARENT_BITS = 8
 
-Slicing = Literal["truncate", "round"]
+Slicing = Literal["truncate", "round", "round-extra"]
 """The name of a rule in config.json."""
 
 
@@ -18,6 +18,7 @@ class SliceRule(ABC):
     """How codes are cut to fewer bits."""
 
     name: ClassVar[Slicing]
+    fits_width: ClassVar[bool] = True  # whether a slice of r bits has no more than 2^r levels
 
     @abstractmethod
     def stored_width(self, width: int) -> int:
@@ -33,8 +34,12 @@ class SliceRule(ABC):
             width: of the result.
 
         Returns:
-            uint8 of the same shape, each below ``2^width``; ``codes`` themselves if there is nothing to cut.
+            uint8 of the same shape, each at most :meth:`highest`; ``codes`` themselves if there is nothing to cut.
         """
+
+    def highest(self, width: int) -> int:
+        """The highest code of a slice of ``width`` bits."""
+        return int(2**width - 1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Round(SliceRule):
     rounding.
     """
 
-    name = "round"
+    name: ClassVar[Slicing] = "round"
 
     def stored_width(self, width: int) -> int:
         return min(width + 1, PARENT_BITS)
@@ -68,8 +73,23 @@ class Round(SliceRule):
         drop = stored_width - width
         if drop == 0:
             return codes
-        return ((codes >> drop) + ((codes >> (drop - 1)) & 1)).clamp_(max=2**width - 1)
+        return ((codes >> drop) + ((codes >> (drop - 1)) & 1)).clamp_(max=self.highest(width))
 
 
-SLICE_RULES: dict[Slicing, SliceRule] = {rule.name: rule for rule in (Truncate(), Round())}
+@dataclass(frozen=True)
+class RoundExtra(Round):
+    """MatQuant's slices with extra precision (arXiv 2502.06786): rounded, not clamped.
+
+    What rounds up past the highest code of r bits keeps a level of its own, so that a slice narrower than the parent
+    has 2^r + 1 of them, and no r bits hold it.
+    """
+
+    name = "round-extra"
+    fits_width = False
+
+    def highest(self, width: int) -> int:
+        return int(2**width) if width < PARENT_BITS else super().highest(width)
+
+
+SLICE_RULES: dict[Slicing, SliceRule] = {rule.name: rule for rule in (Truncate(), Round(), RoundExtra())}
 """The rules that the format has, by their names in config.json."""

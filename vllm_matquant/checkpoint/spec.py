@@ -14,8 +14,9 @@ and of each width r its decoder, see :mod:`vllm_matquant.checkpoint.decoder`
 Codes are packed along the input dimension, first column in the least significant bits of the first byte; in_features
 is a multiple of 8. With the slicing semantic "truncate" the r-bit code of a weight is ``t = q >> (8 - r)``, which the
 decoder of width r makes a weight. With "round" (MatQuant, eq. 6) the r-bit code is the parent rounded to r bits and
-clamped, so it also needs the plane r + 1. What lifts the checkpoint to width r (plane and decoder) lies in shards of
-its own; every tensor that is not quantized lies in the shards of width 2 with the base.
+clamped, so it also needs the plane r + 1; with "round-extra" it is not clamped. What lifts the checkpoint to width r
+(plane and decoder) lies in shards of its own; every tensor that is not quantized lies in the shards of width 2 with the
+base.
 
 A recipe, which gives each layer its width, may have decoders of its own: ``recipes/NAME.safetensors`` holds, of each
 layer, the decoder of its width under the names above, and they take the place of those in the shards.
@@ -71,7 +72,8 @@ class Format:
         group_size: columns that share a decoder; "channel" for one group per row; "auto" for the largest of 128, 64, 32
             that divides the layer's in_features.
         ignored_layers: full names of linear layers that are not quantized, as in the source checkpoint.
-        slicing: name of the slice rule: "truncate" (native) or "round" (MatQuant's semantic).
+        slicing: name of the slice rule: "truncate" (native), "round" (MatQuant's semantic) or "round-extra" (the
+            same without its clamp, to be measured and not served).
         quantized_embeddings: full name of the input embedding, if it is quantized. An output head that is tied to it is
             quantized exactly if the embedding is, and has no tensors of its own.
         layer_group_sizes: what takes the place of ``group_size`` in single layers, by their full names.

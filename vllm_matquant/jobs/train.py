@@ -133,8 +133,8 @@ class Train(PlannedJob[Outcome]):
         default=_DEFAULT.form,
         metadata=argument(
             "native: slices are prefixes, each width with decoders of its own; rounded: MatQuant's own latent weights "
-            "and rounded slices, there only to compare with the paper: such a slice reads one bit more (default: "
-            "%(default)s)",
+            "and rounded slices, there only to compare with the paper: such a slice reads one bit more; rounded-extra: "
+            "with its extra precision, which no server has (default: %(default)s)",
             choices=tuple(SLICINGS),
             group="loss",
         ),

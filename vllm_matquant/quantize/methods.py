@@ -13,11 +13,22 @@ from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.nested import Nested
 from vllm_matquant.quantize.nested_tuned import NestedTuned
 from vllm_matquant.quantize.nested_vq import NestedVQ
-from vllm_matquant.quantize.omni import MatQuantOmni, OmniQuant
+from vllm_matquant.quantize.omni import MatQuantOmni, MatQuantOmniExtra, OmniQuant
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Nested, NestedTuned, NestedVQ, MatQuantOmni, OmniQuant, MatGPTQ, GPTQ, GPTVQ, RoundToNearest)
+    for method in (
+        Nested,
+        NestedTuned,
+        NestedVQ,
+        MatQuantOmni,
+        MatQuantOmniExtra,
+        OmniQuant,
+        MatGPTQ,
+        GPTQ,
+        GPTVQ,
+        RoundToNearest,
+    )
 }
 
 

@@ -21,7 +21,7 @@ from vllm_matquant.checkpoint.spec import PARENT_BITS, Format, served_width
 from vllm_matquant.quantize import ranks
 from vllm_matquant.train.latent import LatentWeight, NestedWeight, Parent, Switch, place_in, scatter_in
 from vllm_matquant.train.rounded import RoundedWeight
-from vllm_matquant.train.settings import AT_RANDOM, AT_SOURCE, NATIVE
+from vllm_matquant.train.settings import AT_RANDOM, AT_SOURCE, NATIVE, SLICINGS
 
 LoadParent = Callable[[str], Parent]
 """Gives the parent's layer of a name."""
@@ -165,7 +165,7 @@ def maker_of(format_: Format, load: LoadParent, form: str, start: str, seed: int
                 places = place_in(parent, weight)
             return NestedWeight(parent, trained, switch, places)
         group_size = format_.group_size_of(weight.shape[1], layer)
-        return RoundedWeight(weight, group_size, format_.widths_of(layer), trained, switch)
+        return RoundedWeight(weight, group_size, format_.widths_of(layer), trained, switch, SLICINGS[form])
 
     return make
 

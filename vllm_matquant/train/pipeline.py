@@ -110,10 +110,11 @@ def check_parent(parent: Checkpoint, settings: TrainingSettings) -> None:
         raise UntrainableError(
             where, "decoder_kind", form.decoder_kind.name, "affine-int8 or affine-float16, which can be trained", again
         )
-    if settings.form == ROUNDED:
-        if form.quantized_embeddings and form.slicing != SLICINGS[ROUNDED]:
-            found, expected = list(form.quantized_embeddings), "none, or a parent with rounded slices, as these stay"
-            hint = f"{again} --method matgptq"
+    if settings.form != NATIVE:
+        if form.quantized_embeddings and form.slicing != SLICINGS[settings.form]:
+            method = "matgptq" if settings.form == ROUNDED else "matquant-omni-extra"
+            found, expected = list(form.quantized_embeddings), "none, or a parent with such slices, as these stay"
+            hint = f"{again} --method {method}"
             raise UntrainableError(where, "quantized_embeddings", found, expected, hint)
     elif form.slicing != SLICINGS[NATIVE]:
         hint = f"{again}, by another --method than matgptq"

@@ -20,7 +20,8 @@ import torch
 
 from vllm_matquant.checkpoint.affine import Affine
 from vllm_matquant.checkpoint.packing import slice_codes
-from vllm_matquant.checkpoint.spec import PARENT_BITS, served_width
+from vllm_matquant.checkpoint.slicing import SLICE_RULES
+from vllm_matquant.checkpoint.spec import PARENT_BITS, Slicing, served_width
 from vllm_matquant.quantize.decoders import parent_grid, rounded_levels
 from vllm_matquant.train.latent import LatentWeight, Switch, Whole, local
 
@@ -36,9 +37,11 @@ class _RoundedThrough(torch.autograd.Function):
         context: Any, shift: torch.Tensor, latent: RoundedWeight, width: int, dtype: torch.dtype
     ) -> torch.Tensor:
         codes, grid = latent.quantized(shift)
-        sliced = slice_codes(codes, PARENT_BITS, width, "round")
-        # Those that the clamp to 2^width - 1 has cut: rounding alone would have given 2^width.
-        clamped = codes >= 2**PARENT_BITS - 2 ** (PARENT_BITS - width) // 2 if width < PARENT_BITS else codes < 0
+        sliced = slice_codes(codes, PARENT_BITS, width, latent.slicing)
+        # Those that a clamp to 2^width - 1 has cut: rounding alone would have given 2^width.
+        rounded_up = 2**PARENT_BITS - 2 ** (PARENT_BITS - width) // 2
+        cuts = width < PARENT_BITS and SLICE_RULES[latent.slicing].highest(width) < 2**width
+        clamped = codes >= rounded_up if cuts else codes < 0
         context.save_for_backward(clamped, latent.unit)
         return rounded_levels(grid, width, latent.bits).decode(sliced).to(dtype)
 
@@ -61,17 +64,25 @@ class RoundedWeight(LatentWeight):
         weight: [out_features, in_features], the source's, where the latent weight starts.
         group_size: columns that share a grid.
         widths, trained, switch: as of :class:`LatentWeight`.
+        slicing: how codes are cut; with extra precision they are not clamped.
     """
 
     unit: torch.Tensor
     low: torch.Tensor
 
     def __init__(
-        self, weight: torch.Tensor, group_size: int, widths: Sequence[int], trained: Iterable[int], switch: Switch
+        self,
+        weight: torch.Tensor,
+        group_size: int,
+        widths: Sequence[int],
+        trained: Iterable[int],
+        switch: Switch,
+        slicing: Slicing = "round",
     ) -> None:
         grid = parent_grid(weight.float(), group_size)
         grouped = weight.float().unflatten(1, (-1, group_size))
         positions = (grouped - grid.offset.unsqueeze(2)) / grid.scale.unsqueeze(2).clamp(min=_TINY)
+        self.slicing = slicing
         self.bits = widths[0] if len(widths) == 1 else PARENT_BITS
         levels = 2**self.bits - 1
         codes = (positions * (levels / _HIGHEST)).round().clamp(0, levels).to(torch.uint8)
@@ -110,7 +121,7 @@ class RoundedWeight(LatentWeight):
         assert self.shift is not None
         own = served_width(self.widths, width)
         now, start = (
-            slice_codes(each, PARENT_BITS, own, "round")
+            slice_codes(each, PARENT_BITS, own, self.slicing)
             for each in (self.quantized(local(self.shift), rows)[0], self.codes[rows])
         )
         return int((now != start).count_nonzero())

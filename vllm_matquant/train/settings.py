@@ -17,9 +17,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 _WARM_UP = 20  # steps, where there are enough
-NATIVE, ROUNDED = "native", "rounded"
+NATIVE, ROUNDED, ROUNDED_EXTRA = "native", "rounded", "rounded-extra"
 AT_RANDOM, AT_SOURCE, IN_THE_MIDDLE = STARTS = "random", "source", "middle"
-SLICINGS: dict[str, Slicing] = {NATIVE: "truncate", ROUNDED: "round"}
+SLICINGS: dict[str, Slicing] = {NATIVE: "truncate", ROUNDED: "round", ROUNDED_EXTRA: "round-extra"}
 """How the slices of a checkpoint are cut, by the form of its training."""
 
 
@@ -59,9 +59,9 @@ class TrainingSettings:
         gradient_checkpointing: keep each block's inputs alone and run it once more for its derivatives.
         device: torch device.
         form: NATIVE for slices that are prefixes, each width with decoders of its own; ROUNDED for MatQuant's own, to
-            compare with the paper, see :mod:`vllm_matquant.train.rounded`.
+            compare with the paper, see :mod:`vllm_matquant.train.rounded`; ROUNDED_EXTRA for its extra precision.
         start: AT_RANDOM for positions that start anywhere in their code's cell; AT_SOURCE where the source's weight
-            lies in it; IN_THE_MIDDLE for all of them in its middle. The form ROUNDED starts at the source in any case.
+            lies in it; IN_THE_MIDDLE for all of them in its middle. Rounded forms start at the source in any case.
 
     Raises:
         ValueError: a number is out of its range, or there are not as many weights as terms.
