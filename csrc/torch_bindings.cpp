@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(matquant, m) {
     m.def("free_weight(int weight) -> ()");
     m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias) -> Tensor");
     m.def("linear_by_row(Tensor x, Tensor weights, Tensor slots, int out_features, Tensor? bias) -> Tensor");
+    m.def("grouped_linear(Tensor x, Tensor weights, Tensor groups, Tensor? slots, int out_features) -> Tensor");
     m.def("embedding(Tensor rows, Tensor weight, int columns, ScalarType dtype) -> Tensor");
     m.def("embedding_by_row(Tensor rows, Tensor weights, Tensor slots, int columns, ScalarType dtype) -> Tensor");
     m.def(

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
     from vllm_matquant.checkpoint.recipe import Recipe
     from vllm_matquant.checkpoint.slice import Slice
-    from vllm_matquant.jobs.bench import BenchKernel, BenchServe, bench_kernel, bench_serve
+    from vllm_matquant.jobs.bench import (
+        BenchExperts,
+        BenchKernel,
+        BenchServe,
+        bench_experts,
+        bench_kernel,
+        bench_serve,
+    )
     from vllm_matquant.jobs.control import Control, control
     from vllm_matquant.jobs.evaluate import Evaluate, evaluate
     from vllm_matquant.jobs.models import load_model, serve, switch
@@ -32,12 +39,13 @@ if TYPE_CHECKING:
     from vllm_matquant.quantize.nested import Nested
     from vllm_matquant.quantize.nested_tuned import NestedTuned
     from vllm_matquant.quantize.nested_vq import NestedVQ
-    from vllm_matquant.quantize.omni import MatQuantOmni, OmniQuant
+    from vllm_matquant.quantize.omni import MatQuantOmni, MatQuantOmniExtra, OmniQuant
 
 __all__ = [
     "GPTQ",
     "GPTVQ",
     "METHODS",
+    "BenchExperts",
     "BenchKernel",
     "BenchServe",
     "Checkpoint",
@@ -45,6 +53,7 @@ __all__ = [
     "Evaluate",
     "MatGPTQ",
     "MatQuantOmni",
+    "MatQuantOmniExtra",
     "Method",
     "Nested",
     "NestedTuned",
@@ -60,6 +69,7 @@ __all__ = [
     "Train",
     "Verify",
     "__version__",
+    "bench_experts",
     "bench_kernel",
     "bench_serve",
     "control",
@@ -80,7 +90,14 @@ _MODULES = {
     "checkpoint.reader": ("Checkpoint", "open_checkpoint"),
     "checkpoint.recipe": ("Recipe",),
     "checkpoint.slice": ("Slice",),
-    "jobs.bench": ("BenchKernel", "BenchServe", "bench_kernel", "bench_serve"),
+    "jobs.bench": (
+        "BenchExperts",
+        "BenchKernel",
+        "BenchServe",
+        "bench_experts",
+        "bench_kernel",
+        "bench_serve",
+    ),
     "jobs.control": ("Control", "control"),
     "jobs.evaluate": ("Evaluate", "evaluate"),
     "jobs.models": ("load_model", "serve", "switch"),
@@ -97,7 +114,7 @@ _MODULES = {
     "quantize.nested": ("Nested",),
     "quantize.nested_tuned": ("NestedTuned",),
     "quantize.nested_vq": ("NestedVQ",),
-    "quantize.omni": ("MatQuantOmni", "OmniQuant"),
+    "quantize.omni": ("MatQuantOmni", "MatQuantOmniExtra", "OmniQuant"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <deque>
 #include <iterator>
 #include <limits>
 #include <memory>
@@ -30,6 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kPackingTokens = 8;     // the fewest that are worth a thread
+constexpr int64_t kLine = 64;             // of the cache, in bytes
 constexpr int64_t kPackingSpans = 16384;  // of all tokens, the fewest whose second bytes are worth one
 
 Element element_of(ScalarType dtype) {
@@ -97,7 +97,7 @@ Rounding choose_rounding(const Weight& weight, int32_t widest, Element element) 
     return widest <= kMostWidthOf8Bits ? kRoundings[widest - kMinWidth] : Rounding{16, kNever};
 }
 
-// Activations of a block of tokens, packed.
+// Activations of a block of tokens, packed: those of all tasks, one after the other.
 struct PackedActivations {
     Scratch<uint8_t> steps;
     Scratch<uint8_t> second_bytes;
@@ -105,27 +105,40 @@ struct PackedActivations {
     Scratch<Factor> factors;
 };
 
-// A task and how it is divided.
-struct Part {
-    std::shared_ptr<const Plan> plan;
-    std::vector<Product> products;  // of each segment, but for the tokens
+// How much of each a task takes, or how much those before it have taken.
+struct Room {
+    int64_t steps = 0, second_bytes = 0, second_counts = 0, factors = 0;
+
+    Room operator+(const Room& other) const {
+        return {steps + other.steps, second_bytes + other.second_bytes, second_counts + other.second_counts,
+                factors + other.factors};
+    }
 };
 
-Part describe(const Task& task, int64_t threads, PackedActivations& scratch) {
+// A task and how it is divided.
+struct Part {
+    const Task* task;
+    std::shared_ptr<const Plan> plan;
+    std::vector<Product> products;  // of each segment, but for the tokens
+    Room room;
+};
+
+// All but where its packed activations lie.
+Part describe(const Task& task, int64_t threads) {
     const Weight& weight = *task.weight;
     const Kernel& kernel = *isa_in_use().kernel;
     const Span past = count_spans(weight.columns, weight.group_size);
     const int64_t tokens = std::min(task.tokens, kBlockTokens);
-    Part part = {task.prepared->plan(weight, threads), {}};
+    Part part = {&task, task.prepared->plan(weight, threads), {}, {}};
     const Rounding rounding = choose_rounding(weight, part.plan->widest, task.product.element);
     const int64_t bytes = (past.chunk() * tokens + kSpareTokens) * kernel.chunk_bytes(rounding.bits);
+    // In whole lines of the cache, as elements of four bytes or more are too.
+    const auto whole = [](int64_t count) { return ceil_div(count, kLine) * kLine; };
+    part.room = {whole(bytes), rounding.outlier == kNever ? 0 : whole(bytes), whole(past.index()),
+                 whole(past.index() * tokens)};
     Product product = task.product;
     product.activation_bits = rounding.bits;
     product.outlier = rounding.outlier;
-    product.activations = scratch.steps.take(bytes);
-    product.second_bytes = scratch.second_bytes.take(rounding.outlier == kNever ? 1 : bytes);
-    product.second_counts = scratch.second_counts.take(past.index());
-    product.factors = scratch.factors.take(past.index() * tokens);
     for (const PreparedWeight::Rows& segment : task.prepared->segments()) {
         product.plane_stride = segment.plane_stride;
         part.products.push_back(product);
@@ -133,17 +146,44 @@ Part describe(const Task& task, int64_t threads, PackedActivations& scratch) {
     return part;
 }
 
-// Packs the activations of a task's block of tokens, for all segments at once.
-void pack(const Task& task, Part& part, int64_t first, int64_t count) {
+// Gives each task room for its packed activations.
+void take_room(std::vector<Part>& parts, PackedActivations& scratch) {
+    Room total;
+    for (const Part& part : parts) {
+        total = total + part.room;
+    }
+    uint8_t* steps = scratch.steps.take(total.steps);
+    uint8_t* second_bytes = scratch.second_bytes.take(std::max<int64_t>(total.second_bytes, 1));
+    int32_t* second_counts = scratch.second_counts.take(total.second_counts);
+    Factor* factors = scratch.factors.take(total.factors);
+    Room before;
+    for (Part& part : parts) {
+        for (Product& product : part.products) {
+            product.activations = steps + before.steps;
+            product.second_bytes = second_bytes + before.second_bytes;
+            product.second_counts = second_counts + before.second_counts;
+            product.factors = factors + before.factors;
+        }
+        before = before + part.room;
+    }
+}
+
+// Points a task's products at its block of tokens.
+void set_block(Part& part, int64_t first, int64_t count) {
+    const Task& task = *part.task;
     const int64_t element_size = task.product.element == Element::kFloat ? 4 : 2;
     for (Product& product : part.products) {
         product.tokens = count;
         product.input = static_cast<const uint8_t*>(task.product.input) + first * product.columns * element_size;
         product.output = static_cast<uint8_t*>(task.product.output) + first * product.output_stride * element_size;
     }
+}
+
+// Packs the activations of a task's block of tokens, for all segments at once.
+void pack(const Part& part) {
     const Kernel& kernel = *isa_in_use().kernel;
     const Product& any = part.products.front();
-    torch::stable::parallel_for(0, count, kPackingTokens,
+    torch::stable::parallel_for(0, any.tokens, kPackingTokens,
                                 [&](int64_t begin, int64_t end) { kernel.pack(any, begin, end); });
     const int64_t spans = count_spans(any.columns, any.group_size).index();
     if (any.outlier == kNever) {
@@ -151,42 +191,53 @@ void pack(const Task& task, Part& part, int64_t first, int64_t count) {
         return;
     }
     const int64_t bytes = kernel.chunk_bytes(any.activation_bits);
-    torch::stable::parallel_for(0, spans, ceil_div(kPackingSpans, std::max<int64_t>(count, 1)),
+    torch::stable::parallel_for(0, spans, ceil_div(kPackingSpans, std::max<int64_t>(any.tokens, 1)),
                                 [&](int64_t begin, int64_t end) { gather_second_bytes(any, bytes, begin, end); });
+}
+
+// A thread's rows of one bundle's products.
+void multiply_rows(const Part* parts, size_t count, int64_t first_thread, int64_t last_thread) {
+    const Kernel& kernel = *isa_in_use().kernel;
+    const std::vector<int64_t>& begins = parts->plan->begins;
+    for (size_t index = 0; index < parts->products.size(); ++index) {
+        const PreparedWeight::Rows& segment = parts->task->prepared->segments()[index];
+        const int64_t begin = std::max(segment.begin, begins[first_thread]);
+        const int64_t end = std::min(segment.end, begins[last_thread]);
+        const int64_t step = count == 1 ? end - begin : kUnitRows;
+        for (int64_t row = begin; row < end; row += step) {
+            for (const Part* part = parts; part < parts + count; ++part) {
+                if (part->products[index].tokens > 0) {
+                    kernel.multiply(part->products[index], part->plan->rows.data() + row, std::min(step, end - row));
+                }
+            }
+        }
+    }
 }
 
 }  // namespace
 
-void multiply(const std::vector<Task>& tasks) {
-    thread_local std::deque<PackedActivations> scratch;
-    scratch.resize(std::max(scratch.size(), tasks.size()));
-    const Kernel& kernel = *isa_in_use().kernel;
+void multiply(const std::vector<Bundle>& bundles) {
+    thread_local PackedActivations scratch;
     const int64_t threads = torch::stable::get_num_threads();
     std::vector<Part> parts;
     int64_t most_tokens = 0;
-    for (const Task& task : tasks) {
-        parts.push_back(describe(task, threads, scratch[parts.size()]));
-        most_tokens = std::max(most_tokens, task.tokens);
+    for (const Bundle& bundle : bundles) {
+        for (const Task& task : bundle) {
+            parts.push_back(describe(task, threads));
+            most_tokens = std::max(most_tokens, task.tokens);
+        }
     }
-    const std::vector<int64_t>& begins = parts.front().plan->begins;
+    take_room(parts, scratch);
     for (int64_t first = 0; first < most_tokens; first += kBlockTokens) {
-        for (size_t index = 0; index < tasks.size(); ++index) {
-            pack(tasks[index], parts[index], first, std::clamp<int64_t>(tasks[index].tokens - first, 0, kBlockTokens));
+        for (Part& part : parts) {
+            set_block(part, first, std::clamp<int64_t>(part.task->tokens - first, 0, kBlockTokens));
+            pack(part);
         }
         torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
-            for (size_t index = 0; index < parts.front().products.size(); ++index) {
-                const PreparedWeight::Rows& segment = tasks.front().prepared->segments()[index];
-                const int64_t begin = std::max(segment.begin, begins[first_thread]);
-                const int64_t end = std::min(segment.end, begins[last_thread]);
-                const int64_t step = parts.size() == 1 ? end - begin : kUnitRows;
-                for (int64_t row = begin; row < end; row += step) {
-                    for (const Part& part : parts) {
-                        if (part.products[index].tokens > 0) {
-                            kernel.multiply(part.products[index], part.plan->rows.data() + row,
-                                            std::min(step, end - row));
-                        }
-                    }
-                }
+            const Part* part = parts.data();
+            for (const Bundle& bundle : bundles) {
+                multiply_rows(part, bundle.size(), first_thread, last_thread);
+                part += bundle.size();
             }
         });
     }
@@ -238,7 +289,7 @@ Tensor linear(const Tensor& x, const Tensor& handle, int64_t out_features, const
     const std::shared_ptr<const Weight> weight = find_weight(handle);
     Tensor output = empty_output(x, out_features);
     const Tensor input = torch::stable::contiguous(x);
-    multiply({make_task(*weight, input, bias, output)});
+    multiply({{make_task(*weight, input, bias, output)}});
     return output;
 }
 

@@ -27,9 +27,12 @@ Task make_task(const Weight& weight, const torch::stable::Tensor& x, const std::
 // The result of a product, uninitialized: [..., out_features] of the dtype of `x`.
 torch::stable::Tensor empty_output(const torch::stable::Tensor& x, int64_t out_features);
 
-// Computes tasks whose weights share their planes side by side: each thread takes a few rows of all of them before the
-// next rows, so that memory is read once, for the first task, and the others find its planes in the cache. The first
-// one's division among threads serves all: it should be the one that reads the most.
-void multiply(const std::vector<Task>& tasks);
+// Tasks whose weights share their planes. They are computed side by side: each thread takes a few rows of all of them
+// before the next rows, so that memory is read once, for the first task, and the others find its planes in the cache.
+// The first one's division among threads serves all: it should be the one that reads the most.
+using Bundle = std::vector<Task>;
+
+// Computes bundles one after the other, without the threads waiting for each other in between.
+void multiply(const std::vector<Bundle>& bundles);
 
 }  // namespace matquant::cpu

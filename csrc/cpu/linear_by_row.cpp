@@ -28,15 +28,6 @@ struct Group {
     bool together() const { return rows.back() - rows.front() + 1 == static_cast<int64_t>(rows.size()); }
 };
 
-void check_same_planes(const Weight& weight, const Weight& first) {
-    const auto same = [](const Segment& a, const Segment& b) {
-        return a.planes.const_data_ptr() == b.planes.const_data_ptr() && a.output_sizes == b.output_sizes;
-    };
-    STD_TORCH_CHECK(
-        std::equal(weight.segments.begin(), weight.segments.end(), first.segments.begin(), first.segments.end(), same),
-        "weights: found some with different planes, expected those of one layer");
-}
-
 Tensor linear_by_row(const Tensor& x, const Tensor& weights, const Tensor& slots, int64_t out_features,
                      const std::optional<Tensor>& bias) {
     Tensor output = empty_output(x, out_features);
@@ -49,7 +40,7 @@ Tensor linear_by_row(const Tensor& x, const Tensor& weights, const Tensor& slots
     }
     if (counts[slot_of[0]] == rows) {  // as most steps are
         const std::shared_ptr<const Weight> weight = weight_of(weights.const_data_ptr<int64_t>()[slot_of[0]]);
-        multiply({make_task(*weight, input, bias, output)});
+        multiply({{make_task(*weight, input, bias, output)}});
         return output;
     }
     std::vector<Group> groups(counts.size());
@@ -59,7 +50,7 @@ Tensor linear_by_row(const Tensor& x, const Tensor& weights, const Tensor& slots
 
     const int64_t size = static_cast<int64_t>(x.element_size());
     const int64_t in_bytes = x.size(-1) * size, out_bytes = out_features * size;
-    std::vector<Task> tasks;
+    Bundle tasks;
     for (size_t slot = 0; slot < groups.size(); ++slot) {
         Group& group = groups[slot];
         if (group.rows.empty()) {
@@ -83,7 +74,7 @@ Tensor linear_by_row(const Tensor& x, const Tensor& weights, const Tensor& slots
         }
         tasks.push_back(make_task(*group.weight, group.input, bias, group.output));
     }
-    multiply(tasks);
+    multiply({tasks});
     for (const Group& group : groups) {
         if (group.rows.empty() || group.together()) {
             continue;
@@ -97,6 +88,15 @@ Tensor linear_by_row(const Tensor& x, const Tensor& weights, const Tensor& slots
 }
 
 }  // namespace
+
+void check_same_planes(const Weight& weight, const Weight& first) {
+    const auto same = [](const Segment& a, const Segment& b) {
+        return a.planes.const_data_ptr() == b.planes.const_data_ptr() && a.output_sizes == b.output_sizes;
+    };
+    STD_TORCH_CHECK(
+        std::equal(weight.segments.begin(), weight.segments.end(), first.segments.begin(), first.segments.end(), same),
+        "weights: found some with different planes, expected those of one layer");
+}
 
 std::vector<int64_t> count_rows(const Tensor& slots, int64_t rows, const Tensor& weights) {
     check_tensor("weights", weights, ScalarType::Long, {weights.numel()});

@@ -234,6 +234,21 @@ def test_kernel_refusals(option: str, value: str, message: str, capsys: pytest.C
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--shapes", "128x8x2048", "expected some of qwen3-30b-a3b, olmoe-1b-7b, deepseek-v2-lite or EXPERTS x CHOSEN"),
+        ("--shapes", "8x8x64x64", "with fewer chosen than experts"),
+        ("--shapes", "8x2x64x40", "multiples of 16 features"),
+        ("--peers", "torch", "found 'torch', expected some of vllm-bf16, or none"),
+    ],
+)
+def test_experts_refusals(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = refusal(capsys, "experts", option, value)
+    assert status == 2
+    assert message in said
+
+
 def test_shapes_of_models() -> None:
     job = BenchKernel(shapes="llama-3-8b,4096x4096,32x64")
     assert job.shapes == (*kernel.SHAPES["llama-3-8b"], (32, 64))

@@ -47,6 +47,7 @@ COMMANDS = {
     "evaluate": Command("evaluate:Evaluate", "perplexity and KL divergence of widths and recipes"),
     "verify": Command("verify:Verify", "check a checkpoint's files, format and nesting"),
     "bench kernel": Command("bench:BenchKernel", "time of one linear layer at each width"),
+    "bench experts": Command("bench:BenchExperts", "time of one mixture of experts at each width"),
     "bench serve": Command("bench:BenchServe", "tokens per second and memory of each width, served by vLLM"),
     "control": Command("control:Control", "switch a server to another width while it serves"),
     "simulate": Command(

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vllm_matquant.bench import experts as mixtures
 from vllm_matquant.bench.kernel import BATCHES, PEERS, SHAPES, Settings, plot_kernel
 from vllm_matquant.bench.kernel import COLUMNS as KERNEL_COLUMNS
 from vllm_matquant.bench.kernel import bench_kernel as measure_kernel
@@ -44,6 +45,23 @@ def shape_list(text: str) -> tuple[tuple[int, int], ...]:
         else:
             expected = f"some of {', '.join(SHAPES)} or N x K with K a multiple of 8, such as 4096x11008"
             raise argparse.ArgumentTypeError(f"found {part!r}, expected {expected}")
+    return tuple(dict.fromkeys(shapes))
+
+
+def mixture_list(text: str) -> tuple[mixtures.Shape, ...]:
+    """Parse ``qwen3-30b-a3b,128x8x2048x768``: names of models, and experts x chosen x hidden x inner features."""
+    shapes: list[mixtures.Shape] = []
+    for part in text.split(","):
+        sizes = part.split("x")
+        if part in mixtures.MIXTURES:
+            shapes.append(mixtures.MIXTURES[part])
+            continue
+        shape = mixtures.Shape(*map(int, sizes)) if len(sizes) == 4 and all(map(str.isdigit, sizes)) else None
+        if shape is None or not 1 <= shape.chosen < shape.experts or shape.hidden % 16 or shape.inner % 16:
+            expected = f"some of {', '.join(mixtures.MIXTURES)} or EXPERTS x CHOSEN x HIDDEN x INNER"
+            example = "with fewer chosen than experts and multiples of 16 features, such as 128x8x2048x768"
+            raise argparse.ArgumentTypeError(f"found {part!r}, expected {expected} {example}")
+        shapes.append(shape)
     return tuple(dict.fromkeys(shapes))
 
 
@@ -130,6 +148,70 @@ class BenchKernel(Job[Rows]):
             publish_json(Path(self.json), rows)
         if self.plot:
             plot_kernel(rows, Path(self.plot))
+        return rows
+
+
+@dataclass(frozen=True)
+class BenchExperts(Job[Rows]):
+    """Time of one mixture of experts on the CPU at each width, beside a plain read of the experts that are hit and
+    vLLM's own in bfloat16; each round routes its tokens to other experts.
+
+    Gives a row for each mixture, number of threads, batch and width.
+    """
+
+    _: KW_ONLY
+    bits: Sequence[int] = field(
+        default=WIDTHS, metadata=argument("widths to measure (default: 2 to 8)", parse=width_list)
+    )
+    batch: Sequence[int] = field(
+        default=mixtures.BATCHES,
+        metadata=argument(
+            f"tokens computed at once (default: {show(mixtures.BATCHES)})", parse=positive_list, metavar="LIST"
+        ),
+    )
+    shapes: Sequence[mixtures.Shape] = field(
+        default=tuple(mixtures.MIXTURES.values()),
+        metadata=argument(
+            "experts x experts of a token x hidden x inner features, such as 128x8x2048x768, or those of "
+            f"{', '.join(mixtures.MIXTURES)} (default: all these)",
+            parse=mixture_list,
+            show=lambda shapes: ",".join("x".join(map(str, shape)) for shape in shapes),
+            metavar="LIST",
+        ),
+    )
+    threads: Sequence[int] = field(
+        default=(2,), metadata=argument("numbers of threads (default: 2)", parse=positive_list, metavar="LIST")
+    )
+    group_size: int = field(default=128, metadata=argument("columns of a group (default: %(default)s)", parse=positive))
+    decoders: str = field(
+        default=AFFINE_INT8.name,
+        metadata=argument("how decoders are stored (default: %(default)s)", choices=tuple(KINDS)),
+    )
+    peers: Sequence[str] = field(
+        default=(mixtures.VLLM,),
+        metadata=argument(
+            f"{mixtures.VLLM}, or none (default: {mixtures.VLLM})",
+            parse=names_of((mixtures.VLLM,), "none"),
+            metavar="LIST",
+        ),
+    )
+    json: Path | str | None = field(
+        default=None, metadata=argument("write the rows there (JSON)", parse=output_file, metavar="OUT")
+    )
+
+    def run(self, say: Say = silent) -> Rows:
+        settings = mixtures.Settings(
+            *(self.shapes, self.batch, self.bits, self.threads, self.group_size, self.peers),
+            decoder_kind=KINDS[self.decoders],
+        )
+        columns = (*mixtures.COLUMNS, *self.peers)
+        say(headings(columns))
+        rows = []
+        for row in mixtures.bench_experts(settings):
+            rows.append(row)
+            say(figures(row | dict.fromkeys(self.peers, math.nan) | row["peer_seconds"], columns))
+        if self.json:
+            publish_json(Path(self.json), rows)
         return rows
 
 
@@ -252,4 +334,5 @@ def _peer_line(row: dict[str, Any]) -> str:
 
 
 bench_kernel = running(BenchKernel)
+bench_experts = running(BenchExperts)
 bench_serve = running(BenchServe)

@@ -1,4 +1,4 @@
-"""What a mixture of experts computes: tokens are grouped by expert, and each expert that is hit is computed once.
+"""What a mixture of experts computes: tokens are sorted by expert, and all experts that are hit are multiplied at once.
 
 Which experts are hit is data. One operator holds all of it, so that a compiled graph knows nothing of it.
 """
@@ -47,17 +47,27 @@ def experts(
     Returns:
         [rows, hidden] of the dtype of ``x``; the sum is float32.
     """
-    act, result = ACTIVATIONS[activation], torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in topk_ids.unique().tolist():
-        if expert < 0:
-            continue
-        rows, place = torch.where(topk_ids == expert)
-        own = None if slots is None else slots[rows]
-        both = _product(x[rows], handles[expert, 0], 2 * inner, own)
-        given = act(both[:, :inner]) * both[:, inner:]
-        found = _product(given, handles[expert, 1], x.shape[1], own)
-        result.index_add_(0, rows, found.float() * topk_weights[rows, place, None].float())
-    return result.to(x.dtype)
+    rows, count = topk_ids.shape
+    ids = topk_ids.flatten().long()
+    if slots is None:
+        keys = ids
+    else:
+        # Rows of one expert and slot stand together, so that each expert's planes are read once.
+        own_slots = slots[:rows].repeat_interleave(count)
+        keys = ids * handles.shape[2] + own_slots
+    order = keys.argsort(stable=True)[int((ids < 0).sum()) :]
+    outputs = torch.zeros(rows * count, x.shape[1], dtype=torch.float32, device=x.device)
+    if len(order):
+        groups = ids[order].int()
+        own = None if slots is None else own_slots[order]
+        # All experts of a mixture have the same shapes, and so the same kernels.
+        outer, down = (find_weight(handles[int(groups[0]), place, :1]).kernel for place in range(2))
+        of_outer, of_down = handles.unbind(1)
+        both = outer.grouped_linear(x[order // count], of_outer.contiguous(), groups, own, 2 * inner)
+        given = ACTIVATIONS[activation](both[:, :inner]) * both[:, inner:]
+        found = down.grouped_linear(given, of_down.contiguous(), groups, own, x.shape[1])
+        outputs[order] = found.float() * topk_weights.flatten()[order, None].float()
+    return outputs.view(rows, count, -1).sum(1).to(x.dtype)
 
 
 @experts.register_fake
@@ -71,10 +81,3 @@ def _(
     slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-def _product(x: torch.Tensor, handles: torch.Tensor, out_features: int, slots: torch.Tensor | None) -> torch.Tensor:
-    kernel = find_weight(handles[:1]).kernel
-    if slots is None:
-        return kernel.linear(x, handles, out_features)
-    return kernel.linear_by_row(x, handles, slots, out_features)

@@ -166,6 +166,28 @@ class Kernel(Protocol):
         """
         ...
 
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        handles: torch.Tensor,
+        groups: torch.Tensor,
+        slots: torch.Tensor | None,
+        out_features: int,
+    ) -> torch.Tensor:
+        """The product of each group of rows with a weight of its own: those of a mixture's experts.
+
+        Args:
+            x: [rows, in_features], those of a group, and in it those of a slot, side by side.
+            handles: int64 [groups, slots] on the CPU, the numbers in weights' handles; 0 where there is none.
+            groups: int32 [rows], ascending, the group of each row.
+            slots: int32 [rows], the slot of each row, if the kernel :attr:`takes_rows`; None for the first.
+            out_features: of the weights.
+
+        Returns:
+            [rows, out_features] of the dtype of ``x``.
+        """
+        ...
+
     def embedding_by_row(
         self, rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
     ) -> torch.Tensor:

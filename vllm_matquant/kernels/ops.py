@@ -224,6 +224,32 @@ def linear_by_row(
     return result
 
 
+def grouped_linear(
+    x: torch.Tensor, handles: torch.Tensor, groups: torch.Tensor, slots: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """The product of each group of rows with a weight of its own, all in one call (on the CPU).
+
+    Threads do not wait for each other between groups. The bytes are those that :func:`linear` gives for each.
+
+    Args:
+        x: bfloat16, float16 or float32 [rows, in_features]; rows of a group, and in it of a slot, stand side by side.
+        handles: int64 [groups, slots] on the CPU with the number of each weight, or 0 where there is none; the weights
+            of a group are one layer's, read at several widths.
+        groups: int32 [rows], ascending, which row of the handles each is multiplied with.
+        slots: int32 [rows], which of its group's handles each row is multiplied with; None for the first.
+        out_features: rows of the weights.
+
+    Returns:
+        [rows, out_features] of the dtype of ``x``.
+
+    Raises:
+        RuntimeError: an argument contradicts the weights, or one of them is not there.
+    """
+    load_library()
+    result: torch.Tensor = torch.ops.matquant.grouped_linear(x, handles, groups, slots, out_features)
+    return result
+
+
 def embedding_by_row(
     rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -51,6 +51,7 @@ class TableKernel:
         look_up: what :meth:`embedding` calls; ``torch.compile`` must be able to trace it.
         multiply_by_row: what :meth:`linear_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
         look_up_by_row: what :meth:`embedding_by_row` calls, None for none; ``torch.compile`` must be able to trace it.
+        multiply_by_group: what :meth:`grouped_linear` calls; None to multiply one group after the other.
         in_library: whether the C++ library looks its weights up: it is then needed, with CUDA kernels or without.
         is_built: whether it is part of the library, if that was built for the device.
         group_powers: whether the group size must be a power of two as well.
@@ -69,6 +70,7 @@ class TableKernel:
     look_up: Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], torch.Tensor]
     multiply_by_row: Callable[..., torch.Tensor] | None = None
     look_up_by_row: Callable[..., torch.Tensor] | None = None
+    multiply_by_group: Callable[..., torch.Tensor] | None = None
     in_library: bool = False
     is_built: bool = False
     group_powers: bool = False
@@ -137,6 +139,26 @@ class TableKernel:
         """The product by rows, see :meth:`vllm_matquant.kernels.kernel.Kernel.linear_by_row`."""
         assert self.multiply_by_row is not None
         return self.multiply_by_row(x, handles, slots, out_features, bias)
+
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        handles: torch.Tensor,
+        groups: torch.Tensor,
+        slots: torch.Tensor | None,
+        out_features: int,
+    ) -> torch.Tensor:
+        """The product by groups, see :meth:`vllm_matquant.kernels.kernel.Kernel.grouped_linear`."""
+        if self.multiply_by_group is not None:
+            return self.multiply_by_group(x, handles, groups, slots, out_features)
+        result = x.new_empty(len(x), out_features)
+        for group in groups.unique().tolist():
+            own, rows = handles[group], torch.nonzero(groups == group).flatten()
+            if slots is None:
+                result[rows] = self.linear(x[rows], own[:1], out_features)
+            else:
+                result[rows] = self.linear_by_row(x[rows], own, slots[rows], out_features)
+        return result
 
     def embedding_by_row(
         self, rows: torch.Tensor, handles: torch.Tensor, slots: torch.Tensor, in_features: int, dtype: torch.dtype
@@ -223,6 +245,7 @@ CPU = TableKernel(
     look_up=ops.embedding,
     multiply_by_row=ops.linear_by_row,
     look_up_by_row=ops.embedding_by_row,
+    multiply_by_group=ops.grouped_linear,
     in_library=True,
     is_built=True,
 )
