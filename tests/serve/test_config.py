@@ -23,7 +23,7 @@ from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, Missin
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
-from vllm_matquant.serve import files
+from vllm_matquant.serve import files, limits
 from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.experts import MatquantExpertsMethod
@@ -172,7 +172,13 @@ def engine_config(quant_config: Any, load_format: str = "auto", draft: str | Non
     quantization = None if quant_config is None else quant_config.get_name()
     return SimpleNamespace(
         lora_config=None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, local_world_size=1),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            data_parallel_size=1,
+            enable_expert_parallel=False,
+            enable_eplb=False,
+            local_world_size=1,
+        ),
         additional_config=additional,
         quant_config=quant_config,
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
@@ -254,10 +260,31 @@ def test_bits_for_another_kind_of_model_are_refused() -> None:
     settle(engine_config(None, draft="matquant", matquant={"bits": 3}))
 
 
-def test_lora_is_refused_before_the_engine_starts(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [(None, "every module"), (["q_proj", "experts"], "'experts'"), (["model.layers.0.mlp.experts"], "0.mlp.experts")],
+)
+def test_adapters_on_experts_are_refused_before_the_engine_starts(
+    targets: list[str] | None, found: str, tmp_path: Path
+) -> None:
+    checkpoint_format = Format(widths=(2, 3, 8), group_size=64)
+    options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "num_hidden_layers": 1}
+    config = engine_config(opened(write_checkpoint(tmp_path / "model", "qwen3_moe", checkpoint_format, **options)))
+    config.lora_config = SimpleNamespace(target_modules=targets)
+    with pytest.raises(
+        ConfigError, match=f"target_modules: found .*{found}.*experts, expected .*--lora-target-modules"
+    ):
+        settle(config)
+    config.lora_config.target_modules = ["q_proj", "o_proj"]
+    settle(config)
+
+
+def test_adapters_on_a_gpu_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config(opened(folder))
-    config.lora_config = object()
-    with pytest.raises(ConfigError, match="enable_lora: found True, expected no LoRA"):
+    config.lora_config = SimpleNamespace(target_modules=None)
+    settle(config)
+    monkeypatch.setattr(limits, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ConfigError, match="enable_lora: found True on a GPU, expected a CPU"):
         settle(config)
 
 

@@ -78,6 +78,7 @@ def load(monkeypatch: pytest.MonkeyPatch, model: str, checkpoint_format: Format,
     config = SimpleNamespace(
         quant_config=quant_config,
         additional_config={"matquant": {"bits": bits}},
+        lora_config=None,
         parallel_config=SimpleNamespace(local_world_size=1),
     )
     model_config = SimpleNamespace(model=model, revision=None, quantization="matquant")
@@ -114,7 +115,9 @@ def test_a_budget_fetches_one_recipe_and_its_decoders_from_a_hub(
         load_config=LoadConfig(),
         speculative_config=None,
         lora_config=None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, local_world_size=1),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, data_parallel_size=1, enable_expert_parallel=False, local_world_size=1
+        ),
         model_config=SimpleNamespace(
             model="someone/model",
             revision=None,

@@ -51,12 +51,11 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
         layers: (out_features, in_features) of its quantized layers, by the checkpoint's names.
 
     Raises:
-        ConfigError: experts are to be divided between ranks or computed on a GPU, LoRA is asked for, a tensor parallel
-            size that would cut a group, the Transformers backend with a quantized embedding, or pooling with a
+        ConfigError: experts are to be divided between ranks, adapted, or computed on a GPU, adapters on a GPU, a tensor
+            parallel size that would cut a group, the Transformers backend with a quantized embedding, or pooling with a
             quantized output head, be it tied where a classifier is made of it.
     """
-    if vllm_config.lora_config is not None:
-        raise ConfigError("lora_config", "enable_lora", True, "no LoRA, which quantized layers do not take yet")
+    _check_adapters(vllm_config, layers)
     model_config = vllm_config.model_config
     if format_.quantized_embeddings and model_config.using_transformers_backend():
         raise ConfigError(
@@ -96,9 +95,31 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
         )
 
 
+def _check_adapters(vllm_config: Any, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what adapters cannot be computed with."""
+    lora = vllm_config.lora_config
+    if lora is None:
+        return
+    if not current_platform.is_cpu():
+        raise ConfigError("lora_config", "enable_lora", "True on a GPU", "a CPU: no GPU has run adapters yet")
+    # Without a list of targets vLLM wraps every layer that it can, experts too.
+    targets = lora.target_modules
+    if any(map(_is_expert, layers)) and (targets is None or any("experts" in target.split(".") for target in targets)):
+        raise ConfigError(
+            "lora_config",
+            "target_modules",
+            f"{'every module' if targets is None else targets}, which includes quantized experts",
+            "modules that have no adapters on experts: --lora-target-modules q_proj k_proj v_proj o_proj",
+        )
+
+
+def _is_expert(layer: str) -> bool:
+    return ".experts." in layer
+
+
 def _check_experts(vllm_config: Any, layers: Mapping[str, tuple[int, int]]) -> None:
     """Refuse what cannot be done with experts yet."""
-    if not any(".experts." in name for name in layers):
+    if not any(map(_is_expert, layers)):
         return
     parallel = vllm_config.parallel_config
     if not current_platform.is_cpu():

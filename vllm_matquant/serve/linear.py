@@ -220,7 +220,7 @@ class MatquantLinearMethod(LinearMethodBase):
 def quantized_layers(model: Module) -> Iterator[tuple[Module, MatquantLinearMethod]]:
     """The layers of a vLLM model that this plugin serves, with their methods."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method = vars(module).get("quant_method")  # its own: a layer that vLLM wraps for adapters shows its method too
         if isinstance(method, MatquantLinearMethod):
             yield module, method
 

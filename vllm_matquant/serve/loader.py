@@ -12,6 +12,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
+from vllm_matquant.serve.adapters import compute_adapters_by_row
 from vllm_matquant.serve.cores import warn_of_idle_cores
 from vllm_matquant.serve.embedding import check_embeddings
 from vllm_matquant.serve.files import fetch, opened
@@ -46,6 +47,8 @@ class MatquantModelLoader(DefaultModelLoader):
         # A downloaded checkpoint could not be checked before; a faulty one must not cost an allocation.
         checkpoint.check(*served.resident)
         self._opened = checkpoint, served
+        if vllm_config.lora_config is not None:
+            compute_adapters_by_row()
         model = super().load_model(vllm_config, model_config, prefix)
         logger.info(
             "Serving at %s with the kernel %s: codes and decoders take %d bytes on this rank, by the format %d",

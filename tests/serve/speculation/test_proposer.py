@@ -38,6 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def drafting(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A proposer of no model, whose passes take the times above."""
     made: Any = SliceProposer.__new__(SliceProposer)
+    made.model = torch.nn.Module()
     made._layers, made._payoff, made._ended, made._began = [], Payoff(TOKENS, wanted=2), clock.now, clock.now
 
     def run_pass(seconds: float) -> None:
@@ -64,7 +65,10 @@ def step(drafting: Any, clock: Clock, tokens: int, rejected: torch.Tensor | None
     clock.now += BETWEEN
     drafting.run_pass(CHECK)
     metadata = SimpleNamespace(
-        batch_size=lambda: REQUESTS, seq_lens=torch.full((REQUESTS,), 9), replace=lambda **_: None
+        batch_size=lambda: REQUESTS,
+        query_start_loc=torch.arange(REQUESTS + 1),
+        seq_lens=torch.full((REQUESTS,), 9),
+        replace=lambda **_: None,
     )
     drafting.propose(TOKENS, torch.zeros(tokens), common_attn_metadata=metadata, num_rejected_tokens_gpu=rejected)
 

@@ -27,6 +27,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
+from vllm_matquant.serve.adapters import one_row_each
 from vllm_matquant.serve.linear import DRAFT, TARGET, quantized_layers
 from vllm_matquant.serve.speculation.payoff import Payoff
 from vllm_matquant.serve.speculation.sampling import mend_sampling
@@ -67,19 +68,20 @@ class SliceProposer(DraftModelProposer):
     ) -> torch.Tensor:
         """The drafts of each request: int64 [requests, K]."""
         began, between = time.perf_counter(), self._began - self._ended
-        requests = common_attn_metadata.batch_size()
+        requests, starts = common_attn_metadata.batch_size(), common_attn_metadata.query_start_loc[:-1]
         if num_rejected_tokens_gpu is not None:
             lengths = common_attn_metadata.seq_lens - num_rejected_tokens_gpu
             common_attn_metadata = common_attn_metadata.replace(seq_lens=lengths)
-        with self._reading_the_draft():
-            drafts = super().propose(
-                num_speculative_tokens, target_token_ids, common_attn_metadata=common_attn_metadata, **kwargs
-            )
-        drafting, checking = time.perf_counter() - began, began - self._ended
-        checked = requests * num_speculative_tokens
-        if num_rejected_tokens_gpu is not None and len(target_token_ids) == requests + checked:
-            accepted = checked - int(num_rejected_tokens_gpu.sum())
-            self._measure(requests, accepted, between, drafting=drafting, checking=checking)
+        with one_row_each(self.model, starts):
+            with self._reading_the_draft():
+                drafts = super().propose(
+                    num_speculative_tokens, target_token_ids, common_attn_metadata=common_attn_metadata, **kwargs
+                )
+            drafting, checking = time.perf_counter() - began, began - self._ended
+            checked = requests * num_speculative_tokens
+            if num_rejected_tokens_gpu is not None and len(target_token_ids) == requests + checked:
+                accepted = checked - int(num_rejected_tokens_gpu.sum())
+                self._measure(requests, accepted, between, drafting=drafting, checking=checking)
         self._ended = time.perf_counter()
         return drafts
 
