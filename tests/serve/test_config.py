@@ -279,6 +279,25 @@ def test_adapters_on_experts_are_refused_before_the_engine_starts(
     settle(config)
 
 
+def test_ranks_that_experts_cannot_be_divided_between(tmp_path: Path) -> None:
+    options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "num_hidden_layers": 1}
+    model = write_checkpoint(tmp_path / "model", "qwen3_moe", Format(widths=(2, 3, 8), group_size=64), **options)
+    config = engine_config(opened(model))
+    parallel = config.parallel_config
+    parallel.tensor_parallel_size = 2
+    found = r"enable_expert_parallel: found False on 2 ranks, and .*experts\.0\.down_proj has 64 input features"
+    with pytest.raises(ConfigError, match=found):
+        settle(config)
+    parallel.enable_expert_parallel = True
+    settle(config)
+    for field, value in {"enable_eplb": True, "data_parallel_size": 2}.items():
+        before = getattr(parallel, field)
+        setattr(parallel, field, value)
+        with pytest.raises(ConfigError, match=f"{field}: found {value}.*, expected"):
+            settle(config)
+        setattr(parallel, field, before)
+
+
 def test_adapters_on_a_gpu_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config(opened(folder))
     config.lora_config = SimpleNamespace(target_modules=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.serve.engine_jobs import run_jobs
+from tests.serve.rank_bytes import bytes_of_rank
 from tests.serve.tiny_models import VOCABULARY, log_probabilities, reference_model, write_checkpoint
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.recipe import Recipe
@@ -66,10 +68,12 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
         for name, bits in SERVED
     }
     qwen = {"model": str(models / "qwen3_moe")}
-    jobs["expert parallel"] = qwen | at(4, enable_expert_parallel=True)
     several = {"matquant": {"bits": 8, "resident": [2, 8]}}
     two = {"": 2}
-    jobs["parallel"] = qwen | at(3, tensor_parallel_size=2, distributed_executor_backend="mp")
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    jobs["parallel"] = qwen | at(3, **ranks)
+    # Experts of one rank have other widths, and so other tensors, than those of the other.
+    jobs["expert parallel"] = qwen | at(BUDGET, **ranks, enable_expert_parallel=True)
     jobs["compiled"] = qwen | {"llm": {"enforce_eager": False, "additional_config": several}, "switch": [two]}
     told = {name: job | {"tokens": TOKENS} for name, job in jobs.items()}
     return run_jobs("engine_runs", told, tmp_path_factory.mktemp("results"))[0]
@@ -92,12 +96,25 @@ def test_compiled_and_switched(results: dict[Any, dict[str, Any]], models: Path)
     assert_served(results["compiled"], models / "qwen3_moe", 2, switch=1)
 
 
-def test_experts_are_not_divided_between_ranks(results: dict[Any, dict[str, Any]]) -> None:
-    assert "enable_expert_parallel: found True, expected false" in results["expert parallel"]["error"]
-
-
 def test_tensor_parallel(results: dict[Any, dict[str, Any]], models: Path) -> None:
     assert_served(results["parallel"], models / "qwen3_moe", 3)
+
+
+def test_expert_parallel(results: dict[Any, dict[str, Any]], models: Path) -> None:
+    result, checkpoint = results["expert parallel"], open_checkpoint(models / "qwen3_moe")
+    assert_served(result, models / "qwen3_moe", RECIPE)
+    widths = checkpoint.slice("mixed").widths
+    experts = [{name: width for name, width in widths.items() if owner(name) == rank} for rank in range(2)]
+    others = bytes_of_rank(checkpoint, {name: width for name, width in widths.items() if owner(name) is None}, 2)
+    expected = [others + bytes_of_rank(checkpoint, own, 1) for own in experts]
+    assert result["resident_bytes"] == result["predicted_bytes"] == expected
+    assert expected[0] != expected[1]
+
+
+def owner(layer: str) -> int | None:
+    """The rank that computes a layer of an expert; None of other layers, which ranks share."""
+    expert = re.search(r"experts\.(\d)", layer)
+    return None if expert is None else int(expert[1]) // 2
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -168,7 +168,10 @@ class Checkpoint:
                 self._files.check_decoder(kind.form(width), layer, width, own)
 
     def tensors(
-        self, *slices: Slice, suffixes: Mapping[str, str] = MappingProxyType({})
+        self,
+        *slices: Slice,
+        suffixes: Mapping[str, str] = MappingProxyType({}),
+        reads: Callable[[str], bool] = lambda _: True,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what serving slices side by side needs, each once, file by file.
 
@@ -179,6 +182,7 @@ class Checkpoint:
             slices: those to be served.
             suffixes: by decoders' files of slices: these decoders come with the suffix at the end of their names,
                 beside those that other slices have for the same widths.
+            reads: whether a tensor is wanted, by its name; by default all are.
 
         Raises:
             MissingFileError: some files are not in the folder.
@@ -203,10 +207,11 @@ class Checkpoint:
         for served in slices:
             self.files_for(served)
         for file in dict.fromkeys([*(file for served in slices for file in served.files), *places.values()]):
-            for name in sorted(name for name, place in places.items() if place == file):
+            for name in sorted(name for name, place in places.items() if place == file and reads(name)):
                 yield name, self._files.read(name, file)
         for name, (stored, file) in beside.items():
-            yield name, self._files.read(stored, file)
+            if reads(name):
+                yield name, self._files.read(stored, file)
 
     def coded_layers(self, served: Slice) -> Iterator[tuple[str, torch.Tensor, Decoder]]:
         """(layer, codes, decoder) of every quantized layer of a slice; codes are uint8 [out_features, in_features]."""

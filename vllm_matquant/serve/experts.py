@@ -7,15 +7,15 @@ for all experts, see :mod:`vllm_matquant.kernels.experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Module, ModuleList, Parameter
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.model_loader.ep_weight_filter import parse_expert_id
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_matquant.checkpoint.errors import ConfigError
@@ -56,6 +56,9 @@ class ExpertProductMethod(MatquantLinearMethod):
 class MatquantExpertsMethod(FusedMoEMethodBase):
     """Loads, packs and applies the experts of a block; vLLM makes one for each block.
 
+    Attributes:
+        experts: those that this rank computes, in the order in which it counts them.
+
     Args:
         moe: vLLM's settings of the mixture.
         parts: of each expert the names in the checkpoint of its gate and up projection, and of its down projection.
@@ -72,6 +75,7 @@ class MatquantExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         super().__init__(moe)
         self.parts, self.make, self.rows = parts, make, rows
+        self.experts: list[int] = []
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
@@ -90,22 +94,25 @@ class MatquantExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Allocate each expert's tensors as they lie on disk.
+        """Allocate the tensors of each expert of this rank as they lie on disk: all of them, or its part of each.
 
         Raises:
             ConfigError: the experts compute what the operator does not, tensor parallelism would cut a group of
                 columns or a byte of a plane, or gate and up projection disagree.
             UnsupportedError: no kernel serves a product.
         """
-        self._check(layer, num_experts)
-        inner, ranks = intermediate_size_per_partition, get_tensor_model_parallel_world_size()
+        self._check(layer)
+        self.experts = _experts_of_rank(layer, len(self.parts))
+        parallel = self.moe.moe_parallel_config
+        inner, ranks = intermediate_size_per_partition, parallel.tp_size
         slots = 1 if self.rows is None else MAX_SLICES
         handles = torch.zeros(num_experts, 2, slots, dtype=torch.int64, device="cpu")
         layer.register_buffer(_HANDLES, handles, persistent=False)
         if self.rows is not None:
             layer.register_buffer(SLOTS, self.rows.tokens, persistent=False)
         pairs: list[tuple[ExpertProduct, ExpertProduct]] = []
-        for names, own in zip(self.parts, handles, strict=True):
+        for expert, own in zip(self.experts, handles, strict=True):
+            names = self.parts[expert]
             outer = ExpertProduct(self.make(names[0]), own[0])
             outer.quant_method.create_weights(
                 outer, hidden_size, [inner] * 2, hidden_size, 2 * inner * ranks, params_dtype, weight_loader=_load
@@ -114,13 +121,18 @@ class MatquantExpertsMethod(FusedMoEMethodBase):
             down.quant_method.create_weights(
                 down, inner, [hidden_size], inner * ranks, hidden_size, params_dtype, weight_loader=_load
             )
+            # Not those of other layers, where each rank has whole experts.
+            parameters: list[Any] = [*outer.parameters(), *down.parameters()]
+            for parameter in parameters:
+                parameter.tp_rank, parameter.tp_size = parallel.tp_rank, ranks
             pairs.append((outer, down))
         layer.add_module(_PRODUCTS, ModuleList(map(ModuleList, pairs)))
+        owned = dict(zip(self.experts, pairs, strict=True))
         # vLLM's loader looks for one parameter of all experts; what comes to it goes to the expert that it is of.
         for place, door in enumerate(_DOORS):
             for name in sorted({name for own in pairs for name, _ in own[place].named_parameters()}):
                 parameter = Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": partial(_pass_on, pairs, name)})
+                set_weight_attrs(parameter, {"weight_loader": partial(_pass_on, owned, name)})
                 layer.register_parameter(door + name, parameter)
 
     def process_weights_after_loading(self, layer: Module) -> None:
@@ -137,28 +149,51 @@ class MatquantExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the routed experts compute; vLLM computes shared ones by itself."""
+        """What the routed experts of this rank compute; vLLM adds up ranks, and computes shared experts by itself."""
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]  # as this rank counts them; -1 for another rank's
         slots = None if self.rows is None else getattr(layer, SLOTS)
         inner = layer.intermediate_size_per_partition
         return experts(x, topk_weights, topk_ids, getattr(layer, _HANDLES), inner, layer.activation.value, slots)
 
-    def _check(self, layer: RoutedExperts, num_experts: int) -> None:
+    def _check(self, layer: RoutedExperts) -> None:
         """Refuse what the operator does not compute."""
-        parallel, activation = self.moe.moe_parallel_config, layer.activation.value
+        activation = layer.activation.value
         unlike = {
             "activation": (activation, f"one of {list(ACTIVATIONS)}", activation in ACTIVATIONS),
             "swiglu_limit": (layer.swiglu_limit, "none", layer.swiglu_limit is None),
             "apply_router_weight_on_input": (
                 layer.apply_router_weight_on_input, "weights on outputs", not layer.apply_router_weight_on_input
             ),
-            "experts on this rank": (num_experts, f"all {len(self.parts)}", num_experts == len(self.parts)),
-            "tensor parallel size of experts": (
-                parallel.tp_size, "that of other layers", parallel.tp_size == get_tensor_model_parallel_world_size()
-            ),
         }  # fmt: skip
         for field, (found, expected, fits) in unlike.items():
             if not fits:
                 raise ConfigError(layer.layer_name, field, found, expected)
+
+
+def reads_for(model: Module) -> Callable[[str], bool]:
+    """Whether a rank reads a tensor of the checkpoint, by its name: not those of experts that others compute.
+
+    Args:
+        model: vLLM's model on this rank, before its weights are loaded.
+    """
+    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    own = {expert for method in methods if isinstance(method, MatquantExpertsMethod) for expert in method.experts}
+
+    def reads(name: str) -> bool:
+        expert = parse_expert_id(name)
+        return expert is None or not own or expert in own
+
+    return reads
+
+
+def _experts_of_rank(layer: RoutedExperts, experts: int) -> list[int]:
+    """Which of all ``experts`` this rank computes, in the order in which it counts them."""
+    counted = layer.expert_map_manager.expert_map
+    if counted is None:
+        return list(range(experts))
+    own: list[int] = (counted >= 0).nonzero().flatten().tolist()
+    return sorted(own, key=lambda expert: int(counted[expert]))
 
 
 def _load(parameter: Any, loaded_weight: torch.Tensor, partition: int | None = None) -> None:
@@ -173,7 +208,7 @@ def _load(parameter: Any, loaded_weight: torch.Tensor, partition: int | None = N
 
 
 def _pass_on(
-    pairs: Sequence[tuple[ExpertProduct, ExpertProduct]],
+    owned: Mapping[int, tuple[ExpertProduct, ExpertProduct]],
     name: str,
     param: Parameter,
     loaded_weight: torch.Tensor,
@@ -184,6 +219,6 @@ def _pass_on(
 ) -> bool | None:
     """Load a tensor of an expert, as vLLM's loader calls it."""
     place, partition = _SHARDS[shard_id]
-    own: Any = pairs[expert_id][place].get_parameter(name)
+    own: Any = owned[expert_id][place].get_parameter(name)
     own.weight_loader(own, loaded_weight, *([] if partition is None else [partition]))
     return True if return_success else None

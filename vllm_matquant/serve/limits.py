@@ -51,9 +51,10 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
         layers: (out_features, in_features) of its quantized layers, by the checkpoint's names.
 
     Raises:
-        ConfigError: experts are to be divided between ranks, adapted, or computed on a GPU, adapters on a GPU, a tensor
-            parallel size that would cut a group, the Transformers backend with a quantized embedding, or pooling with a
-            quantized output head, be it tied where a classifier is made of it.
+        ConfigError: experts are to be adapted, moved between ranks, divided between replicas or computed on a GPU,
+            adapters to be computed on a GPU, a tensor parallel size that would cut a group, the Transformers backend
+            with a quantized embedding, or pooling with a quantized output head, be it tied where a classifier is made
+            of it.
     """
     _check_adapters(vllm_config, layers)
     model_config = vllm_config.model_config
@@ -82,16 +83,31 @@ def check_engine(vllm_config: Any, format_: Format, layers: Mapping[str, tuple[i
             f"a classifier made of the output head's rows, and the checkpoint has it quantized as {' and '.join(tied)}",
             "a checkpoint quantized without --quantize-embeddings",
         )
-    size = vllm_config.parallel_config.tensor_parallel_size
-    misfit = find_misfit(format_, layers, size)
+    _check_ranks(vllm_config.parallel_config, format_, layers)
+
+
+def _check_ranks(parallel: Any, format_: Format, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse to divide a layer between so many ranks that a group of columns would be cut."""
+    size = parallel.tensor_parallel_size
+    experts = {name: shape for name, shape in layers.items() if _is_expert(name)}
+    others = {name: shape for name, shape in layers.items() if name not in experts}
+    misfit = find_misfit(format_, others, size)
     if misfit is not None:
-        fitting = [1, *(each for each in SIZES if find_misfit(format_, layers, each) is None)]
+        fitting = [1, *(each for each in SIZES if find_misfit(format_, others, each) is None)]
         raise ConfigError(
             "parallel_config",
             "tensor_parallel_size",
             f"{size}, and {misfit}, the columns that must stay together",
             f"one of --tensor-parallel-size {', '.join(map(str, fitting))}, or a checkpoint quantized with a smaller "
             "--group-size",
+        )
+    misfit = None if parallel.enable_expert_parallel else find_misfit(format_, experts, size)
+    if misfit is not None:
+        raise ConfigError(
+            "parallel_config",
+            "enable_expert_parallel",
+            f"False on {size} ranks, and {misfit}, the columns that must stay together",
+            "--enable-expert-parallel, which gives each rank whole experts, or fewer ranks",
         )
 
 
@@ -121,19 +137,17 @@ def _check_experts(vllm_config: Any, layers: Mapping[str, tuple[int, int]]) -> N
     """Refuse what cannot be done with experts yet."""
     if not any(map(_is_expert, layers)):
         return
-    parallel = vllm_config.parallel_config
     if not current_platform.is_cpu():
         raise ConfigError(
             "device_config", "device", "a GPU and quantized experts", "a CPU: no kernel serves them elsewhere"
         )
-    if parallel.enable_expert_parallel:
-        raise ConfigError(
-            "parallel_config",
-            "enable_expert_parallel",
-            True,
-            "false: --tensor-parallel-size divides each expert instead",
-        )
+    parallel = vllm_config.parallel_config
+    if parallel.enable_eplb:
+        raise ConfigError("parallel_config", "enable_eplb", True, "false: quantized experts stay on their ranks")
     if parallel.data_parallel_size > 1:
         raise ConfigError(
-            "parallel_config", "data_parallel_size", parallel.data_parallel_size, "1 for quantized experts"
+            "parallel_config",
+            "data_parallel_size",
+            f"{parallel.data_parallel_size} and experts, to whose ranks vLLM 0.32 cannot pass tokens on a CPU",
+            "1, with --tensor-parallel-size and --enable-expert-parallel",
         )

@@ -15,6 +15,7 @@ from vllm_matquant.checkpoint.spec import QUANT_METHOD
 from vllm_matquant.serve.adapters import compute_adapters_by_row
 from vllm_matquant.serve.cores import warn_of_idle_cores
 from vllm_matquant.serve.embedding import check_embeddings
+from vllm_matquant.serve.experts import reads_for
 from vllm_matquant.serve.files import fetch, opened
 from vllm_matquant.serve.linear import predicted_bytes, quantized_layers, resident_bytes
 from vllm_matquant.serve.request import read_request, resident_files
@@ -86,7 +87,7 @@ class MatquantModelLoader(DefaultModelLoader):
         self.counter_before_loading_weights = time.perf_counter()
         checkpoint, served = self._opened
         check_embeddings(model, checkpoint.layers)
-        yield from checkpoint.tensors(*served.resident, suffixes=served.suffixes)
+        yield from checkpoint.tensors(*served.resident, suffixes=served.suffixes, reads=reads_for(model))
         checkpoint.close()
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
