@@ -1,4 +1,5 @@
-"""Every architecture of a causal language model that transformers knows is quantized rightly or refused by name.
+"""Every architecture of a language model that transformers knows, of multimodal ones too, is quantized rightly or
+refused by name.
 
 ``MATQUANT_WRITE_TABLE=1 pytest tests/quantize/test_architectures.py`` writes docs/reference/architectures.md anew.
 """
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from vllm import __version__ as vllm_version
 from vllm.model_executor.models import ModelRegistry
 
-from tests.quantize.tiny_architectures import TINY, TOKENS, tiny_model
+from tests.quantize.tiny_architectures import MULTIMODAL, TINY, TOKENS, tiny_model
 from tests.quantize.tiny_sources import VOCABULARY
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError
 from vllm_matquant.quantize.runner import run_block
@@ -24,6 +28,8 @@ from vllm_matquant.quantize.source import SourceModel
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 RIGHT = "yes"
+CLASSES = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+del CLASSES["shieldgemma2"]  # a classifier, listed for its processor's sake
 verdicts: dict[str, str] = {}  # of each architecture, as the table says it
 
 
@@ -35,7 +41,7 @@ def open_or_refuse(folder: Path) -> SourceModel | CheckpointError:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+@pytest.mark.parametrize("model_type", sorted(CLASSES))
 @torch.no_grad()
 def test_every_architecture_is_right_or_refused_by_name(model_type: str, tmp_path: Path) -> None:
     verdicts[model_type] = "untried: no small random model could be built"
@@ -55,7 +61,7 @@ def test_every_architecture_is_right_or_refused_by_name(model_type: str, tmp_pat
         block.register_forward_pre_hook(
             lambda _, given, named: expected.append([*given, *named.values()][0].clone()), with_kwargs=True
         )
-    logits = model(TOKENS, use_cache=False).logits
+    logits = model(input_ids=TOKENS, use_cache=False).logits
     hidden = torch.empty_like(expected[0])
     arguments = runner.embed(TOKENS, hidden)
     for index, wanted in enumerate(expected):
@@ -66,7 +72,7 @@ def test_every_architecture_is_right_or_refused_by_name(model_type: str, tmp_pat
 
 @pytest.mark.slow
 def test_the_table() -> None:
-    if len(verdicts) < len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    if len(verdicts) < len(CLASSES):
         pytest.skip("not every architecture was tried in this process")
     written = page()
     if os.environ.get("MATQUANT_WRITE_TABLE") == "1":
@@ -79,27 +85,32 @@ def test_the_table() -> None:
 
 def page() -> str:
     own = ModelRegistry.get_supported_archs()
-    names = {model_type: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] for model_type in verdicts}
-    rows = [
-        f"| {model_type} | {verdict} | {names[model_type] if names[model_type] in own else '-'} |"
-        for model_type, verdict in verdicts.items()
-    ]
+    rows = []
+    for model_type, verdict in verdicts.items():
+        own_class = CLASSES[model_type] if CLASSES[model_type] in own else "-"
+        rows.append(f"| {model_type}{' *' * (model_type in MULTIMODAL)} | {verdict} | {own_class} |")
     right = sum(verdict == RIGHT for verdict in verdicts.values())
     return HEAD.format(
-        transformers=version("transformers"), vllm=vllm_version, right=right, tried=len(rows), rows="\n".join(rows)
+        transformers=version("transformers"),
+        vllm=vllm_version,
+        right=right,
+        tried=len(rows),
+        multimodal=len(MULTIMODAL & CLASSES.keys()),
+        rows="\n".join(rows),
     )
 
 
 HEAD = """\
 # Architectures
 
-Of transformers {transformers} and vLLM {vllm}: the {tried} architectures of causal language models, by the
-`model_type` in config.json.
+Of transformers {transformers} and vLLM {vllm}: the {tried} architectures of causal language models, {multimodal} of
+them multimodal (*), by the `model_type` in config.json.
 
-A tiny random model of each was run block by block, as quantizing does, and every hidden state compared with the
-model's own forward. {right} are right; the others are refused by name before any work. The last column names vLLM's
-own class for it; without one vLLM may take its Transformers backend. It does not say that somebody has served such a
-model: [limits](../guide/limits.md) says of which that is known. `tests/quantize/test_architectures.py` wrote this page.
+A tiny random model of each was run block by block, as quantizing does, with text alone, and every hidden state compared
+with the model's own forward. {right} are right; the others are refused by name before any work. The last column names
+vLLM's own class for it; without one vLLM may take its Transformers backend. It does not say that somebody has served
+such a model: [limits](../guide/limits.md) says of which that is known. `tests/quantize/test_architectures.py` wrote
+this page.
 
 | model_type | quantize | class in vLLM |
 |---|---|---|

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.quantize.tiny_sources import VOCABULARY
-from tests.random_models import randomized
+from tests.random_models import randomize
 
 TOKENS = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 TINY = {
@@ -57,24 +58,49 @@ _OWN: dict[str, dict[str, Any]] = {
     "minicpm3": {"num_key_value_heads": 4},
 }
 _MOST_WEIGHTS = 100_000_000
+MULTIMODAL = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+# What takes pictures or sound in has other sizes than the language model, and gives it what is as wide as its states.
+_TOWER = TINY | {**dict.fromkeys(["num_hidden_layers", "num_layers", "depth"], 2), "num_heads": 4}
+_TOWER |= dict.fromkeys(["embed_dim", "out_hidden_size"], TINY["hidden_size"])
+# Positions in pictures: sections of half a head's size, where the default is of larger heads.
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}}
+_SECTIONED = ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl")
+_LANGUAGE_MODELS = ("text_config", "language_config", "llm_config")
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     """A random model of an architecture; skips the test where none can be built, or none that is small."""
+    multimodal = model_type in MULTIMODAL
+    of = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         fields = TINY | _OWN.get(model_type, {})
+        if multimodal:
+            fields = _shrunk(AutoConfig.for_model(model_type).to_dict()) | {"model_type": None}
+        if model_type in _SECTIONED:
+            fields["text_config"] |= _SECTIONS
         config = AutoConfig.for_model(
             model_type, **{name: value for name, value in fields.items() if value is not None}
         )
         with torch.device("meta"):
-            weights = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+            weights = sum(each.numel() for each in of.from_config(config).parameters())
         if weights > _MOST_WEIGHTS:
             pytest.skip(f"{model_type}: {weights} weights")
-        model = randomized(config, 0)
-        model(TOKENS, use_cache=False)
+        model = randomize(of.from_config(config, dtype=torch.float32).eval(), 0)
+        model(input_ids=TOKENS, use_cache=False)
     except Exception as cause:  # each architecture has its own
         pytest.skip(f"{model_type}: {str(cause).splitlines()[:1]}")
     return model
+
+
+def _shrunk(fields: dict[str, Any], tiny: dict[str, Any] = TINY) -> dict[str, Any]:
+    """The fields of a multimodal model's configuration, with those of its parts as small as ``tiny`` says."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            found[name] = _shrunk(value, TINY if name in _LANGUAGE_MODELS else _TOWER)
+        elif name != "layer_types":
+            found[name] = tiny[name] if value is not None and name in tiny else value
+    return found
 
 
 def write_tiny(folder: Path, model_type: str, of: type = AutoModelForCausalLM, **fields: object) -> Path:

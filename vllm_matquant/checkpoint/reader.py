@@ -326,7 +326,7 @@ def open_checkpoint(folder: Path | str, *, check_files: bool = True, check_value
     weight_map, total_size = read_index(folder)
     check_layer_count(config, len(weight_map), config_path)
     skeleton = build_skeleton(config, config_path)
-    expected = expected_tensors(format, skeleton, config_path)
+    expected = expected_tensors(format, skeleton, config_path, weight_map)
     check_index(folder / INDEX_FILE, weight_map, expected)
 
     layers = skeleton.quantized_layers(format, config_path)

@@ -4,7 +4,7 @@ it lies in; the index and the headers of the shards must say the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,25 @@ def check_layer_count(config: dict[str, Any], tensors: int, where: Path) -> None
     Raises:
         ConfigError: there are more, or their number is no integer.
     """
-    count = config.get("num_hidden_layers")
-    if count is not None and (type(count) is not int or not 0 <= count <= tensors):
-        raise ConfigError(where, "num_hidden_layers", count, f"an integer up to the {tensors} tensors of the index")
+    parts = {f"{name}.": part for name, part in config.items() if isinstance(part, dict)}
+    for prefix, part in {"": config, **parts}.items():
+        for field in ("num_hidden_layers", "depth"):  # the second of some vision towers
+            count = part.get(field)
+            if count is not None and (type(count) is not int or not 0 <= count <= tensors):
+                expected = f"an integer up to the {tensors} tensors of the index"
+                raise ConfigError(where, f"{prefix}{field}", count, expected)
 
 
-def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> dict[str, ExpectedTensor]:
+def expected_tensors(
+    format: Format, skeleton: Skeleton, config_path: Path, stored: Collection[str] = ()
+) -> dict[str, ExpectedTensor]:
     """Every tensor that a checkpoint of this format and model has, by name.
+
+    Args:
+        format: the checkpoint's.
+        skeleton: the model's parameters.
+        config_path: the file to name in an error.
+        stored: the names in the checkpoint, among them those that its source's files had for tensors of the tower.
 
     Raises:
         ConfigError: the group size does not fit a layer, or the format contradicts the model or names a layer that the
@@ -139,6 +151,9 @@ def expected_tensors(format: Format, skeleton: Skeleton, config_path: Path) -> d
     for name, shape in skeleton.parameters.items():
         if skeleton.tied.get(name, name) not in quantized:
             expected[name] = ExpectedTensor(BASE_BITS, shape, UNQUANTIZED_DTYPES, optional=name in skeleton.tied)
+    own_names = skeleton.stored_names(stored) if skeleton.tower else {}
+    for name, shape in skeleton.tower.items():
+        expected[own_names.get(name, name)] = ExpectedTensor(BASE_BITS, shape, UNQUANTIZED_DTYPES)
     return expected
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from vllm_matquant.bench.layers import layer_milliseconds
-from vllm_matquant.checkpoint.experts import separate_experts
 from vllm_matquant.checkpoint.files import publish_json
+from vllm_matquant.checkpoint.language_model import load_language_model
 from vllm_matquant.checkpoint.recipe_store import add_recipes
 from vllm_matquant.jobs.arguments import names_of, output_file, positive
 from vllm_matquant.jobs.job import PlannedJob, Say, argument, running, show, silent
@@ -190,11 +189,7 @@ of the model over the text for the sensitivities, once, 4 runs for each step of 
                 milliseconds = {layer: {int(w): ms for w, ms in own.items()} for layer, own in measured.items()}
             limits = self._limits(inputs, milliseconds)
             reference = inputs.reference
-            source = None
-            if reference:
-                source = separate_experts(
-                    AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16, trust_remote_code=False)
-                )
+            source = load_language_model(reference, dtype=torch.bfloat16) if reference else None
             planner = Planner(
                 SlicedModel(checkpoint, source, device=self.device),
                 inputs.calibration.tokens,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from vllm_matquant.checkpoint.experts import separate_experts
+from vllm_matquant.checkpoint.language_model import load_language_model
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.kernels.reference import Rounding, round_activations
@@ -88,8 +88,7 @@ def compare(
         ValueError: the reference does not have the layers, or a candidate has others.
         WriteError: the disk for temporary files has no room for the reference's predictions.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, trust_remote_code=False)
-    separate_experts(loaded)
+    loaded = load_language_model(reference, dtype=torch.float32)
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
     for layer, shape in layers.items():
         found = shapes.get(f"{layer}.weight", "no such layer")
@@ -99,7 +98,7 @@ def compare(
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     # Log-probabilities of a whole vocabulary for each token: more than memory should hold.
     hint = "Let TMPDIR name a folder with more room, or ask for fewer windows (--samples)"
-    reference_logs = mapped((predicted, loaded.config.vocab_size), Path(tempfile.gettempdir()), hint)
+    reference_logs = mapped((predicted, loaded.config.get_text_config().vocab_size), Path(tempfile.gettempdir()), hint)
     reference_loss, start = 0.0, 0
     for batch in tqdm(parts, desc="reference", unit="batch"):
         logs, loss = _predictions(model, batch)

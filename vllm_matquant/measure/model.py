@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from vllm_matquant.checkpoint.experts import separate_experts
-from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.checkpoint.language_model import build_language_model
 from vllm_matquant.checkpoint.reader import Checkpoint
 
 _BATCH_TOKENS = 2048
@@ -77,7 +76,7 @@ def slice_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
         checkpoint: whose configuration and unquantized tensors the model gets.
         dtype: of its parameters.
     """
-    model = separate_experts(AutoModelForCausalLM.from_config(build_config(checkpoint.config), dtype=dtype))
+    model = build_language_model(checkpoint.config, dtype=dtype)
     model.load_state_dict(dict(checkpoint.unquantized()), strict=False)  # the reader has checked the names
     model.tie_weights()
     return model

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, UnexpectedTensorError
 from vllm_matquant.checkpoint.skeleton import Skeleton
@@ -80,16 +79,22 @@ def check_heads(names: Collection[str], skeleton: Skeleton, where: Path) -> None
             raise UnexpectedTensorError(where, name, "the head of another task", f"the tensors of {_EXPECTED}")
 
 
-def explain_missing(config: Mapping[str, Any], cause: CheckpointError, where: Path) -> CheckpointError:
+def explain_missing(
+    config: Mapping[str, Any], skeleton: Skeleton, cause: CheckpointError, where: Path
+) -> CheckpointError:
     """What to tell of a parameter that is in no file: transformers renames and joins tensors of some architectures.
 
     Args:
-        config, where: as of :func:`check_task`.
+        config, skeleton, where: as of :func:`check_layers`.
         cause: the error that names the parameter.
     """
     kind = config.get("model_type")
-    names = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind), kind)  # transformers keeps some by class, some by type
-    if not any(get_checkpoint_conversion_mapping(name) for name in names):
+    if skeleton.renamed is not None:
+        changed = skeleton.renamed.joins  # what is renamed alone was found by its own name
+    else:
+        names = (skeleton.class_name, kind)  # transformers keeps some by class, some by type
+        changed = any(get_checkpoint_conversion_mapping(name) for name in names)
+    if not changed:
         return cause
     return ConfigError(
         where,

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from vllm_matquant.checkpoint.experts import separate_experts
-from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.checkpoint.language_model import build_language_model
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.skeleton import Skeleton
 from vllm_matquant.quantize.trial import record_arguments, try_blocks
@@ -195,7 +194,7 @@ class TransformersRunner:
 def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
     # Parameters stay on the meta device; buffers, such as rotary frequencies, are no part of a checkpoint.
     with init_empty_weights(include_buffers=False):
-        return separate_experts(AutoModelForCausalLM.from_config(build_config(config), dtype=torch.float32)).eval()
+        return build_language_model(config, dtype=torch.float32).eval()
 
 
 def _is_weight_of(parameter: str, layers: Container[str]) -> bool:

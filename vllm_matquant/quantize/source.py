@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_matquant.checkpoint.copied import MODULES_FILE, check_copied, local_code, without_local_code
 from vllm_matquant.checkpoint.decoder import TensorSpec
@@ -169,7 +168,9 @@ class SourceModel:
                 folder / CONFIG_FILE,
                 kept,
             )
-            self.config["tie_word_embeddings"] = False
+            for part in (self.config, self.config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
             self._open()
         self._say_what_readers_guess()
 
@@ -183,7 +184,7 @@ class SourceModel:
         try:
             tensors = SafetensorsFolder(folder, self.skeleton)
         except MissingTensorError as cause:
-            raise explain_missing(self.config, cause, folder / CONFIG_FILE) from None
+            raise explain_missing(self.config, self.skeleton, cause, folder / CONFIG_FILE) from None
         for file, names in tensors.stored.items():
             check_heads(names, self.skeleton, file)
         self.tensors: Tensors = tensors
@@ -203,7 +204,7 @@ class SourceModel:
     def _say_what_readers_guess(self) -> None:
         """Put into the configuration what vLLM would read off other tensors than the source's."""
         if not self.config.get("architectures"):
-            self.config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config["model_type"]]]
+            self.config["architectures"] = [self.skeleton.class_name]
         if not (self.config.get("dtype") or self.config.get("torch_dtype")):
             sizes: Counter[torch.dtype] = Counter()
             for name in self.tensors.names:

@@ -32,6 +32,7 @@ _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*", "tf_model.h5", "flax_mo
 class SafetensorsFolder:
     """The parameters of a model, in model.safetensors, in a single shard, or in shards with their index.
 
+    They bear the names of transformers' model, but those of a multimodal model's tower, which keep the files' names.
     Tensors of the files that are no parameter of the model are left aside.
 
     Args:
@@ -49,30 +50,27 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, skeleton: Skeleton) -> None:
         self._folder = folder
         located = _locate(folder)
-        # transformers' rule too: names without the prefix count where none has it.
-        lacking = "" if any(name.startswith(skeleton.prefix) for name in located) else skeleton.prefix
-        self._places = {
-            name: (located[stored], stored)
-            for name in skeleton.parameters
-            if (stored := name.removeprefix(lacking)) in located
-        }
+        stored_names, shapes = skeleton.stored_names(located), {**skeleton.parameters, **skeleton.tower}
+        places = {name: (located[stored], stored) for name, stored in stored_names.items()}
         headers = {file: read_header(folder / file) for file in sorted(set(located.values()))}
         self._stored = {file: frozenset(header) for file, header in headers.items()}
-        self._specs = {
-            name: headers[file][stored] for name, (file, stored) in self._places.items() if stored in headers[file]
-        }
-        for name, shape in skeleton.parameters.items():
-            if name not in self._places:
+        specs = {name: headers[file][stored] for name, (file, stored) in places.items() if stored in headers[file]}
+        for name, shape in shapes.items():
+            if name not in places:
                 if name in skeleton.tied:
                     continue
                 raise MissingTensorError(folder, name, "in no file", "each of the model's parameters")
-            path, found = folder / self._places[name][0], self._specs.get(name)
+            path, found = folder / places[name][0], specs.get(name)
             if found is None:
                 raise MissingTensorError(path, name, "no such tensor", f"the one that {INDEX_FILE} lists")
             if found.shape != shape:
                 raise TensorShapeError(path, f"shape of {name}", list(found.shape), f"{list(shape)} by {CONFIG_FILE}")
             if found.dtype not in _DTYPES:
                 raise TensorDtypeError(path, name, found.dtype, " or ".join(map(str, _DTYPES)))
+        # Of the tower nothing is changed, its names neither.
+        names = {name: stored_names[name] if name in skeleton.tower else name for name in places}
+        self._places = {names[name]: place for name, place in places.items()}
+        self._specs = {names[name]: spec for name, spec in specs.items()}
 
     @property
     def files(self) -> list[Path]:

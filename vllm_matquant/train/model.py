@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from vllm_matquant.checkpoint.experts import separate_experts
-from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.checkpoint.language_model import load_language_model
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
@@ -135,16 +134,14 @@ def load_model(
     skeleton = build_skeleton(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if not ranks.is_first():
         logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source, config=build_config(checkpoint.config), dtype=dtype, trust_remote_code=False
-    )
+    model = load_language_model(source, checkpoint.config, dtype=dtype)
     widths = tuple(run)
 
     def load(layer: str) -> Parent:
         return read_parent(checkpoint, layer, widths)
 
     make = maker_of(checkpoint.format, load, form, start, seed)
-    return NestedModel(separate_experts(model), skeleton, checkpoint.layers, trained, load, make)
+    return NestedModel(model, skeleton, checkpoint.layers, trained, load, make)
 
 
 def maker_of(format_: Format, load: LoadParent, form: str, start: str, seed: int) -> MakeLatent:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
 from vllm_matquant.checkpoint.affine import Affine
-from vllm_matquant.checkpoint.experts import separate_experts
-from vllm_matquant.checkpoint.model_config import build_config
+from vllm_matquant.checkpoint.language_model import build_language_model
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint
 from vllm_matquant.checkpoint.skeleton import Skeleton, build_skeleton
@@ -101,7 +99,7 @@ def make_plan(work: Work) -> TrainingPlan:
 
 def _model(parent: Checkpoint, skeleton: Skeleton, settings: TrainingSettings, widths: set[int]) -> NestedModel:
     """The model that is trained, of tensors without memory."""
-    model = separate_experts(AutoModelForCausalLM.from_config(build_config(parent.config), dtype=settings.dtype))
+    model = build_language_model(parent.config, dtype=settings.dtype)
     load = _loader(parent, widths)
     make = maker_of(parent.format, load, settings.form, settings.start, settings.seed)
     nested = NestedModel(model, skeleton, parent.layers, trained_widths(settings.terms), load, make)

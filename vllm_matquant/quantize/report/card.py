@@ -83,7 +83,7 @@ def _front_matter(report: Report) -> str:
         base_model=report.model if _is_repository(report.model) else None,
         base_model_relation="quantized",
         library_name="vllm",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if report.tower else "text-generation",
         tags=["vllm", "quantized", "matquant"],
         **report.license,
     )

@@ -62,5 +62,6 @@ def collect_report(
         software={**versions(), **{name: str(value) for name, value in describe_machine().items()}},
         command=command,
         source_bytes=sum(path.stat().st_size for path in source.tensors.files if path.suffix == ".safetensors"),
+        tower=sorted({".".join(name.split(".")[:2]) for name in source.skeleton.tower}),
         license=read_license(source.folder),
     )

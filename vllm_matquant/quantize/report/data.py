@@ -74,6 +74,7 @@ class Report:
         software: version of each package; processor, threads.
         command: the command line, without folders of the machine.
         source_bytes: size of the source's weight files.
+        tower: the parts of a multimodal source that are not of its language model, and are not quantized.
         license: the source's ``license``, ``license_name`` and ``license_link``, as far as its model card states them.
     """
 
@@ -91,6 +92,7 @@ class Report:
     software: dict[str, str]
     command: Sequence[str] = ()
     source_bytes: int | None = None
+    tower: Sequence[str] = ()
     license: dict[str, str] = field(default_factory=dict)
 
     @property
