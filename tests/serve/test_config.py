@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 
-from tests.serve.tiny_models import served_at, write_checkpoint
+from tests.serve.tiny_models import served_at, served_widths, write_checkpoint
 from vllm_matquant.checkpoint import tensor_files, validate
 from vllm_matquant.checkpoint.decoder import CODEBOOK, VECTOR_KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
@@ -80,6 +80,28 @@ def test_names_follow_the_models_mapper() -> None:
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"language_model.model.": "model."}))
     assert config.format.layer_group_sizes == {"model.a.down_proj": 32}
     assert config.format.layer_widths == {"model.a.down_proj": (4, 8)}
+
+
+def test_the_names_of_a_multimodal_model() -> None:
+    """vLLM's mappers rename what ends in a dot; its Qwen3-VL asks for its head without the part that it is in."""
+    prefixes = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+    mapper = WeightsMapper(orig_to_new_prefix=prefixes)
+    config = config_of("lm_head", embeddings=("model.language_model.embed_tokens",))
+    config.apply_vllm_mapper(mapper)
+    assert method_of(config, "language_model.lm_head", ParallelLMHead) is None
+    assert method_of(config, "lm_head", ParallelLMHead) is None
+    embedding = "language_model.model.embed_tokens"
+    for prefix in (embedding, ""):
+        assert method_of(config, prefix, VocabParallelEmbedding).parts == [embedding]
+    assert config.vllm_names(["lm_head", "vision_tower.a"]) == {"language_model.lm_head", "vision_tower.a"}
+    config = config_of()
+    config.served = served_widths({"lm_head": 3, "model.language_model.a.o_proj": 2})
+    config.apply_vllm_mapper(mapper)
+    for prefix in ("language_model.lm_head", "lm_head"):
+        method = method_of(config, prefix, ParallelLMHead)
+        assert method.served.of_layer(method.parts).active == (3,)
+    method = method_of(config, "language_model.model.a.o_proj")
+    assert method.served.of_layer(method.parts).active == (2,)
 
 
 def test_a_draft_has_the_names_of_its_checkpoint() -> None:

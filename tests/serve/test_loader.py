@@ -229,7 +229,7 @@ def test_a_model_that_keeps_a_quantized_embedding_unquantized_is_refused_before_
     model.model.embed_tokens.quant_method = UnquantizedEmbeddingMethod()
     loader = MatquantModelLoader(LoadConfig())
     checkpoint = open_checkpoint(folder)
-    loader._opened = checkpoint, Request(3).served(checkpoint, print)
+    loader._opened = checkpoint, Request(3).served(checkpoint, print), MatquantConfig(checkpoint.format)
     with pytest.raises(ConfigError, match=r"^model\.embed_tokens: quantized embedding: found vLLM's Module"):
         next(loader.get_all_weights(SimpleNamespace(quantization="matquant"), model))
 

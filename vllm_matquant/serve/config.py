@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -36,6 +37,8 @@ from vllm_matquant.serve.served import Served
 from vllm_matquant.serve.speculation.engine import check_speculation
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
+
+_Value = TypeVar("_Value")
 
 # vLLM names the layers of a speculative draft with this prefix; the draft's checkpoint does not.
 _DRAFT_PREFIX = "draft_model."
@@ -101,11 +104,18 @@ class MatquantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)
-        self.ignored_layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.ignored_layers)))
-        self.quantized_embeddings = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.quantized_embeddings)))
-        group_sizes = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_group_sizes))
-        widths = hf_to_vllm_mapper.apply_dict(dict(self.format.layer_widths))
+        rename = partial(_renamed, hf_to_vllm_mapper)
+        self.ignored_layers = frozenset(rename(dict.fromkeys(self.ignored_layers)))
+        self.quantized_embeddings = frozenset(rename(dict.fromkeys(self.quantized_embeddings)))
+        group_sizes, widths = rename(self.format.layer_group_sizes), rename(self.format.layer_widths)
         self.format = replace(self.format, layer_group_sizes=group_sizes, layer_widths=widths)
+
+    def vllm_names(self, layers: Iterable[str]) -> frozenset[str]:
+        """vLLM's names of layers of the checkpoint."""
+        names = dict.fromkeys(layers)
+        for mapper in self._mappers:
+            names = _renamed(mapper, names)
+        return frozenset(names)
 
     def settle(self, request: Request, cache: str | None) -> Served:
         """What is served; the first call finds it in the checkpoint, and checks the files if they are local.
@@ -195,23 +205,23 @@ class MatquantConfig(QuantizationConfig):
         """What the checkpoint has a tensor named "weight" of, by vLLM's names of layers."""
         count = len(self._mappers)
         if count not in self._plain:
-            names = self._weights
-            for mapper in self._mappers:
-                names = mapper.apply_list(names)
-            self._plain[count] = frozenset(names)
+            self._plain[count] = self.vllm_names(self._weights)
         return self._plain[count]
 
     def _embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> MatquantEmbeddingMethod | None:
         name = prefix.removeprefix(_DRAFT_PREFIX).removeprefix(".")
         if isinstance(layer, ParallelLMHead):
             # A head without a name is taken for an ignored one; where it is not, the loader finds out.
-            quantized = name != "" and name not in self.ignored_layers
+            quantized = name != "" and not _ending_in(name, self.ignored_layers)
         else:
             name = name or next(iter(self.quantized_embeddings), "")  # vLLM's Llama gives its embedding no name
             quantized = name in self.quantized_embeddings
         if not quantized:
             return None
-        return MatquantEmbeddingMethod(self.format, self._current(), [name], self.checkpoint, self._rows())
+        served = self._current()
+        # vLLM's Qwen3-VL names its head without the part that it is in, which widths are found by.
+        name = _ending_in(name, served.active.widths) or name
+        return MatquantEmbeddingMethod(self.format, served, [name], self.checkpoint, self._rows())
 
     def _rows(self) -> RowSlots | None:
         return self.row_slots(get_current_vllm_config())
@@ -221,7 +231,7 @@ class MatquantConfig(QuantizationConfig):
         config = get_current_vllm_config()
         served = self.settle(read_request(config.additional_config), config.load_config.download_dir)
         for mapper in self._mappers:
-            served = served.renamed(mapper.apply_dict)
+            served = served.renamed(partial(_renamed, mapper))
         return served
 
     def _parts(self, prefix: str) -> list[str]:
@@ -229,6 +239,18 @@ class MatquantConfig(QuantizationConfig):
         parent, dot, name = prefix.removeprefix(_DRAFT_PREFIX).rpartition(".")
         names: Iterable[str] = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}{dot}{part}" for part in names]
+
+
+def _renamed(mapper: Any, layers: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Values by vLLM's names of layers: its mappers are made for names of tensors, and go by what ends in a dot."""
+    suffix = ".weight"
+    found = mapper.apply_dict({f"{name}{suffix}": value for name, value in layers.items()})
+    return {name.removesuffix(suffix): value for name, value in found.items()}
+
+
+def _ending_in(name: str, names: Iterable[str]) -> str | None:
+    """The first of ``names`` that is ``name``, or ends in it as a part of its own; None if none does."""
+    return next((each for each in names if f".{each}".endswith(f".{name}")), None)
 
 
 def settle(vllm_config: Any) -> None:

@@ -35,7 +35,7 @@ class MatquantModelLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        self._opened: tuple[Checkpoint, Served] | None = None
+        self._opened: tuple[Checkpoint, Served, Any] | None = None
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         if model_config.quantization != QUANT_METHOD:
@@ -47,7 +47,7 @@ class MatquantModelLoader(DefaultModelLoader):
         checkpoint = opened(fetch(model_config.model, model_config.revision, cache, files))
         # A downloaded checkpoint could not be checked before; a faulty one must not cost an allocation.
         checkpoint.check(*served.resident)
-        self._opened = checkpoint, served
+        self._opened = checkpoint, served, quant_config
         if vllm_config.lora_config is not None:
             compute_adapters_by_row()
         model = super().load_model(vllm_config, model_config, prefix)
@@ -85,8 +85,8 @@ class MatquantModelLoader(DefaultModelLoader):
         if self._opened is None:
             raise RuntimeError(f"{model_config.model}: a matquant model cannot be reloaded in place")
         self.counter_before_loading_weights = time.perf_counter()
-        checkpoint, served = self._opened
-        check_embeddings(model, checkpoint.layers)
+        checkpoint, served, quant_config = self._opened
+        check_embeddings(model, quant_config.vllm_names(checkpoint.layers))
         yield from checkpoint.tensors(*served.resident, suffixes=served.suffixes, reads=reads_for(model))
         checkpoint.close()
         for source in getattr(model, "secondary_weights", ()):

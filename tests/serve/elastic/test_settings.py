@@ -109,9 +109,15 @@ def an_engine(device: str = "cpu", v2: bool = False, runner: str = "generate", *
     served = Served(EIGHT, an_offer().slices, offer=an_offer())
     parallel = {"_api_process_count": 1, "data_parallel_size": 1, "worker_extension_cls": ""}
     return SimpleNamespace(
-        quant_config=SimpleNamespace(served=served, offer=served.offer, front=None),
+        quant_config=SimpleNamespace(
+            served=served, offer=served.offer, front=None, quantized_embeddings=others.pop("embeddings", ())
+        ),
         model_config=SimpleNamespace(
-            runner_type=runner, use_mla=others.pop("use_mla", False), logits_processors=None, return_sampling_mask=False
+            runner_type=runner,
+            use_mla=others.pop("use_mla", False),
+            logits_processors=None,
+            return_sampling_mask=False,
+            is_multimodal_model=others.pop("is_multimodal_model", False),
         ),
         device_config=SimpleNamespace(device_type=device),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
@@ -137,6 +143,7 @@ def test_an_engine_whose_requests_have_widths_of_their_own() -> None:
         (an_engine("cuda"), "no GPU has run the kernels"),
         (an_engine(v2=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
         (an_engine(runner="pooling"), "pooling"),
+        (an_engine(is_multimodal_model=True, embeddings=("embed_tokens",)), "looks tokens of a multimodal model up"),
     ],
 )
 def test_engines_whose_requests_have_one_width(engine: Any, reason: str) -> None:

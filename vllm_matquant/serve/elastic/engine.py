@@ -66,6 +66,8 @@ def _why_no_rows(vllm_config: Any) -> str | None:
         return "vLLM does not tell plugins which pooling requests are in a step"
     if vllm_config.model_config.return_sampling_mask:
         return "vLLM tells no plugin which requests are in a step where it returns masks of the sampling"
+    if vllm_config.model_config.is_multimodal_model and vllm_config.quant_config.quantized_embeddings:
+        return "vLLM looks tokens of a multimodal model up before the step that tells which requests they are of"
     if vllm_config.use_v2_model_runner:
         return "vLLM's model runner V2 does not tell plugins which requests are in a step; VLLM_USE_V2_MODEL_RUNNER=0"
     return None
