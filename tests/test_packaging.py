@@ -24,7 +24,7 @@ from tests.quantize.tiny_sources import write_source
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_matquant"
 # What the files of each part may not import; what data passes later never serves what it passes earlier.
-DOORS = {"bench", "jobs", "cli", "plugin"}
+DOORS = {"bench", "jobs", "cli", "plugin", "transformers"}
 FORBIDDEN = {
     "checkpoint": {"kernels", "measure", "quantize", "train", "search", "research", "serve", *DOORS},
     "kernels": {"measure", "quantize", "train", "search", "research", "serve", *DOORS},
@@ -34,9 +34,10 @@ FORBIDDEN = {
     "search": {"quantize", "train", "research", "serve", *DOORS},
     "research": {"serve", *DOORS},
     "serve": {"measure", "quantize", "train", "search", "research", *DOORS},
-    "bench": {"measure", "quantize", "train", "search", "research", "jobs", "cli", "plugin"},
-    "jobs": {"cli", "plugin"},
-    "cli": {"serve", "plugin"},
+    "transformers": {"measure", "quantize", "train", "search", "research", "serve", "bench", "jobs", "cli", "plugin"},
+    "bench": {"measure", "quantize", "train", "search", "research", "jobs", "cli", "plugin", "transformers"},
+    "jobs": {"cli", "plugin", "transformers"},
+    "cli": {"serve", "plugin", "transformers"},
 }
 # The distribution that brings a module of another name.
 DISTRIBUTIONS = {
@@ -98,7 +99,7 @@ def test_only_serving_needs_vllm(tmp_path: Path) -> None:
         """
         import importlib, pkgutil, sys
         import vllm_matquant
-        for part in "checkpoint kernels measure quantize train search research bench jobs cli".split():
+        for part in "checkpoint kernels measure quantize train search research transformers bench jobs cli".split():
             folder = importlib.import_module(f"vllm_matquant.{part}").__path__
             for module in pkgutil.iter_modules(folder, f"vllm_matquant.{part}."):
                 if module.name != "vllm_matquant.bench.llama_cpp":
