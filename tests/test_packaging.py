@@ -48,7 +48,7 @@ DISTRIBUTIONS = {
 }
 PEER_MODULE = PACKAGE / "bench" / "llama_cpp.py"  # needs a package that only benchmarks need
 ONLY_IN_A_CLONE = re.compile(r"\b(?:tools|docs|tests)/\S*|\bsetup\.py\b|\bMakefile\b|`make \w+")
-COMMANDS = ("quantize", "train", "search", "evaluate", "verify", "bench", "plot")
+COMMANDS = ("quantize", "import", "train", "search", "evaluate", "verify", "bench", "plot")
 
 # Of every command, by one process: to start one takes seconds.
 PRINT_HELP = f"""

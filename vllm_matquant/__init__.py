@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from vllm_matquant.jobs.control import Control, control
     from vllm_matquant.jobs.evaluate import Evaluate, evaluate
+    from vllm_matquant.jobs.import_model import ImportModel, import_model
     from vllm_matquant.jobs.models import load_model, serve, switch
     from vllm_matquant.jobs.plot import Plot, plot
     from vllm_matquant.jobs.quantize import Quantize, quantize
@@ -51,6 +52,7 @@ __all__ = [
     "Checkpoint",
     "Control",
     "Evaluate",
+    "ImportModel",
     "MatGPTQ",
     "MatQuantOmni",
     "MatQuantOmniExtra",
@@ -74,6 +76,7 @@ __all__ = [
     "bench_serve",
     "control",
     "evaluate",
+    "import_model",
     "load_model",
     "open_checkpoint",
     "plot",
@@ -100,6 +103,7 @@ _MODULES = {
     ),
     "jobs.control": ("Control", "control"),
     "jobs.evaluate": ("Evaluate", "evaluate"),
+    "jobs.import_model": ("ImportModel", "import_model"),
     "jobs.models": ("load_model", "serve", "switch"),
     "jobs.plot": ("Plot", "plot"),
     "jobs.quantize": ("Quantize", "quantize"),

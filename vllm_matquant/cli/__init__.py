@@ -42,6 +42,7 @@ class Command:
 
 COMMANDS = {
     "quantize": Command("quantize:Quantize", "a Hugging Face model to a nested checkpoint of 2 to 8 bits"),
+    "import": Command("import_model:ImportModel", "a checkpoint that another tool has quantized to a nested one"),
     "train": Command("train:Train", "train all widths of a nested checkpoint together (MatQuant)"),
     "search": Command("search:Search", "the best width for each layer within a budget"),
     "evaluate": Command("evaluate:Evaluate", "perplexity and KL divergence of widths and recipes"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -244,13 +244,16 @@ class Quantize(PlannedJob[Outcome]):
                 return outcome
             if held_out is not None:
                 report = collect_report(
-                    source,
+                    source.folder,
+                    source.tensors.files,
                     output,
-                    method,
+                    method.name,
+                    asdict(method),
                     outcome,
                     model=self._model_name(),
                     quality_text=held_out.source,
                     command=command,
+                    tower=source.skeleton.tower,
                 )
                 write_report(report, output)
         except KeyboardInterrupt as stop:
@@ -284,7 +287,7 @@ class Quantize(PlannedJob[Outcome]):
             quantize_embeddings=self.quantize_embeddings,
             decoder_kind=EVERY_KIND[self.decoder] if self.decoder else None,
         )
-        check_fused(Selection(source, format_))
+        check_fused(source.skeleton, format_)
         calibration = None if self.calibration is None else str(self.calibration)
         settings = CalibrationSettings(calibration, self.samples, self.sequence_length, self.seed, self.text_column)
         return source, Path(self.output), method, format_, settings

@@ -50,6 +50,29 @@ def slice_table(widths: Sequence[int], slicing: Slicing) -> torch.Tensor:
     return torch.stack([slice_codes(parents, PARENT_BITS, width, slicing) for width in widths])
 
 
+def fit_groups(weight: torch.Tensor, codes: torch.Tensor, previous: Affine, width: int, kind: DecoderKind) -> Decoder:
+    """Least squares for the scale and offset of each group by itself: what :class:`DecoderFit` does without a Hessian.
+
+    Args:
+        weight: float32 [out_features, in_features].
+        codes: uint8 of the same shape, the ``width``-bit codes.
+        previous: whose scale is kept in groups whose weights share one code.
+        width: bits of the codes.
+        kind: of the decoder.
+    """
+    values, weights = (part.unflatten(1, (previous.groups, -1)).double() for part in (codes, weight))
+    middle, mean = values.mean(2), weights.mean(2)
+    values = values - middle.unsqueeze(2)
+    spread = values.square().sum(2)
+    slope = (values * weights).sum(2) / torch.where(spread > 0, spread, 1.0)
+    scale = torch.where((spread > 0) & (slope > 0), slope, previous.scale.double())
+
+    def offsets_for(stored: torch.Tensor) -> torch.Tensor:
+        return (mean - middle * stored.double()).float()
+
+    return kind.encode(Affine(scale, offsets_for(scale)), width, offsets_for)
+
+
 class DecoderFit:
     """Least squares for all scales and offsets of each row of a weight under the full Hessian, codes fixed.
 

@@ -149,7 +149,10 @@ class SourceModel:
         found = self.config.pop("quantization_config", None)
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else found
-            raise ConfigError(folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized")
+            hint = "matquant import takes those of several other tools"
+            raise ConfigError(
+                folder / CONFIG_FILE, "quantization_config", method, "a model that is not quantized", hint
+            )
         check_task(self.config, folder / CONFIG_FILE)
         self.config = without_local_code(self.config)
         if (named := local_code(folder)) and not ranks.launched_rank():

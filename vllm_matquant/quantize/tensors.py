@@ -49,7 +49,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, skeleton: Skeleton) -> None:
         self._folder = folder
-        located = _locate(folder)
+        located = locate_tensors(folder)
         stored_names, shapes = skeleton.stored_names(located), {**skeleton.parameters, **skeleton.tower}
         places = {name: (located[stored], stored) for name, stored in stored_names.items()}
         headers = {file: read_header(folder / file) for file in sorted(set(located.values()))}
@@ -120,7 +120,7 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def _locate(folder: Path) -> dict[str, str]:
+def locate_tensors(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = folder / INDEX_FILE
     if not index.is_file():

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_matquant.checkpoint.manifest import versions
 from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.quantize.machine import describe_machine
-from vllm_matquant.quantize.method import Method
 from vllm_matquant.quantize.pipeline import Outcome
 from vllm_matquant.quantize.report.card import read_license
 from vllm_matquant.quantize.report.data import LayerRow, Report
-from vllm_matquant.quantize.source import Source
 
 
 def collect_report(
-    source: Source,
+    source: Path,
+    files: Sequence[Path],
     output: Path,
-    method: Method,
+    method: str,
+    settings: Mapping[str, Any],
     outcome: Outcome,
     *,
     model: str,
     quality_text: dict[str, Any],
     command: Sequence[str],
+    tower: Collection[str] = (),
 ) -> Report:
     """The report on the checkpoint that was just written to ``output``.
 
     Args:
+        source: folder of the source.
+        files: of its tensors.
+        output: folder of the checkpoint.
+        method: name of what chose the codes.
+        settings: of it, as JSON has them.
+        outcome: what was measured meanwhile.
         model: what to call the source.
         quality_text: what its quality was measured on.
         command: the command line, without folders of the machine.
+        tower: the source's parameters that are not of its language model.
     """
     checkpoint = open_checkpoint(output, check_values=False)
     format_ = checkpoint.format
@@ -44,8 +51,8 @@ def collect_report(
 
     return Report(
         model=model,
-        method=method.name,
-        settings=asdict(method),
+        method=method,
+        settings=dict(settings),
         format=format_,
         layers=[
             LayerRow(name, shape, errors(name), name in outcome.shown) for name, shape in checkpoint.layers.items()
@@ -61,7 +68,7 @@ def collect_report(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         software={**versions(), **{name: str(value) for name, value in describe_machine().items()}},
         command=command,
-        source_bytes=sum(path.stat().st_size for path in source.tensors.files if path.suffix == ".safetensors"),
-        tower=sorted({".".join(name.split(".")[:2]) for name in source.skeleton.tower}),
-        license=read_license(source.folder),
+        source_bytes=sum(path.stat().st_size for path in files if path.suffix == ".safetensors"),
+        tower=sorted({".".join(name.split(".")[:2]) for name in tower}),
+        license=read_license(source),
     )
