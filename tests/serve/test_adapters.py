@@ -13,6 +13,7 @@ from tests.serve.adapter_runs import TOKENS
 from tests.serve.engine_jobs import run_jobs
 from tests.serve.tiny_adapters import add_adapter, write_adapter
 from tests.serve.tiny_models import EMBEDDINGS, reference_model, write_checkpoint
+from vllm_matquant.checkpoint.reader import open_checkpoint
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve.adapters import AdapterRows
 
@@ -200,6 +201,12 @@ def test_served(
     [run] = told(results, name)["runs"]
     assert_served(models, model, run, requests, bits)
     assert all(len(request["tokens"]) == TOKENS for request in run)
+
+
+@pytest.mark.slow
+def test_layers_that_vllm_wraps_are_counted_once(models: Path, results: dict[Any, dict[str, Any]]) -> None:
+    expected = open_checkpoint(models / "mixture").slice(4).resident_bytes
+    assert told(results, "mixture")["resident_bytes"] == [expected]
 
 
 @pytest.mark.slow
