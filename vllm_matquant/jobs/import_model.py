@@ -14,7 +14,7 @@ from vllm_matquant.checkpoint.manifest import command_line
 from vllm_matquant.checkpoint.staging import check_output
 from vllm_matquant.jobs import arguments
 from vllm_matquant.jobs.job import PlannedJob, Say, argument, command_of, running, silent
-from vllm_matquant.quantize.imports.model import ImportedModel
+from vllm_matquant.quantize.imports.model import ImportedModel, refuse_gguf
 from vllm_matquant.quantize.imports.pipeline import WAYS, ImportPlan, check_room, plan_import, run_import
 from vllm_matquant.quantize.pipeline import Outcome
 from vllm_matquant.quantize.report.collect import collect_report
@@ -71,6 +71,7 @@ class ImportModel(PlannedJob[Outcome]):
     def plan(self) -> ImportPlan:
         check_output(Path(self.output), self.overwrite)
         way = next(way for way in WAYS if way == self.method)
+        refuse_gguf(Path(self.source))
         model = ImportedModel(locate(str(self.source)))
         return plan_import(model, Path(self.output), way, self.bits, EVERY_KIND[self.decoder])
 

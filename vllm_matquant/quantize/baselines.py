@@ -72,6 +72,18 @@ def nearest_levels(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tens
     return torch.where(scale > 0, (weight - offset) / scale, 0).round()
 
 
+def nearest_parents(weight: torch.Tensor, grid: Affine, group_size: int) -> torch.Tensor:
+    """The parent codes on a grid that are nearest to a weight: uint8 [out_features, in_features].
+
+    Args:
+        weight: float32 [out_features, in_features].
+        grid: see :func:`vllm_matquant.quantize.decoders.parent_grid`.
+        group_size: columns that share a scale.
+    """
+    scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
+    return nearest_levels(weight, scale, offset).clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class RoundToNearest(LayerMethod):
     """Each weight to the nearest parent on the min-max grid; slices decode to the centres of their cells."""
@@ -83,6 +95,5 @@ class RoundToNearest(LayerMethod):
         self, weight: torch.Tensor, hessian: torch.Tensor, group_size: int, kind: DecoderKind
     ) -> QuantizedLayer:
         grid = parent_grid(weight, group_size)
-        scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
-        codes = nearest_levels(weight, scale, offset).clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
+        codes = nearest_parents(weight, grid, group_size)
         return QuantizedLayer(codes, {width: kind.encode(cell_centres(grid, width), width) for width in self.widths})

@@ -310,6 +310,13 @@ def test_what_is_refused(spoil: Callable[[Path], None], message: str, tmp_path: 
     assert not (tmp_path / "nested").exists()
 
 
+def test_gguf_is_told_by_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(20))
+    for source in (tmp_path / "model.gguf", tmp_path):
+        with pytest.raises(ValueError, match=r"model.gguf: content: found a GGUF file, .* Load it with transformers"):
+            import_model(source, tmp_path / "nested")
+
+
 def test_widths_that_no_layer_has(given: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bits: found \[4, 8\], expected at most 4, .* --method nearest offers"):
         import_model(given, tmp_path / "nested", bits=(4, 8))

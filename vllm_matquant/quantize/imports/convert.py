@@ -9,7 +9,7 @@ import torch
 from vllm_matquant.checkpoint.decoder import Affine, DecoderKind
 from vllm_matquant.checkpoint.packing import slice_codes
 from vllm_matquant.checkpoint.spec import PARENT_BITS
-from vllm_matquant.quantize.baselines import nearest_levels
+from vllm_matquant.quantize.baselines import nearest_parents
 from vllm_matquant.quantize.decoders import cell_centres, fit_groups, parent_grid
 from vllm_matquant.quantize.imports.layer import GivenLayer
 from vllm_matquant.quantize.layer import QuantizedLayer
@@ -51,13 +51,13 @@ def keep_codes(given: GivenLayer, widths: Sequence[int], group_size: int, kind: 
     scale, zero = scale.abs(), torch.where(negative, last - zero, zero)
     parents = codes << (PARENT_BITS - given.bits)
     grid = Affine(scale / 2 ** (PARENT_BITS - given.bits), -scale * zero)  # of parents: those without further bits
-    decoders = {}
+    weight, decoders = given.weight(), {}
     for width in widths:
         if width == given.bits:
             decoders[width] = kind.encode(Affine(scale, -scale * zero), width)
         else:
             sliced = slice_codes(parents, PARENT_BITS, width)
-            decoders[width] = fit_groups(given.weight(), sliced, cell_centres(grid, width), width, kind)
+            decoders[width] = fit_groups(weight, sliced, cell_centres(grid, width), width, kind)
     return QuantizedLayer(parents, decoders)
 
 
@@ -71,8 +71,7 @@ def nearest_codes(weight: torch.Tensor, widths: Sequence[int], group_size: int, 
         kind: how decoders are stored.
     """
     grid = parent_grid(weight, group_size)
-    scale, offset = (part.repeat_interleave(group_size, dim=1) for part in (grid.scale, grid.offset))
-    parents = nearest_levels(weight, scale, offset).clamp(0, 2**PARENT_BITS - 1).to(torch.uint8)
+    parents = nearest_parents(weight, grid, group_size)
     decoders = {
         width: fit_groups(weight, slice_codes(parents, PARENT_BITS, width), cell_centres(grid, width), width, kind)
         for width in widths

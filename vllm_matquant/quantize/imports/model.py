@@ -62,6 +62,26 @@ class StoredTensors:
             return file.get_tensor(name)
 
 
+_GGUF = b"GGUF"
+
+
+def refuse_gguf(source: Path) -> None:
+    """Refuse a GGUF file, by its first bytes, and a folder that holds such files and no configuration.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    files = [source] if source.is_file() else []
+    if source.is_dir() and not (source / CONFIG_FILE).exists():
+        files = sorted(path for path in source.glob("*.gguf") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(_GGUF)) == _GGUF:
+                expected = f"a folder with {CONFIG_FILE} and safetensors files"
+                hint = "Load it with transformers (gguf_file=), write it with save_pretrained, and quantize that"
+                raise ConfigError(path, "content", "a GGUF file", expected, hint)
+
+
 class ImportedModel:
     """A model that another tool has quantized; everything but its tensors' values is checked.
 
