@@ -34,6 +34,7 @@ LONGEST = (
     "tests/serve/elastic/test_elastic_engine.py",
     "tests/serve/elastic/test_server.py",
     "tests/serve/speculation/test_speculation_engine.py",
+    "tests/serve/test_adapters.py",
     "tests/cuda/test_static.py",
     "tests/kernels/test_isa.py",
     "tests/cuda/test_decode.py",
