@@ -22,12 +22,12 @@ from vllm_matquant.checkpoint.decoder import CODEBOOK, VECTOR_KINDS, DecoderKind
 from vllm_matquant.checkpoint.errors import CheckpointError, ConfigError, MissingFileError, VersionError, WidthError
 from vllm_matquant.checkpoint.quantization_config import format_to_config
 from vllm_matquant.checkpoint.reader import open_checkpoint
+from vllm_matquant.checkpoint.servable import check_served
 from vllm_matquant.checkpoint.spec import Format
 from vllm_matquant.serve import files, limits
 from vllm_matquant.serve.config import MatquantConfig, settle
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.experts import MatquantExpertsMethod
-from vllm_matquant.serve.limits import check_served
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import MatquantModelLoader
 

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import CONFIG_FILE, shard_pattern
 from vllm_matquant.checkpoint.quantization_config import format_from_config
+from vllm_matquant.checkpoint.servable import check_served
 from vllm_matquant.checkpoint.spec import BASE_BITS, QUANT_METHOD, Format
 from vllm_matquant.serve.compiled import reuse_compiled_code
 from vllm_matquant.serve.cores import usable_cores
@@ -29,7 +30,7 @@ from vllm_matquant.serve.elastic.rows import RowSlots
 from vllm_matquant.serve.embedding import MatquantEmbeddingMethod
 from vllm_matquant.serve.experts import ExpertProductMethod, MatquantExpertsMethod
 from vllm_matquant.serve.files import fetch, identity, opened
-from vllm_matquant.serve.limits import check_engine, check_served
+from vllm_matquant.serve.limits import check_engine
 from vllm_matquant.serve.linear import MatquantLinearMethod
 from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings

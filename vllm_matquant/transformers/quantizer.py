@@ -14,11 +14,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vllm_matquant.checkpoint.decoder import KINDS
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.experts import separate_experts
 from vllm_matquant.checkpoint.names import CONFIG_FILE
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_matquant.checkpoint.servable import check_served
 from vllm_matquant.checkpoint.slice import Slice
 from vllm_matquant.checkpoint.spec import QUANT_METHOD
 from vllm_matquant.transformers.layers import PackedEmbedding, PackedLayer, PackedLinear, TiedHead
@@ -113,7 +113,7 @@ class MatquantQuantizer(HfQuantizer):
         folder = Path(checkpoint_files[0]).parent
         with _outside_of_loading():
             checkpoint = open_checkpoint(folder, check_files=False)
-            _check_kind(checkpoint)
+            check_served(checkpoint.format, folder / CONFIG_FILE)
             served = self.quantization_config.slice_of(checkpoint)
             checkpoint.check(served)
         separate_experts(model)
@@ -143,14 +143,6 @@ def _outside_of_loading() -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         PreTrainedModel.tie_weights = tie_weights
-
-
-def _check_kind(checkpoint: Checkpoint) -> None:
-    kind = checkpoint.format.decoder_kind
-    if kind.name not in KINDS:
-        found = f"{kind.name!r}, which no kernel reads"
-        expected, hint = f"one of {list(KINDS)}", "matquant evaluate measures such a checkpoint"
-        raise ConfigError(checkpoint.folder / CONFIG_FILE, "quantization_config.decoder_kind", found, expected, hint)
 
 
 def _put_layers(model: PreTrainedModel, checkpoint: Checkpoint, served: Slice, dtype: torch.dtype) -> None:
