@@ -30,7 +30,7 @@ _TEXT: dict[str, Any] = {
 }
 _TOWER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 _QWEN_TOWER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "depth": 2, "num_heads": 2}
-_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
 _QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -54,7 +54,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"image_token_index": IMAGE, "boi_token_index": BEGIN, "eoi_token_index": END},
     },
     "qwen2_5_vl": {
-        "text_config": {**_TEXT, **_ROPE, "head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "text_config": {
+            **{**_TEXT, "rope_parameters": _ROPE},
+            **{"head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 1},
+        },
         "vision_config": {
             **{**_QWEN_TOWER, "out_hidden_size": 64, "patch_size": 14},
             **{"fullatt_block_indexes": [1], "window_size": 56},
@@ -63,7 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_QWEN_TOKENS,
     },
     "qwen3_vl": {
-        "text_config": {**_TEXT, **_ROPE},
+        "text_config": {**_TEXT, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
         "vision_config": {
             **{**_QWEN_TOWER, "out_hidden_size": 64, "patch_size": 16},
             **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},

@@ -1,9 +1,9 @@
 """Runs engines of multimodal models one after another in this process: ``python -m ... JOBS.json RESULTS.pt``.
 
 A job is an object with ``model``, ``llm`` (arguments of ``LLM``), ``prompts`` (token ids, each with a picture or null,
-[height, width, 3] of bytes) and ``bits``: widths to serve all prompts at, in one batch if the server is elastic, or
-null for a model that is not quantized. Its result holds ``runs``, for each width and prompt the log-probabilities of
-the prompt, and ``prompts``, their token ids as vLLM has them; or the ``error``.
+[height, width, 3] of bytes) and ``bits``: widths to serve all prompts at, in one batch if the server is elastic. Its
+result holds ``runs``, for each width and prompt the log-probabilities of the prompt, and ``prompts``, their token ids
+as vLLM has them; or the ``error``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     else:
         runs = []
         for width in widths:
-            if width is not None:
-                llm.apply_model(functools.partial(switch, widths={"": width}))
+            llm.apply_model(functools.partial(switch, widths={"": width}))
             llm.reset_prefix_cache()
             found, expanded = run(llm, prompts, [None] * len(prompts))
             runs.append(found)
