@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.quantize.imports.packers import Layer, Model, auto_round, awq, compressed, gptq, write_model
+from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_matquant.checkpoint.verify import verify
 from vllm_matquant.cli import main
 from vllm_matquant.jobs.import_model import import_model
 from vllm_matquant.jobs.models import load_model
 from vllm_matquant.quantize.imports.convert import largest_group_size
+from vllm_matquant.quantize.imports.formats import find_layout
 
 Pack = Callable[[Layer], Mapping[str, torch.Tensor]]
 
@@ -293,6 +295,10 @@ def spoiled(suffix: str, change: Callable[[torch.Tensor], torch.Tensor | None]) 
         (changed(bits=5), r"bits: found 5, expected one of \[2, 3, 4, 8\], or 'gptq_p' as checkpoint_format"),
         (changed(group_size=0), r"group_size: found 0, expected a number of columns, or -1"),
         (changed(checkpoint_format="marlin"), r"checkpoint_format: found 'marlin', expected one of \['gptq', "),
+        (
+            changed(adapter={"name": "lora"}),
+            r"adapter: found {'name': 'lora'}, expected nothing: an import would lose it",
+        ),
         (changed(bits=3), r"q_proj.qweight: found \[12, 96\], expected \[9, 96\] by config.json"),
         (spoiled("scales", lambda scales: scales.double()), r"q_proj.scales: found torch.float64, expected"),
         (spoiled("scales", lambda scales: None), r"q_proj.scales: found in no file, expected one for each"),
@@ -308,6 +314,28 @@ def test_what_is_refused(spoil: Callable[[Path], None], message: str, tmp_path: 
     with pytest.raises(ValueError, match=message):
         import_model(tmp_path / "given", tmp_path / "nested")
     assert not (tmp_path / "nested").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "int-quantized"}, r"format: found 'int-quantized', expected one of \['pack-quantized'\]"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: found .* expected nothing: an import would lose it"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {}}}}, None),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}},
+         "config_groups.a.input_activations: found .* expected null"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "block"}}}},
+         "config_groups.a.weights.strategy: found 'block'"),
+        ({"config_groups": {"a": {}}}, "config_groups.a.weights: found None, expected an object"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_of_compressed_tensors(fields: dict[str, Any], message: str | None) -> None:
+    config = compressed_config(4, 32) | fields
+    if message is None:
+        assert find_layout(config, Path("config.json")).name == "compressed-tensors pack-quantized"
+        return
+    with pytest.raises(ConfigError, match=message):
+        find_layout(config, Path("config.json"))
 
 
 def test_gguf_is_told_by_its_first_bytes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ def layout_of_auto_round(fields: Fields) -> Layout:
     Raises:
         ConfigError: a field is missing or of another value than this reads.
     """
+    fields.refuse("rotation_config")
     fields.one_of(("data_type",), ("int",), "int")
     if fields.get("act_bits", default=16) < 16:
         raise fields.fail("act_bits", "16: activations that are not quantized")

@@ -72,6 +72,7 @@ class PackQuantized:
             ConfigError: a field is missing or of another value than this reads.
         """
         fields.one_of(("format",), ("pack-quantized",), None)
+        fields.refuse("transform_config", "sparsity_config", "kv_cache_scheme")
         groups = fields.part("config_groups", fields.get("config_groups"))
         schemes = [_scheme(groups.part(name, content)) for name, content in groups.content.items()]
         if not schemes:

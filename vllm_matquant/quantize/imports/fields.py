@@ -46,6 +46,16 @@ class Fields:
             raise self.fail(name, f"one of {list(known)}")
         return value
 
+    def refuse(self, *names: str) -> None:
+        """Refuse fields that change what the weights mean, or what else is quantized, where they say anything.
+
+        Raises:
+            ConfigError: one does.
+        """
+        for name in names:
+            if self.content.get(name):
+                raise self.fail(name, "nothing: an import would lose it")
+
     def bits(self, *names: str, known: Sequence[int] = WIDTHS) -> int:
         """Bits of a code, in the first of some fields that is there.
 

@@ -62,6 +62,7 @@ class GPTQ:
         Raises:
             ConfigError: a field is missing or of another value than this reads.
         """
+        fields.refuse("adapter", "rotation")
         bits, group_size = fields.bits("bits"), fields.group_size("group_size")
         version = fields.one_of(("checkpoint_format", "format"), _VERSIONS, "gptq")
         planes = version == "gptq_p"
