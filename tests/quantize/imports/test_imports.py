@@ -196,6 +196,22 @@ def test_an_order_of_whole_groups_is_kept(tmp_path: Path) -> None:
     check_widest(open_checkpoint(tmp_path / "nested"), model)
 
 
+def test_one_scale_for_a_whole_layer(tmp_path: Path) -> None:
+    def pack(layer: Layer) -> dict[str, torch.Tensor]:
+        layer.scale[:], layer.zero[:] = layer.scale[0, 0], layer.zero[0, 0]
+        zero = torch.tensor([layer.zero[0, 0] - 8]).to(torch.int8)
+        one = {"weight_scale": torch.from_numpy(layer.scale[0]), "weight_zero_point": zero}
+        return {**compressed(layer, symmetric=True), **one}
+
+    config = compressed_config(4, -1)
+    config["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    model = write_model(tmp_path / "given", config, pack, 4, 0, 8)
+    import_model(tmp_path / "given", tmp_path / "nested", no_report=True)
+    checkpoint = open_checkpoint(tmp_path / "nested")
+    assert checkpoint.format.group_size == "channel"
+    check_widest(checkpoint, model)
+
+
 @pytest.mark.parametrize(
     ("group_of", "expected"),
     [
