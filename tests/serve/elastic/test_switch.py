@@ -20,6 +20,7 @@ class Engine:
         self.fails_at, self.busy = fails_at, busy
         self.processes = ["uniform-8", "uniform-8"]
         self.calls: list[str] = []
+        self.engine_core = self
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         self.calls.append(" ".join([method, *args]))
@@ -33,7 +34,7 @@ class Engine:
         self.processes[1] = name
         return [{}, {}]
 
-    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+    async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None:
         assert (mode, clear_cache) == ("wait", False)
         self.calls.append("pause")
         await asyncio.sleep(self.busy)

@@ -87,7 +87,8 @@ class Switcher:
         if not (drain or together):
             await self._tell(wanted, before)
         else:
-            await self.engine.pause_generation(mode="wait", clear_cache=False)
+            # Not pause_generation, whose requests that come meanwhile vLLM 0.33 rejects; here they wait.
+            await self.engine.engine_core.pause_scheduler_async("wait", clear_cache=False)
             drained = time.perf_counter() - start
             try:
                 await self._tell(wanted, before)
