@@ -71,7 +71,7 @@ def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
     """vLLM's Marlin kernel for 4-bit weights in groups of 128."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils import (
         apply_gptq_marlin_linear,
-        marlin_make_empty_g_idx,
+        marlin_make_empty,
         marlin_make_workspace_new,
     )
     from vllm.scalar_type import scalar_types
@@ -82,20 +82,17 @@ def marlin_int4(rows: int, columns: int) -> Callable[[torch.Tensor], Any]:
         for _ in range(copies_of(rows * columns // 2))
     ]
     scales = torch.rand(columns // 128, rows, device=device).bfloat16()
-    empty, workspace = marlin_make_empty_g_idx(device), marlin_make_workspace_new(device)
+    empty, workspace = marlin_make_empty(device), marlin_make_workspace_new(device)
     uses = itertools.cycle(weights)
     return lambda x: apply_gptq_marlin_linear(
         input=x,
         weight=next(uses),
         weight_scale=scales,
         weight_zp=empty,
-        g_idx=empty,
-        g_idx_sort_indices=empty,
         workspace=workspace,
         wtype=scalar_types.uint4b8,
         output_size_per_partition=rows,
         input_size_per_partition=columns,
-        is_k_full=True,
     )
 
 
