@@ -17,6 +17,7 @@ from vllm_matquant.checkpoint.spec import QUANT_METHOD, WIDTHS
 from vllm_matquant.serve.elastic.offer import parse_choices
 from vllm_matquant.serve.elastic.policy import read_policy
 from vllm_matquant.serve.speculation.settings import DEFAULT_TOKENS, MOST_TOKENS, parse_draft
+from vllm_matquant.serve.version import check_version
 
 _Value = TypeVar("_Value")
 
@@ -69,7 +70,14 @@ _TOKENS_HELP = (
 
 @functools.cache
 def register() -> None:
-    """Make matquant known to vLLM in this process; a second call does nothing."""
+    """Make matquant known to vLLM in this process; a second call does nothing.
+
+    Raises:
+        ImportError: this vLLM is too old.
+    """
+    import vllm
+
+    check_version(vllm.__version__)
     from vllm import plugins
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor import model_loader

