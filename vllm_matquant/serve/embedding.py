@@ -28,8 +28,6 @@ class MatquantEmbeddingMethod(MatquantLinearMethod):
     def process_weights_after_loading(self, layer: Module) -> None:
         super().process_weights_after_loading(layer)
         assert isinstance(layer, VocabParallelEmbedding)
-        # What vLLM wraps the layer in for adapters asks the weight for its dtype and device, and nothing else.
-        layer.register_buffer("weight", torch.empty(0, dtype=layer.params_dtype), persistent=False)
         if self.rows is not None:
             layer.register_buffer(TOKENS, self.rows.tokens, persistent=False)
 

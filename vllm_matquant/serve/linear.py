@@ -24,9 +24,7 @@ from vllm_matquant.serve.stored_layer import Cut, StoredLayer
 
 _Setting = TypeVar("_Setting")
 
-# The name of the weight's buffer. vLLM looks for it where it wants the dense weight of a layer, as attention with
-# latent keys and values does, before it multiplies the identity.
-HANDLE = "qweight"
+HANDLE = "qweight"  # of the weight's buffer
 SLOTS = "row_slots"  # of the buffer with the slice of each row
 TARGET, DRAFT = range(2)  # slots of the slices of a server that drafts with one of them
 _store = PlaneStore()  # of all layers in this process
@@ -97,7 +95,7 @@ class MatquantLinearMethod(LinearMethodBase):
                 self.format.decoder_kind,
             )
         )
-        self.out_features = sum(cut.sizes)
+        self.out_features, self.params_dtype = sum(cut.sizes), params_dtype
         own_decoders = self.served.own_decoders(cut.names)
         self.stored = StoredLayer(layer, self.format, cut, widths, weight_loader, own_decoders)
 
@@ -115,6 +113,9 @@ class MatquantLinearMethod(LinearMethodBase):
             decoders = tuple(each.decoders_file for each in self.served.resident)
             shared = SharedPlanes(_store, (self.checkpoint, decoders), ", ".join(self.parts), rank)
         segments, own_decoders = self.stored.take(layer)
+        # vLLM asks a weight for its dtype and its device: adapters do, and attention with latent keys and values.
+        empty = torch.empty(0, dtype=self.params_dtype, device=device)
+        layer.register_buffer("weight", empty, persistent=False)
         self.weight = self.kernel.pack(
             segments, cut.in_features, cut.group_size, device, self.served.activation_bits, shared
         )
