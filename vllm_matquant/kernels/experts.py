@@ -58,15 +58,16 @@ def experts(
     order = keys.argsort(stable=True)[int((ids < 0).sum()) :]
     outputs = torch.zeros(rows * count, x.shape[1], dtype=torch.float32, device=x.device)
     if len(order):
-        groups = ids[order].int()
-        own = None if slots is None else own_slots[order]
+        groups = ids.index_select(0, order).int()
+        own = None if slots is None else own_slots.index_select(0, order)
         # All experts of a mixture have the same shapes, and so the same kernels.
         outer, down = (find_weight(handles[int(groups[0]), place, :1]).kernel for place in range(2))
         of_outer, of_down = handles.unbind(1)
-        both = outer.grouped_linear(x[order // count], of_outer.contiguous(), groups, own, 2 * inner)
+        both = outer.grouped_linear(x.index_select(0, order // count), of_outer.contiguous(), groups, own, 2 * inner)
         given = ACTIVATIONS[activation](both[:, :inner]) * both[:, inner:]
         found = down.grouped_linear(given, of_down.contiguous(), groups, own, x.shape[1])
-        outputs[order] = found.float() * topk_weights.flatten()[order, None].float()
+        shares = topk_weights.flatten().index_select(0, order).float()
+        outputs.index_copy_(0, order, found.float() * shares[:, None])
     return outputs.view(rows, count, -1).sum(1).to(x.dtype)
 
 
