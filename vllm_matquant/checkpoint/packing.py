@@ -72,3 +72,23 @@ def slice_codes(codes: torch.Tensor, stored_width: int, width: int, slicing: Sli
     See :meth:`vllm_matquant.checkpoint.slicing.SliceRule.slice`.
     """
     return SLICE_RULES[slicing].slice(codes, stored_width, width)
+
+
+def slice_planes(
+    base: torch.Tensor, planes: Sequence[torch.Tensor], in_features: int, width: int, slicing: Slicing
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Base and planes of a slice, cut from what had to be read to make it, see :func:`pack_codes`.
+
+    Args:
+        base, planes: of parent codes, as many planes as the rule reads for ``width``; on any device, where the result
+            is too.
+        in_features: columns.
+        width: of the slice.
+        slicing: name of the rule.
+    """
+    stored_width = BASE_BITS + len(planes)
+    if stored_width == width:
+        return base, planes
+    codes = unpack_codes(base.cpu(), [plane.cpu() for plane in planes], in_features)
+    cut = pack_codes(slice_codes(codes, stored_width, width, slicing) << (PARENT_BITS - width), width)
+    return cut[0].to(base.device), [plane.to(base.device) for plane in cut[1]]

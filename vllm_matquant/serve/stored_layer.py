@@ -22,8 +22,8 @@ from vllm.model_executor.parameter import (
 from vllm_matquant.checkpoint.decoder import Decoder, part_name
 from vllm_matquant.checkpoint.errors import MissingTensorError
 from vllm_matquant.checkpoint.names import WEIGHT_BASE, plane_name
-from vllm_matquant.checkpoint.packing import pack_codes, slice_codes, unpack_codes
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format
+from vllm_matquant.checkpoint.packing import slice_planes
+from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.kernels.weight import StoredSegment
 from vllm_matquant.serve.served import LayerWidths
 
@@ -290,12 +290,5 @@ class StoredLayer:
     def _sliced(self, stored: dict[str, torch.Tensor], width: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Base and planes of a width, cut from what had to be read to make them."""
         stored_width = self.format.stored_width(width)
-        base = stored[WEIGHT_BASE]
         planes = [stored[plane_name(plane)] for plane in range(BASE_BITS + 1, stored_width + 1)]
-        if stored_width == width:
-            return base, planes
-        device = base.device
-        codes = unpack_codes(base.cpu(), [plane.cpu() for plane in planes], self.cut.in_features)
-        codes = slice_codes(codes, stored_width, width, self.format.slicing)
-        base, planes = pack_codes(codes << (PARENT_BITS - width), width)
-        return base.to(device), [plane.to(device) for plane in planes]
+        return slice_planes(stored[WEIGHT_BASE], planes, self.cut.in_features, width, self.format.slicing)

@@ -7,8 +7,8 @@ import torch
 from vllm_matquant.checkpoint.decoder import part_name
 from vllm_matquant.checkpoint.errors import ConfigError
 from vllm_matquant.checkpoint.names import WEIGHT_BASE, plane_name
-from vllm_matquant.checkpoint.packing import pack_codes, unpack_codes
-from vllm_matquant.checkpoint.spec import BASE_BITS, PARENT_BITS, Format
+from vllm_matquant.checkpoint.packing import slice_planes
+from vllm_matquant.checkpoint.spec import BASE_BITS, Format
 from vllm_matquant.kernels.kernel import Request
 from vllm_matquant.kernels.support import TableKernel, select_kernel
 from vllm_matquant.kernels.weight import PackedWeight, StoredSegment
@@ -66,24 +66,14 @@ class PackedLayer(torch.nn.Module):
         width, kind = self._width, self._format.decoder_kind
         group_size = self._format.group_size_of(self.in_features, self._name)
         self.kernel = select_kernel(Request(device.type, self._dtype, (width,), self.in_features, group_size, kind))
-        base, planes = self._sliced()
+        # A rule that rounds makes the slice of one plane more.
+        read = self.get_buffer(WEIGHT_BASE), list(map(self.get_buffer, self._planes))
+        base, planes = slice_planes(*read, self.in_features, width, self._format.slicing)
         decoder = kind.form(width).from_tensors(self.get_buffer, width)
         segment = StoredSegment(base, planes, [decoder], [self.out_features], [width])
         self.packed = self.kernel.pack([segment], self.in_features, group_size, device, activation_bits)
         for suffix in self._stored:
             delattr(self, suffix)
-
-    def _sliced(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Base and planes of the slice, which a rule that rounds makes of one plane more."""
-        base, planes = self.get_buffer(WEIGHT_BASE), list(map(self.get_buffer, self._planes))
-        stored_width = BASE_BITS + len(planes)
-        if stored_width == self._width:
-            return base, planes
-        codes = unpack_codes(base.cpu(), [plane.cpu() for plane in planes], self.in_features)
-        codes = self._format.slice_rule.slice(codes, stored_width, self._width)
-        base, planes = pack_codes(codes << (PARENT_BITS - self._width), self._width)
-        device = self.get_buffer(WEIGHT_BASE).device
-        return base.to(device), [plane.to(device) for plane in planes]
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, [..., out_features], for ``x`` [..., in_features]."""
