@@ -106,7 +106,7 @@ def test_weights_and_their_derivatives(width: int) -> None:
     weight = random_weight(width)
     pair = Pair("writer", "reader", torch.arange(32).repeat(2))
     scales = ChannelScales(pair, torch.ones(64), replace(SCALED, rate=0.5), "cpu")
-    layer = ClippedLayer(weight, 16, 8, [width], CLIPPING, scales)
+    layer = ClippedLayer(weight, 16, 8, [width], "round", CLIPPING, scales)
     generator = torch.Generator().manual_seed(width)
     logs = torch.randn(32, generator=generator).requires_grad_()
     kept = (0.5 + torch.rand(2, 6, 4, generator=generator)).requires_grad_()
@@ -114,7 +114,7 @@ def test_weights_and_their_derivatives(width: int) -> None:
     layer._kept.data.copy_(kept.detach())
     [found] = layer.weights()
     columns = torch.cat([logs, logs]).exp()
-    expected = plainly_decoded(weight * columns, kept, 16, width) / columns
+    expected = plainly_decoded(weight * columns, kept, 16, width, 2**width - 1) / columns
     torch.testing.assert_close(found, expected)
     gradient = random_weight(width + 100)
     slopes = torch.autograd.grad(expected, [kept, logs], gradient)
