@@ -1,7 +1,8 @@
 """Let another project's tool write quantized checkpoints, and beside each the weights that it reads from it itself.
 
 tools/check_imports.py runs this file with the interpreter of an environment that holds that tool: some want other
-releases of torch and transformers than vLLM does. It therefore imports nothing of this project.
+releases of torch and transformers than vLLM does. It therefore imports nothing of this project
+but tools/peer_quantizers.py, of which the same is true.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import argparse
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_quantizers import scratch_folder
 from safetensors.torch import load_file, save_file
 
 Weights = dict[str, torch.Tensor]
@@ -115,18 +115,6 @@ TOOLS: dict[str, Callable[[Path, Path, Mapping[str, Any]], Weights]] = {
     "compressed-tensors": compressed_tensors,
 }
 """What writes a checkpoint of a model's folder to another one, with options, by the tool's name on PyPI."""
-
-
-@contextmanager
-def scratch_folder() -> Iterator[None]:
-    """A working folder that is removed: the tools leave logs and caches in it."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

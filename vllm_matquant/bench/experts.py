@@ -70,13 +70,12 @@ class Mixture:
     def __init__(self, settings: Settings, shape: Shape, width: int) -> None:
         self.shape = shape
         products = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
-        self._planes = torch.empty(0, dtype=torch.uint8)
         parts = [_Part(settings, width, *product) for product in products]
         self._planes = torch.randint(0, 256, (shape.experts, sum(part.nbytes for part in parts)), dtype=torch.uint8)
         self._weights = []
         for own in self._planes:
-            first = own[: parts[0].nbytes], own[parts[0].nbytes :]
-            self._weights.append([part.weight(planes) for part, planes in zip(parts, first, strict=True)])
+            planes = own.split([part.nbytes for part in parts])
+            self._weights.append([part.weight(each) for part, each in zip(parts, planes, strict=True)])
         self.handles = torch.stack([torch.stack([weight.handle for weight in pair]) for pair in self._weights])
         self.expert_bytes = sum(weight.resident_bytes for weight in self._weights[0])
         self._reads = 0

@@ -19,7 +19,7 @@ from vllm_matquant.quantize.imports.pipeline import WAYS, ImportPlan, check_room
 from vllm_matquant.quantize.pipeline import Outcome
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
-from vllm_matquant.quantize.source import locate
+from vllm_matquant.quantize.source import locate, name_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class ImportModel(PlannedJob[Outcome]):
         outcome = run_import(plan, output, command=command, overwrite=self.overwrite)
         if not self.no_report:
             model = plan.model
-            folder = Path(self.source)
             report = collect_report(
                 model.folder,
                 model.tensors.files,
@@ -93,7 +92,7 @@ class ImportModel(PlannedJob[Outcome]):
                 f"import of {model.layout.name}",
                 {"method": plan.way},
                 Outcome({}, [], None, outcome.seconds),  # errors of weights, and not of outputs on a text
-                model=folder.resolve().name if folder.is_dir() else str(self.source),
+                model=name_of(self.source),
                 quality_text={},
                 command=command,
             )

@@ -27,7 +27,7 @@ from vllm_matquant.quantize.plan import Plan, check_room
 from vllm_matquant.quantize.report.collect import collect_report
 from vllm_matquant.quantize.report.write import write_report
 from vllm_matquant.quantize.selection import Selection
-from vllm_matquant.quantize.source import SourceModel, locate
+from vllm_matquant.quantize.source import SourceModel, locate, name_of
 
 _CALIBRATION = CalibrationSettings()
 
@@ -250,7 +250,7 @@ class Quantize(PlannedJob[Outcome]):
                     method.name,
                     asdict(method),
                     outcome,
-                    model=self._model_name(),
+                    model=name_of(self.model),
                     quality_text=held_out.source,
                     command=command,
                     tower=source.skeleton.tower,
@@ -314,10 +314,6 @@ class Quantize(PlannedJob[Outcome]):
                 f"matquant evaluate {folder} --reference {model} --text FILE"
             )
         return f"{self.output} offers {offered} bits: vllm serve {folder} --bits {format_.widths[0]}"
-
-    def _model_name(self) -> str:
-        folder = Path(self.model)
-        return folder.resolve().name if folder.is_dir() else str(self.model)
 
 
 quantize = running(Quantize)

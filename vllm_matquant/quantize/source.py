@@ -256,6 +256,12 @@ def read_matrix(source: Source, name: str, rows: slice = slice(None)) -> torch.T
     return source.tensors.read(matrix.parameter)[matrix.index, rows]
 
 
+def name_of(model: Path | str) -> str:
+    """What reports call a model: a folder's own name, or the name on the hub."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else str(model)
+
+
 def locate(model: str) -> Path:
     """The folder of a model: ``model`` itself if it is one, else the download of the hub's model of that name.
 
